@@ -1,0 +1,1 @@
+"""Helpers for tests that run on several ranks. The pytest plugin is `am_testkit.plugin`."""
