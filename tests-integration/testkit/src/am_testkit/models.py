@@ -52,7 +52,9 @@ def tiny(
         family, num_hidden_layers=layers, tie_word_embeddings=tied, attn_implementation=attention, **settings
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # The grouped matmul that transformers prefers for experts does not exist in float64.
+    experts = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -1,0 +1,172 @@
+"""Cut a model into parts that share its parameters: the plan as plain data, then the parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from am_pipeline.anatomy import Anatomy, find_anatomy
+from am_pipeline.boundary import Boundary
+from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
+from am_pipeline.rehearsal import Residual, rehearse
+from am_pipeline.skeleton import copy_without
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """One parameter that several stages need, for example tied embeddings: `((0, "embed.weight"), (3, "head.weight"))`.
+
+    Each stage has its own copy; the copies' gradients are summed after every step.
+    """
+
+    copies: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True)
+class CutPlan:
+    """Which stage holds which modules, checked against the model; printing it gives a table."""
+
+    anatomy: Anatomy
+    residual: Residual
+    stages: tuple[tuple[str, ...], ...]
+    shared: tuple[SharedParameter, ...]
+
+    def layers_of(self, stage: int) -> range:
+        """The decoder layers that a stage holds."""
+        prefix = f"{self.anatomy.stack}."
+        held = sorted(int(n[len(prefix) :]) for n in self.stages[stage] if n.startswith(prefix))
+        return range(held[0], held[-1] + 1)
+
+    def __str__(self) -> str:
+        rows = []
+        for index, names in enumerate(self.stages):
+            layers = self.layers_of(index)
+            others = ", ".join(n for n in names if not n.startswith(f"{self.anatomy.stack}."))
+            rows.append(f"stage {index}  {self.anatomy.stack}.{layers.start}-{layers.stop - 1}  {others}".rstrip())
+        rows += [f"shared  {' = '.join(f'{n} (stage {s})' for s, n in group.copies)}" for group in self.shared]
+        return "\n".join(rows)
+
+
+def plan_cut(
+    model: nn.Module, num_stages: int | None = None, module_names_per_stage: list[list[str]] | None = None
+) -> CutPlan:
+    """Decide and check which stage holds what. Runs no collective and leaves the model as it is.
+
+    Besides reading the structure, the plan runs the model's own forward on a few tokens with every module that has
+    parameters replaced by a stand-in, which tells how the hidden state travels and whether it can be cut.
+
+    Args:
+        model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers; may be on meta.
+        num_stages: how many stages of about equally many layers; not needed with `module_names_per_stage`.
+        module_names_per_stage: full module names for each stage, by hand.
+
+    Raises:
+        ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
+            than one stage would hold, layers out of order, a stage without a layer, or a model whose forward does
+            more between two layers than handing the hidden state on, or feeds its layers or its head anything
+            else that depends on the ids.
+    """
+    anatomy = find_anatomy(model)
+    if module_names_per_stage is None:
+        if num_stages is None:
+            raise ValueError("plan_cut needs num_stages or module_names_per_stage")
+        stages = _even_stages(anatomy, num_stages)
+    else:
+        stages = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
+        _check_stages(model, anatomy, stages)
+    return CutPlan(anatomy, rehearse(model, anatomy), stages, _find_shared(model, stages))
+
+
+def build_part(
+    model: nn.Module,
+    plan: CutPlan,
+    stage: int,
+    *,
+    patch_inner_model: bool = True,
+    patch_causal_lm_model: bool = True,
+) -> tuple[nn.Module, Boundary]:
+    """The model as one stage sees it: same class, same names, the stage's own parameters and nothing else's.
+
+    Held parameters and buffers are the model's own tensors, not copies; the rest is never touched.
+
+    Args:
+        model: the whole model.
+        plan: from `plan_cut` on this model.
+        stage: which stage.
+        patch_inner_model: let the hidden state enter and leave through the absent layers. False leaves them
+            passing their input on, for a decoder whose forward has been written for stages by hand.
+        patch_causal_lm_model: take a hidden state instead of ids on later stages and return a plain tensor. False
+            leaves the call of the whole part as it is.
+    """
+    last = len(plan.stages) - 1
+    boundary = Boundary(stage == 0, stage == last, plan.residual.batch_dim, plan.residual.sequence_dim)
+    part = copy_without(model, plan.anatomy, set(plan.stages[stage]), boundary, plan.residual.returns_tuple)
+    if patch_inner_model:
+        held = plan.layers_of(stage)
+        stack = part.get_submodule(plan.anatomy.stack)
+        if stage > 0:
+            stack[held.start - 1].receives = True
+            stack[held.start - 1].boundary = boundary
+        if stage < last:
+            stack[held.stop].sends = True
+            stack[held.stop].boundary = boundary
+    if patch_causal_lm_model:
+        boundary.install(part)
+    return part, boundary
+
+
+def _even_stages(anatomy: Anatomy, num_stages: int) -> tuple[tuple[str, ...], ...]:
+    stages = [[anatomy.layer(i) for i in layers] for layers in split_layers(anatomy.num_layers, num_stages)]
+    stages[0] = [*anatomy.before, *stages[0]]
+    stages[-1] = [*stages[-1], *anatomy.after]
+    return tuple(tuple(names) for names in stages)
+
+
+def _exists(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "rotary_emb" or leaf in MULTIMODAL_ENCODERS:
+            return False  # the usual names are listed whether a model has them or not
+        raise ValueError(f"module_names_per_stage names {name!r}, which {type(model).__name__} does not have") from None
+    return True
+
+
+def _check_stages(model: nn.Module, anatomy: Anatomy, stages: tuple[tuple[str, ...], ...]) -> None:
+    expected = [anatomy.layer(i) for i in range(anatomy.num_layers)]
+    named = [name for names in stages for name in sorted(set(names) & set(expected), key=expected.index)]
+    if named != expected:
+        missing = [n for n in expected if n not in named]
+        twice = sorted({n for n in named if named.count(n) > 1})
+        raise ValueError(
+            f"module_names_per_stage must name every layer of {anatomy.stack} once, in order; "
+            f"missing: {missing}, named twice: {twice}, order given: {named}"
+        )
+    for index, names in enumerate(stages):
+        if not set(names) & set(expected):
+            raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy.stack}; it needs one")
+    orphans = [
+        name
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if not any(_holds(names, name) for names in stages)
+    ]
+    if orphans:
+        raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
+
+
+def _holds(names: tuple[str, ...], parameter: str) -> bool:
+    """Whether a stage with these modules holds a parameter; one that sits on an ancestor of them is held by all."""
+    owner = parameter.rpartition(".")[0]
+    return owner == "" or any(owner == n or owner.startswith(f"{n}.") or n.startswith(f"{owner}.") for n in names)
+
+
+def _find_shared(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> tuple[SharedParameter, ...]:
+    copies: dict[int, list[tuple[int, str]]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        for stage, names in enumerate(stages):
+            held = copies.setdefault(id(parameter), [])
+            if _holds(names, name) and stage not in [s for s, _ in held]:
+                held.append((stage, name))
+    return tuple(SharedParameter(tuple(sorted(held))) for held in copies.values() if len(held) > 1)

@@ -1,0 +1,153 @@
+"""From a whole model to a schedule that trains it: cut, parallelise the parts, shape them, schedule them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+
+from am_pipeline._torch_compat import Schedule
+from am_pipeline.schedule import build_pipeline_schedule
+from am_pipeline.shapes import _precompute_stage_shapes
+from am_pipeline.split import split_model_for_csv, split_model_into_stages
+
+
+class ParallelizeFnProtocol(Protocol):
+    """What `pipeline_model` calls on each part: applies tensor, expert, data and other parallelism to it.
+
+    It works in place, or returns the module to use instead. If it shards the sequence dim of the tensor between decoder
+    layers over n ranks (sequence parallelism), it sets `model.sequence_shards = n`, an int, so that the
+    pipeline sends `(B, S / n, D)`. Modules that the part does not hold are leaf modules without parameters.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        world_mesh: DeviceMesh,
+        moe_mesh: DeviceMesh | None,
+        *,
+        dp_axis_names: tuple[str, ...],
+        cp_axis_name: str | None = None,
+        tp_axis_name: str | None = None,
+        ep_axis_name: str | None = None,
+        ep_shard_axis_names: tuple[str, ...] | None = None,
+    ) -> nn.Module | None: ...
+
+
+def pipeline_model(
+    model: nn.Module,
+    world_mesh: DeviceMesh,
+    moe_mesh: DeviceMesh | None,
+    *,
+    pp_axis_name: str,
+    dp_axis_names: tuple[str, ...],
+    cp_axis_name: str | None = None,
+    tp_axis_name: str | None = None,
+    ep_axis_name: str | None = None,
+    ep_shard_axis_names: tuple[str, ...] | None = None,
+    layers_per_stage: int | None,
+    pipeline_parallel_schedule_csv: str | None,
+    pipeline_parallel_schedule: str | None,
+    microbatch_size: int,
+    local_batch_size: int,
+    device: torch.device,
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    parallelize_fn: ParallelizeFnProtocol | None = None,
+    module_fqns_per_model_part: list[list[str]] | None = None,
+    patch_inner_model: bool = True,
+    patch_causal_lm_model: bool = True,
+    scale_grads: bool = False,
+    round_to_pp_multiple: str | None = None,
+    patch_stage_backward_maybe_with_nosync: bool = False,
+    seq_len: int | None = None,
+) -> tuple[Schedule, list[nn.Module], bool, bool, list[PipelineStage]]:
+    """Cut a transformers model, parallelise each part and build the schedule that trains it.
+
+    Args:
+        model: the whole model, real or on the meta device. With parts on meta, `parallelize_fn` or the caller
+            materialises them before the first step.
+        world_mesh: mesh with the pipeline axis and whatever other axes `parallelize_fn` uses.
+        moe_mesh: the expert mesh over the same ranks, handed to `parallelize_fn`.
+        pp_axis_name: the pipeline axis; its size must be at least 2.
+        dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names: handed to `parallelize_fn`.
+        layers_per_stage: the most layers of a stage; None for one or two stages per rank, as the schedule needs.
+        pipeline_parallel_schedule_csv, pipeline_parallel_schedule: see `build_pipeline_schedule`.
+        microbatch_size, local_batch_size: sequences per microbatch and per step.
+        device: where this rank's stages run.
+        loss_fn: see `build_pipeline_schedule`.
+        parallelize_fn: see `ParallelizeFnProtocol`.
+        module_fqns_per_model_part: the modules of each stage by hand.
+        patch_inner_model, patch_causal_lm_model: see `build_part`.
+        scale_grads: see `build_pipeline_schedule`.
+        round_to_pp_multiple: see `calculate_virtual_stages`.
+        patch_stage_backward_maybe_with_nosync: accepted and not needed: torch's stages hold back the gradient
+            reduction of FSDP modules, experts included, until the last microbatch.
+        seq_len: tokens per sequence, if known; another length later is noticed and handled.
+
+    Returns:
+        `(schedule, parts, has_first_stage, has_last_stage, stages)` of this rank.
+
+    Collectives: none here but those of `parallelize_fn`; see `build_pipeline_schedule` for those of a step.
+
+    Raises:
+        ValueError: an axis is missing or too small, or what the called functions raise; on every rank alike.
+    """
+    axes = world_mesh.mesh_dim_names or ()
+    if pp_axis_name not in axes:
+        raise ValueError(f"world_mesh has no axis {pp_axis_name!r}; it has {axes}")
+    if world_mesh.size(axes.index(pp_axis_name)) < 2:
+        raise ValueError(f"the {pp_axis_name!r} axis has one rank: there is nothing to pipeline")
+    if pipeline_parallel_schedule_csv:
+        stages, parts = split_model_for_csv(
+            model,
+            world_mesh,
+            pp_axis_name,
+            pipeline_parallel_schedule_csv,
+            device,
+            module_fqns_per_model_part,
+            patch_inner_model,
+            patch_causal_lm_model,
+        )
+    else:
+        stages, parts = split_model_into_stages(
+            model,
+            world_mesh,
+            pp_axis_name,
+            pipeline_parallel_schedule,
+            device,
+            module_fqns_per_model_part,
+            layers_per_stage,
+            patch_inner_model,
+            patch_causal_lm_model,
+            round_to_pp_multiple,
+        )
+    if parallelize_fn is not None:
+        for index, part in enumerate(parts):
+            replaced = parallelize_fn(
+                part,
+                world_mesh,
+                moe_mesh,
+                dp_axis_names=dp_axis_names,
+                cp_axis_name=cp_axis_name,
+                tp_axis_name=tp_axis_name,
+                ep_axis_name=ep_axis_name,
+                ep_shard_axis_names=ep_shard_axis_names,
+            )
+            if replaced is not None:
+                parts[index] = stages[index].submod = replaced
+    if seq_len is not None:
+        _precompute_stage_shapes(stages, getattr(model, "config", None), microbatch_size, seq_len)
+    schedule = build_pipeline_schedule(
+        pipeline_parallel_schedule_csv,
+        pipeline_parallel_schedule,
+        microbatch_size,
+        local_batch_size,
+        stages,
+        loss_fn,
+        scale_grads,
+    )
+    return schedule, parts, any(s.is_first for s in stages), any(s.is_last for s in stages), stages

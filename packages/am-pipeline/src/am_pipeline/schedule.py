@@ -1,0 +1,206 @@
+"""Build a torch pipeline schedule whose `step` is exact, whatever the sequence length and whatever is tied."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    ScheduleDualPipeV,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+    get_schedule_class,
+)
+
+from am_pipeline._torch_compat import CsvSchedule, Schedule, load_csv, n_microbatches, stages_of
+from am_pipeline.shapes import reset_pp_stage_shapes
+from am_pipeline.shared import check_shared_layouts, sum_shared_gradients
+from am_pipeline.stage import DecoderStage
+
+logger = logging.getLogger(__name__)
+
+
+def build_pipeline_schedule(
+    pipeline_parallel_schedule_csv: str | None,
+    pipeline_parallel_schedule: str | None,
+    microbatch_size: int,
+    local_batch_size: int,
+    stages: list[PipelineStage],
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+    scale_grads: bool = False,
+) -> Schedule:
+    """A schedule over this rank's stages, of torch's own class and a little more.
+
+    `schedule.step(ids, target=labels, losses=losses)` and `schedule.eval(...)` are torch's: the first stage's rank
+    gives the ids `(B, S)`, the last stage's the target. When `step` returns, every gradient is what one process would
+    have, tied parameters included.
+
+    Args:
+        pipeline_parallel_schedule_csv: path of a file with one row of actions per rank; it goes before the name.
+        pipeline_parallel_schedule: `GPipe`, `1F1B`, `Interleaved1F1B`, `LoopedBFS`, `InterleavedZeroBubble`,
+            `ZBVZeroBubble` or `DualPipeV`.
+        microbatch_size: sequences per microbatch.
+        local_batch_size: sequences per step on this pipeline, a multiple of `microbatch_size`.
+        stages: this rank's stages, in the order of `split_model_into_stages`.
+        loss_fn: takes the last stage's output and the target of one microbatch, returns a scalar; None to evaluate
+            only.
+        scale_grads: divide gradients by the number of microbatches after the step: True for a `loss_fn` that is a
+            mean over its microbatch. False sums what the microbatches give.
+
+    With a schedule that splits the backward (the zero-bubble ones, DualPipeV, files), FSDP modules in the stages are
+    set not to reshard after forward: torch finds no weight gradients otherwise.
+
+    Collectives (pipeline axis): one all-reduce of four int64 per step, which tells every rank the batch's shape and
+    whether its input is there; what `sum_shared_gradients` says; and torch's own sends and receives.
+
+    Raises:
+        ValueError: an unknown schedule, a batch that does not divide, stages that do not fit the schedule; in `step`,
+            on every rank: no input, no target, a batch that is not `local_batch_size` sequences.
+        FileNotFoundError: no such CSV file.
+    """
+    if microbatch_size < 1 or local_batch_size < 1 or local_batch_size % microbatch_size:
+        raise ValueError(
+            f"local_batch_size={local_batch_size} must be a positive multiple of microbatch_size={microbatch_size}"
+        )
+    if not stages:
+        raise ValueError("stages is empty: every rank of the pipeline holds at least one stage")
+    count = local_batch_size // microbatch_size
+    kind = schedule_class(pipeline_parallel_schedule_csv, pipeline_parallel_schedule)
+    if issubclass(kind, PipelineScheduleSingle) and len(stages) != 1:
+        raise ValueError(
+            f"{pipeline_parallel_schedule} holds one stage per rank, got {len(stages)}; use an interleaved schedule"
+        )
+    total_stages = stages[0].num_stages
+    if count < total_stages:
+        logger.warning("%d microbatches for %d stages leave ranks idle", count, total_stages)
+    if issubclass(kind, _SPLIT_BACKWARD) or pipeline_parallel_schedule_csv:
+        _keep_unsharded_until_backward(stages)
+    schedule = _exact(kind)(
+        stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
+        n_microbatches=count,
+        loss_fn=loss_fn,
+        scale_grads=scale_grads,
+    )
+    schedule.local_batch_size = local_batch_size
+    if pipeline_parallel_schedule_csv:
+        load_csv(schedule, pipeline_parallel_schedule_csv)
+    return schedule
+
+
+def schedule_class(csv: str | None, name: str | None) -> type[Schedule]:
+    """The schedule class for a CSV file or a name, or a clear error."""
+    if csv:
+        if not os.path.isfile(csv):
+            raise FileNotFoundError(f"pipeline_parallel_schedule_csv={csv!r} is not a file")
+        return CsvSchedule
+    if not name:
+        raise ValueError("give pipeline_parallel_schedule a schedule's name, or pipeline_parallel_schedule_csv a file")
+    try:
+        return get_schedule_class(name)
+    except ValueError:
+        raise ValueError(f"unknown pipeline schedule {name!r}; torch has {', '.join(SCHEDULES)}") from None
+
+
+SCHEDULES = (
+    "GPipe",
+    "1F1B",
+    "Interleaved1F1B",
+    "LoopedBFS",
+    "InterleavedZeroBubble",
+    "ZBVZeroBubble",
+    "DualPipeV",
+)
+
+
+def scale_grads_by_divisor(stages: list[PipelineStage], divisor: int) -> None:
+    """Divide every gradient of these stages by `divisor`, for a loss that is a sum over tokens or microbatches.
+
+    Raises:
+        ValueError: `divisor` is not positive.
+    """
+    if divisor <= 0:
+        raise ValueError(f"divisor must be positive, got {divisor}")
+    for stage in stages:
+        stage.scale_grads(divisor)
+
+
+# Schedules that compute the gradients of inputs and of weights in two passes over one graph.
+_SPLIT_BACKWARD = (ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble, ScheduleDualPipeV)
+
+
+def _keep_unsharded_until_backward(stages: list[PipelineStage]) -> None:
+    """A weight pass finds its parameters in the graph of the forward, so FSDP must not have replaced them by shards."""
+    for stage in stages:
+        for module in stage.submod.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False, recurse=False)
+
+
+class _Exact:
+    """Mixed into a torch schedule class: agrees on the batch's shape before a step, sums shared gradients after it."""
+
+    local_batch_size: int
+    _seq_len: int | None = None
+    _checked: bool = False
+    _evaluating: bool = False
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
+        stages = stages_of(self)
+        if isinstance(stages[0], DecoderStage):
+            self._agree(stages, args, target)
+        result = super().step(*args, target=target, **kwargs)
+        if not self._evaluating:
+            sum_shared_gradients(stages)
+        return result
+
+    def eval(self, *args: Any, **kwargs: Any) -> Any:
+        self._evaluating = True
+        try:
+            return super().eval(*args, **kwargs)
+        finally:
+            self._evaluating = False
+
+    def _agree(self, stages: list[DecoderStage], args: tuple, target: Any) -> None:
+        """Every rank learns the shape of the first stage's ids, or what is wrong with the call, before any send."""
+        device, group = stages[0].device, stages[0].group
+        batch, seq_len, no_input, no_target = 0, 0, 0, 0
+        for stage in stages:
+            if stage.is_first:
+                if args and isinstance(args[0], torch.Tensor) and args[0].dim() >= 2:
+                    batch, seq_len = args[0].shape[:2]
+                else:
+                    no_input = 1
+            if stage.is_last:
+                no_target = int(target is None and not self._evaluating)
+        agreed = torch.tensor([batch, seq_len, no_input, no_target], dtype=torch.int64, device=device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
+        batch, seq_len, no_input, no_target = agreed.tolist()
+        if no_input:
+            raise ValueError("the rank of the first stage must call step(ids, ...) with ids of shape (B, S)")
+        if no_target:
+            raise ValueError("the rank of the last stage must call step(..., target=labels)")
+        if batch != self.local_batch_size:
+            raise ValueError(
+                f"the batch has {batch} sequences, but the schedule was built for "
+                f"local_batch_size={self.local_batch_size}"
+            )
+        if not self._checked:
+            check_shared_layouts(stages)
+            self._checked = True
+        if seq_len != self._seq_len:
+            reset_pp_stage_shapes(self, stages, None, batch // n_microbatches(self), seq_len)
+            self._seq_len = seq_len
+
+
+@cache
+def _exact(kind: type[Schedule]) -> type[Schedule]:
+    return type(kind.__name__, (_Exact, kind), {"__module__": __name__})

@@ -1,0 +1,182 @@
+"""Cut a model and wrap this rank's parts as pipeline stages."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleSingle,
+    ScheduleDualPipeV,
+    ScheduleZBVZeroBubble,
+)
+
+from am_pipeline._torch_compat import Schedule
+from am_pipeline.anatomy import find_anatomy
+from am_pipeline.cut import CutPlan, build_part, plan_cut
+from am_pipeline.placement import calculate_virtual_stages, stage_ids_this_rank
+from am_pipeline.schedule import schedule_class
+from am_pipeline.stage import DecoderStage
+
+
+def split_model_into_stages(
+    model: nn.Module,
+    pp_mesh: DeviceMesh,
+    pp_axis_name: str,
+    pp_schedule: str,
+    device: torch.device,
+    module_names_per_stage: list[list[str]] | None = None,
+    layers_per_stage: int | None = None,
+    patch_inner_model: bool = True,
+    patch_causal_lm_model: bool = True,
+    round_to_pp_multiple: str | None = None,
+) -> tuple[list[PipelineStage], list[nn.Module]]:
+    """This rank's stages of a model and the parts they run, in the order of `stage_ids_this_rank`.
+
+    A part is the model with the same class and the same names, whose absent modules are stand-ins without
+    parameters. Its parameters are the model's own, not copies; drop your reference to the model to free the rest.
+    A parameter that two stages of one rank share is copied once.
+
+    Args:
+        model: a transformers decoder, real or on the meta device (then the parts are too).
+        pp_mesh: a mesh with the pipeline axis.
+        pp_axis_name: its name.
+        pp_schedule: name of the schedule that will run the stages; it decides how many a rank holds, and which.
+        device: where the stages run; real parts are moved there.
+        module_names_per_stage: full module names for each stage, by hand.
+        layers_per_stage: the most layers of a stage, instead of one or two stages per rank.
+        patch_inner_model, patch_causal_lm_model: see `build_part`.
+        round_to_pp_multiple: see `calculate_virtual_stages`.
+
+    Collectives: none.
+
+    Raises:
+        ValueError: from the plan or the arithmetic of stages, on every rank alike.
+    """
+    kind = schedule_class(None, pp_schedule)
+    placement = "v" if issubclass(kind, (ScheduleZBVZeroBubble, ScheduleDualPipeV)) else "loop"
+    _check_axis(pp_mesh, pp_axis_name)
+    pp_size = pp_mesh.size(pp_mesh.mesh_dim_names.index(pp_axis_name))
+    plan = _plan(model, kind, pp_size, module_names_per_stage, layers_per_stage, round_to_pp_multiple)
+    rank = pp_mesh.get_local_rank(pp_axis_name)
+    return _build(
+        model,
+        plan,
+        stage_ids_this_rank(rank, pp_size, len(plan.stages), placement),
+        pp_mesh.get_group(pp_axis_name),
+        device,
+        patch_inner_model,
+        patch_causal_lm_model,
+    )
+
+
+def split_model_for_csv(
+    model: nn.Module,
+    pp_mesh: DeviceMesh,
+    pp_axis_name: str,
+    csv: str,
+    device: torch.device,
+    module_names_per_stage: list[list[str]] | None = None,
+    patch_inner_model: bool = True,
+    patch_causal_lm_model: bool = True,
+) -> tuple[list[PipelineStage], list[nn.Module]]:
+    """Like `split_model_into_stages`, for a schedule file: its rows say which rank holds which stages."""
+    schedule_class(csv, None)
+    _check_axis(pp_mesh, pp_axis_name)
+    pp_size = pp_mesh.size(pp_mesh.mesh_dim_names.index(pp_axis_name))
+    held = _stages_of_rows(csv)
+    if len(held) != pp_size:
+        raise ValueError(f"{csv} has {len(held)} rows, one per rank, but the {pp_axis_name!r} axis has {pp_size}")
+    total = max(stage for stages in held for stage in stages) + 1
+    if sorted(stage for stages in held for stage in stages) != list(range(total)):
+        raise ValueError(f"{csv} must put every stage from 0 to {total - 1} on exactly one rank, got {held}")
+    if module_names_per_stage is not None and len(module_names_per_stage) != total:
+        raise ValueError(f"module_names_per_stage has {len(module_names_per_stage)} stages, {csv} has {total}")
+    plan = plan_cut(model, total, module_names_per_stage)
+    return _build(
+        model,
+        plan,
+        tuple(held[pp_mesh.get_local_rank(pp_axis_name)]),
+        pp_mesh.get_group(pp_axis_name),
+        device,
+        patch_inner_model,
+        patch_causal_lm_model,
+    )
+
+
+def _check_axis(mesh: DeviceMesh, axis: str) -> None:
+    if axis not in (mesh.mesh_dim_names or ()):
+        raise ValueError(f"the mesh has no axis {axis!r}; it has {mesh.mesh_dim_names}")
+
+
+def _plan(
+    model: nn.Module,
+    kind: type[Schedule],
+    pp_size: int,
+    module_names: list[list[str]] | None,
+    layers_per_stage: int | None,
+    round_to: str | None,
+) -> CutPlan:
+    single = issubclass(kind, PipelineScheduleSingle)
+    if module_names is None:
+        layers = find_anatomy(model).num_layers
+        num_stages, _ = calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to)
+        return plan_cut(model, num_stages)
+    per_rank, rest = divmod(len(module_names), pp_size)
+    if rest or (single and per_rank != 1) or (not single and per_rank < 2):
+        allowed = f"exactly {pp_size}" if single else f"a multiple of {pp_size} that is at least {2 * pp_size}"
+        raise ValueError(f"module_names_per_stage has {len(module_names)} stages; {kind.__name__} needs {allowed}")
+    return plan_cut(model, module_names_per_stage=module_names)
+
+
+def _build(
+    model: nn.Module,
+    plan: CutPlan,
+    stage_ids: tuple[int, ...],
+    group: torch.distributed.ProcessGroup,
+    device: torch.device,
+    patch_inner_model: bool,
+    patch_causal_lm_model: bool,
+) -> tuple[list[PipelineStage], list[nn.Module]]:
+    stages, parts = [], []
+    for index in stage_ids:
+        part, boundary = build_part(
+            model,
+            plan,
+            index,
+            patch_inner_model=patch_inner_model,
+            patch_causal_lm_model=patch_causal_lm_model,
+        )
+        _copy_what_earlier_parts_hold(part, parts)
+        if not any(t.is_meta for t in (*part.parameters(), *part.buffers())):
+            part.to(device)
+        parts.append(part)
+        stages.append(DecoderStage(part, plan, boundary, index, torch.device(device), group))
+    return stages, parts
+
+
+def _copy_what_earlier_parts_hold(part: nn.Module, earlier: list[nn.Module]) -> None:
+    """Each stage updates its own copy of a shared parameter, also when one rank holds both stages."""
+    taken = {id(p) for other in earlier for p in other.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for module in part.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in taken:
+                module.register_parameter(name, copies.setdefault(id(parameter), copy.deepcopy(parameter)))
+
+
+def _stages_of_rows(csv: str) -> list[list[int]]:
+    held = []
+    with open(csv) as rows:
+        for number, row in enumerate(rows, 1):
+            cells = [cell.strip() for cell in row.split(",") if cell.strip()]
+            digits = ["".join(c for c in cell[: len(cell) - len(cell.lstrip("0123456789"))]) for cell in cells]
+            if not all(digits):
+                raise ValueError(
+                    f"{csv}, row {number}: every action must start with its stage number, got {row.strip()!r}"
+                )
+            held.append(list(dict.fromkeys(int(d) for d in digits)))
+    return held

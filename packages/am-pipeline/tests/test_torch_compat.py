@@ -1,0 +1,48 @@
+"""The private names of torch that this package touches are still there and still mean the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from am_pipeline import _torch_compat as compat
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+
+@pytest.mark.ranks(2)
+def test_a_schedule_set_up_again_with_new_shapes_runs_on_the_new_ones():
+    rank = dist.get_rank()
+    stage = PipelineStage(nn.Linear(3, 3), rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
+    for width in (4, 6):
+        like = torch.empty(1, width, 3, device="meta", requires_grad=True)
+        compat.set_shapes(stage, (like,), (like,))
+        compat.forget_shapes(schedule)
+        batch = torch.ones(2, width, 3)
+        out = schedule.step(*((batch,) if rank == 0 else ()), target=batch if rank else None)
+        if rank:
+            assert out.shape == (2, width, 3)
+
+
+@pytest.mark.ranks(2)
+def test_stages_and_microbatches_of_a_schedule_are_found():
+    stages = [PipelineStage(nn.Linear(3, 3), dist.get_rank() + 2 * i, 4, torch.device("cpu")) for i in range(2)]
+    schedule = ScheduleInterleaved1F1B(stages, 4)
+    assert compat.stages_of(schedule) == stages
+    assert compat.n_microbatches(schedule) == 4
+    single = PipelineStage(nn.Linear(3, 3), dist.get_rank(), 2, torch.device("cpu"))
+    assert compat.stages_of(Schedule1F1B(single, 2)) == [single]
+
+
+@pytest.mark.ranks(2)
+def test_the_compute_dtype_of_a_part_follows_its_mixed_precision_policy():
+    mesh = init_device_mesh("cpu", (2,))
+    plain = nn.Linear(4, 4, dtype=torch.float64)
+    assert compat.compute_dtype(plain) is torch.float64
+    fully_shard(plain, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert compat.compute_dtype(plain) is torch.bfloat16
+    other = fully_shard(nn.Linear(4, 4), mesh=mesh)
+    assert compat.compute_dtype(other) is torch.float32
