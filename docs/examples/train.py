@@ -1,0 +1,224 @@
+"""Train a transformers causal LM on real text over pipeline, data, tensor and expert parallelism.
+
+    torchrun --nproc-per-node 4 docs/examples/train.py --pp 2 --dp 2 --ep 2
+
+Every choice has a default that works on four CPU processes; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+
+import am_fsdp
+import am_pipeline
+import torch
+import torch.distributed as dist
+from training import checkpoint
+from training.degrees import Degrees
+from training.layout import Layout, lay_out
+from training.model import build_config, build_model, next_token_loss
+from training.report import Progress, plot_loss
+from training.text import ByteText
+
+
+def main() -> None:
+    args = parse_arguments()
+    degrees = Degrees(args.pp, args.dp, args.tp, args.ep, args.sequence_parallel)
+    config = build_config(args.config, args.size)
+    degrees.check(int(os.environ["WORLD_SIZE"]), config, args.batch, args.microbatch, args.seq_len)
+    text = ByteText(args.text)
+    text.check(args.seq_len)
+    resume_from = checkpoint.latest(args.out) if args.resume else None
+
+    device = start()
+    refuse_different_texts(text, device)
+    model = build_model(config, args.seed)
+    alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
+    world_mesh, expert_mesh = degrees.world_mesh(device.type), degrees.expert_mesh(device.type)
+    local_batch = args.batch // degrees.dp
+    layout = lay_out(
+        model,
+        degrees,
+        world_mesh,
+        expert_mesh,
+        schedule=args.schedule,
+        microbatch=args.microbatch,
+        local_batch=local_batch,
+        device=device,
+    )
+    del model
+    optimizers = [torch.optim.AdamW(p.parameters(), lr=args.lr, foreach=False) for p in layout.parts]
+    done = checkpoint.load(resume_from, layout.parts, optimizers) if resume_from else 0
+    if alone:
+        alone.replay(text, done)
+
+    say(f"{type(layout.parts[0]).__name__} over {degrees}, {text.source}")
+    progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
+    mine = slice(world_mesh.get_local_rank("dp") * local_batch, (world_mesh.get_local_rank("dp") + 1) * local_batch)
+    losses: list[float] = []
+    for step in range(done, args.steps):
+        ids, labels = (t[mine].to(device) for t in text.batch(args.batch, args.seq_len, args.seed, step))
+        loss = layout.step(ids, labels)
+        norm = am_fsdp.clip_grad_norm_(
+            [p for part in layout.parts for p in part.parameters()],
+            args.clip,
+            pipeline_shards=degrees.pp,
+            duplicates=layout.duplicates,
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(mean_over_world(loss, device))
+        progress.update(step, losses[-1], float(norm))
+        if alone:
+            alone.step(text, step, losses[-1], float(norm))
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            checkpoint.save(args.out, step + 1, layout.parts, optimizers)
+    progress.close()
+
+    checkpoint.save(args.out, args.steps, layout.parts, optimizers)
+    draw_timeline(layout, ids, labels, args)
+    entropy = text.unigram_entropy()
+    if dist.get_rank() == 0 and losses:
+        title = f"{config.model_type}, {degrees}"
+        plot_loss(str(args.out / "loss.png"), losses, done, entropy, alone.losses if alone else [], title)
+        (args.out / "losses.txt").write_text("".join(f"{loss!r}\n" for loss in losses))
+        say(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; unigram entropy {entropy:.4f}; pictures in {args.out}")
+    finish(alone, device)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = parser.add_argument_group("model and text")
+    model.add_argument("--config", default="qwen3_moe", help="a local HF config folder or a model type")
+    model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
+    model.add_argument("--text", help="a file or folder; the Python standard library if not given")
+    layout = parser.add_argument_group("layout; pp x dp x tp must be the number of ranks")
+    layout.add_argument("--pp", type=int, default=2, help="pipeline stages' ranks")
+    layout.add_argument("--dp", type=int, default=2, help="data-parallel ranks, sharded with FSDP2")
+    layout.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    layout.add_argument("--ep", type=int, default=None, help="expert-parallel ranks among the dp ranks")
+    layout.add_argument("--sequence-parallel", action="store_true", help="shard the sequence between layers over tp")
+    layout.add_argument("--schedule", default="1F1B", help="any schedule of torch.distributed.pipelining")
+    steps = parser.add_argument_group("training")
+    steps.add_argument("--steps", type=int, default=200)
+    steps.add_argument("--batch", type=int, default=16, help="sequences per step, over all ranks")
+    steps.add_argument("--microbatch", type=int, default=2, help="sequences per microbatch")
+    steps.add_argument("--seq-len", type=int, default=128)
+    steps.add_argument("--lr", type=float, default=3e-3)
+    steps.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
+    steps.add_argument("--seed", type=int, default=0)
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/train"), help="pictures and checkpoints")
+    run.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; one is written at the end")
+    run.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    run.add_argument("--check", action="store_true", help="train on one process beside it and fail if they part")
+    run.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference of loss with --check")
+    args = parser.parse_args()
+    if args.ep is None:
+        args.ep = args.dp if args.config == "qwen3_moe" and args.tp == 1 else 1
+    for name in ("steps", "batch", "microbatch", "seq_len"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def start() -> torch.device:
+    """NCCL with one GPU per local rank where there are that many, gloo on CPU else."""
+    local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+        return device
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+def refuse_different_texts(text: ByteText, device: torch.device) -> None:
+    digest = torch.tensor([text.digest(), -text.digest()], device=device)
+    dist.all_reduce(digest, dist.ReduceOp.MAX)
+    if int(digest[0]) != -int(digest[1]):
+        raise ValueError("the ranks read different texts; give --text a file that is the same everywhere")
+
+
+def mean_over_world(loss: torch.Tensor | None, device: torch.device) -> float:
+    """The mean over the ranks that have a loss: those of last stages, one per data-parallel share."""
+    pair = torch.zeros(2, dtype=torch.float64, device=device)
+    if loss is not None:
+        pair += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+    dist.all_reduce(pair)
+    return float(pair[0] / pair[1])
+
+
+def draw_timeline(layout: Layout, ids: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> None:
+    """Run one more step, without an optimizer step, and draw what the schedule did."""
+    if not layout.stages:
+        return
+    with am_pipeline.record_timeline(layout.stages) as events:
+        layout.step(ids, labels)
+    everyone = am_pipeline.gather_timeline(events, layout.stages)
+    if dist.get_rank() == 0:
+        title = f"{args.schedule}, {args.batch // args.dp // args.microbatch} microbatches"
+        am_pipeline.plot_timeline(everyone, str(args.out / "timeline.png"), title)
+
+
+class Alone:
+    """The same model trained by rank 0 alone on the whole batch: what the parallel run is compared with."""
+
+    def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model = build_model(model.config, args.seed)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, foreach=False)
+        self.losses: list[float] = []
+        self.worst_loss = self.worst_norm = 0.0
+
+    def agrees(self) -> bool:
+        """Norms are sums of many roundings; one that misses or doubles a contribution is off by far more than this."""
+        return self.worst_loss <= self.args.tolerance and self.worst_norm <= 100 * self.args.tolerance
+
+    def replay(self, text: ByteText, steps: int) -> None:
+        """Catch up with a resumed run."""
+        for step in range(steps):
+            self._train(text, step)
+
+    def step(self, text: ByteText, step: int, loss: float, norm: float) -> None:
+        mine, my_norm = self._train(text, step)
+        self.losses.append(mine)
+        self.worst_loss = max(self.worst_loss, abs(loss - mine) / abs(mine))
+        self.worst_norm = max(self.worst_norm, abs(norm - my_norm) / abs(my_norm))
+
+    def _train(self, text: ByteText, step: int) -> tuple[float, float]:
+        ids, labels = text.batch(self.args.batch, self.args.seq_len, self.args.seed, step)
+        loss = next_token_loss(self.model(ids, use_cache=False).logits, labels)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss), float(norm)
+
+
+def finish(alone: Alone | None, device: torch.device) -> None:
+    """Every rank exits with the verdict of the check."""
+    parted = torch.tensor(int(alone is not None and not alone.agrees()), device=device)
+    dist.broadcast(parted, 0)
+    if alone:
+        say(
+            f"check: the run {'PARTS from' if parted else 'agrees with'} one process; largest relative difference "
+            f"of the loss {alone.worst_loss:.1e}, of the gradient norm {alone.worst_norm:.1e}"
+        )
+    dist.destroy_process_group()
+    if parted:
+        raise SystemExit(1)
+
+
+def say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

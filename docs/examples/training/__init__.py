@@ -1,0 +1,1 @@
+"""The rooms of `train.py`: degrees, text, model, layout, checkpoint, report."""

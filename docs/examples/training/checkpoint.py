@@ -1,0 +1,66 @@
+"""Sharded checkpoints with torch.distributed.checkpoint: names are the model's own, whatever the layout."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save(folder: pathlib.Path, step: int, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write `folder/step-NNNNNN`, then let `folder/latest` name it: a save that is cut off leaves the last one."""
+    target = folder / f"step-{step:06d}"
+    dcp.save(_state(step, parts, optimizers), checkpoint_id=target)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        pointer = folder / "latest.new"
+        pointer.write_text(target.name)
+        os.replace(pointer, folder / "latest")
+
+
+def latest(folder: pathlib.Path) -> pathlib.Path:
+    """The last complete checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    pointer = folder / "latest"
+    if not pointer.is_file() or not (folder / pointer.read_text() / ".metadata").is_file():
+        raise ValueError(f"--resume: {folder} holds no complete checkpoint")
+    return folder / pointer.read_text()
+
+
+def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:
+    """Read a checkpoint into the parts and their optimizers; returns the step it was written after."""
+    state = _state(0, parts, optimizers)
+    dcp.load(state, checkpoint_id=path)
+    for part, optimizer in zip(parts, optimizers, strict=True):
+        names = set(get_model_state_dict(part))
+        set_model_state_dict(part, {n: v for n, v in state["model"].items() if n in names})
+        wanted = set(get_optimizer_state_dict(part, optimizer, options=_FLAT))
+        set_optimizer_state_dict(
+            part, optimizer, {n: v for n, v in state["optimizer"].items() if n in wanted}, options=_FLAT
+        )
+    return int(state["step"])
+
+
+def _state(step: int, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    model, optimizer = {}, {}
+    for part, one in zip(parts, optimizers, strict=True):
+        model |= get_model_state_dict(part)
+        optimizer |= get_optimizer_state_dict(part, one, options=_FLAT)
+    return {"model": model, "optimizer": optimizer, "step": torch.tensor(step)}

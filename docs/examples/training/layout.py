@@ -1,0 +1,129 @@
+"""Lay a model out over the meshes: tensor, expert and data parallelism, part by part, then the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import am_fsdp
+import am_moe
+import am_pipeline
+import am_tp_plans
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from training.degrees import Degrees
+from training.model import next_token_loss
+
+# What a step returns on this rank: the mean loss of its sequences, or None where no last stage is.
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+@dataclass
+class Layout:
+    """A laid-out model: the parts this rank trains, one step over its share of the batch, and what to count once."""
+
+    parts: list[nn.Module]
+    step: Step
+    stages: list
+    duplicates: list[nn.Parameter]
+
+
+def lay_out(
+    model: nn.Module,
+    degrees: Degrees,
+    world_mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None,
+    *,
+    schedule: str,
+    microbatch: int,
+    local_batch: int,
+    device: torch.device,
+) -> Layout:
+    def parallelize(part: nn.Module, world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None, **_axes: object) -> None:
+        parallelize_part(part, degrees, world_mesh, moe_mesh)
+
+    if degrees.pp == 1:
+        model.to(device)
+        parallelize(model, world_mesh, expert_mesh)
+        return Layout([model], _plain_step(model, local_batch // microbatch), [], [])
+
+    schedule, parts, has_first, has_last, stages = am_pipeline.pipeline_model(
+        model,
+        world_mesh,
+        expert_mesh,
+        pp_axis_name="pp",
+        dp_axis_names=("dp",),
+        tp_axis_name="tp",
+        ep_axis_name="ep",
+        ep_shard_axis_names=("ep_shard",),
+        layers_per_stage=None,
+        pipeline_parallel_schedule_csv=None,
+        pipeline_parallel_schedule=schedule,
+        microbatch_size=microbatch,
+        local_batch_size=local_batch,
+        device=device,
+        loss_fn=next_token_loss,
+        parallelize_fn=parallelize,
+        scale_grads=True,
+    )
+
+    def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        losses: list[torch.Tensor] = []
+        schedule.step(
+            *((ids,) if has_first else ()),
+            target=labels if has_last else None,
+            losses=losses,
+            return_outputs=False,
+        )
+        return torch.stack(losses).mean().detach() if has_last else None
+
+    return Layout(parts, step, stages, am_pipeline.duplicate_parameters(stages))
+
+
+def parallelize_part(part: nn.Module, degrees: Degrees, world_mesh: DeviceMesh, expert_mesh: DeviceMesh | None) -> None:
+    """The order of operations on one part: tensor parallel, experts, then data parallel around both."""
+    as_it_is = MixedPrecisionPolicy()  # compute and reduce in the dtype of the parameters
+    if degrees.ep == 1:
+        if degrees.dp * degrees.tp > 1:
+            am_fsdp.fsdp2_strategy_parallelize(
+                part,
+                world_mesh["dp", "tp"],
+                mp_policy=as_it_is,
+                sequence_parallel=degrees.sequence_parallel,
+                dp_mesh_name="dp",
+                tp_mesh_name="tp",
+            )
+        return
+    if degrees.tp > 1:
+        plan = am_tp_plans.resolve_plan(part, sequence_parallel=degrees.sequence_parallel)
+        dense = {name: style for name, style in plan.items() if not name.endswith(".experts")}
+        am_tp_plans.apply_plan(part, world_mesh["tp"], dense)
+    if am_moe.find_experts(part):
+        am_moe.apply_ep(part, expert_mesh["ep"])
+    am_moe.apply_fsdp(
+        part,
+        world_mesh["dp"],
+        ep_enabled=True,
+        ep_shard_enabled=degrees.dp > degrees.ep,
+        ep_shard_mesh=expert_mesh["ep_shard"],
+        mp_policy=as_it_is,
+    )
+
+
+def _plain_step(model: nn.Module, microbatches: int) -> Step:
+    def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros((), device=ids.device)
+        sharded = hasattr(model, "set_requires_gradient_sync")
+        chunks = list(zip(ids.chunk(microbatches), labels.chunk(microbatches), strict=True))
+        for index, (some_ids, some_labels) in enumerate(chunks):
+            if sharded:
+                model.set_requires_gradient_sync(index == len(chunks) - 1)
+            loss = next_token_loss(model(some_ids, use_cache=False).logits, some_labels) / microbatches
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    return step

@@ -1,0 +1,69 @@
+"""Build a transformers causal LM from a model type or a local config folder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from training.text import VOCABULARY
+
+# Fields that `--size` multiplies, with what they are at size 1.
+_WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+_EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def build_config(name: str, size: int) -> Any:
+    """A config for a model type (`qwen3_moe`, `llama`, …) at a small size, or of a local folder as it is.
+
+    Args:
+        name: a transformers model type, or a folder with a `config.json`.
+        size: multiplies the widths (and the number of heads); 1 is what a laptop trains in a minute.
+
+    Raises:
+        ValueError: neither a folder nor a model type; a vocabulary too small for bytes.
+    """
+    if size < 1:
+        raise ValueError(f"--size must be at least 1, got {size}")
+    if os.path.isdir(name):
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        for field in (*_WIDTHS, "moe_intermediate_size"):
+            if size > 1 and isinstance(getattr(config, field, None), int):
+                setattr(config, field, size * getattr(config, field))
+    else:
+        try:
+            config = AutoConfig.for_model(name)
+        except ValueError:
+            raise ValueError(f"--config {name!r} is neither a folder nor a transformers model type") from None
+        for field, value in _WIDTHS.items():
+            if hasattr(config, field):
+                setattr(config, field, size * value)
+        for field, value in _EXPERTS.items():
+            if isinstance(getattr(config, field, None), int):
+                setattr(config, field, size * value if field == "moe_intermediate_size" else value)
+        small = {"num_hidden_layers": 4, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 4096}
+        for field, value in small.items():
+            if hasattr(config, field):
+                setattr(config, field, value)
+        for field in ("layer_types", "sliding_window"):
+            if getattr(config, field, None) is not None:
+                setattr(config, field, config.layer_types[:4] if field == "layer_types" else 64)
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    if config.vocab_size < VOCABULARY:
+        raise ValueError(f"--config {name!r} has vocab_size={config.vocab_size}; bytes need {VOCABULARY}")
+    config.use_cache = False
+    return config
+
+
+def build_model(config: Any, seed: int) -> nn.Module:
+    """The model with the same random weights on every rank, float32."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy in nats of `(B, S, V)` logits against `(B, S)` labels."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

@@ -1,0 +1,106 @@
+"""The five packages together: every composition trains like one process, from one table of layouts.
+
+The model is laid out by the code of `docs/examples`, which is what users start from.
+"""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+import sys
+
+import am_fsdp
+import pytest
+import torch
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen3.modeling_qwen3
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+from am_testkit.exact import assert_same, gradients
+from am_testkit.models import next_token_loss, tiny, token_batch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs" / "examples"))
+
+from training.degrees import Degrees
+from training.layout import lay_out
+
+# pp, dp, tp, ep, sequence parallel
+DENSE = [
+    (2, 1, 1, 1, False),
+    (1, 2, 1, 1, False),
+    (1, 1, 2, 1, False),
+    (1, 1, 2, 1, True),
+    (2, 2, 1, 1, False),
+    (2, 1, 2, 1, False),
+    (2, 1, 2, 1, True),
+    (1, 2, 2, 1, False),
+    (1, 2, 2, 1, True),
+    (4, 1, 1, 1, False),
+    (2, 2, 2, 1, False),
+    (2, 2, 2, 1, True),
+]
+EXPERTS = [
+    (1, 2, 1, 2, False),
+    (2, 2, 1, 2, False),
+    (1, 4, 1, 2, False),
+    (1, 2, 2, 2, False),
+    (2, 2, 2, 2, True),
+    (2, 4, 1, 2, False),
+]
+CASES = [
+    pytest.param(family, tied, layout, id=f"{family}{'-tied' * tied}-{_name}", marks=pytest.mark.ranks(_ranks))
+    for family, tied, layouts in (
+        ("qwen3", True, DENSE),
+        ("llama", False, DENSE[-2:]),
+        ("qwen3_moe", False, DENSE + EXPERTS),
+    )
+    for layout in layouts
+    for _ranks in [layout[0] * layout[1] * layout[2]]
+    for _name in ["pp{}-dp{}-tp{}-ep{}".format(*layout[:4]) + "-sp" * layout[4]]
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "layout"), CASES)
+def test_a_layout_trains_like_one_process(family, tied, layout):
+    degrees = Degrees(*layout)
+    model = tiny(family, tied=tied, num_key_value_heads=4)
+    whole = copy.deepcopy(model)
+    world_mesh, expert_mesh = degrees.world_mesh("cpu"), degrees.expert_mesh("cpu")
+    local = 16 // degrees.dp
+    laid_out = lay_out(
+        model,
+        degrees,
+        world_mesh,
+        expert_mesh,
+        schedule="1F1B",
+        microbatch=2,
+        local_batch=local,
+        device=torch.device("cpu"),
+    )
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, foreach=False) for m in (*laid_out.parts, whole)]
+    mine = slice(world_mesh.get_local_rank("dp") * local, (world_mesh.get_local_rank("dp") + 1) * local)
+    for step in range(3):
+        ids, labels = token_batch(16, 12, seed=step)
+        loss = laid_out.step(ids[mine], labels[mine])
+        logits = whole(ids, use_cache=False).logits
+        expected = next_token_loss(logits, labels)
+        expected.backward()
+        if loss is not None:
+            total = loss.clone()
+            dist.all_reduce(total, group=world_mesh.get_group("dp"))
+            assert_same(total / degrees.dp, expected, 1e-6, f"loss of step {step}")
+        for part in laid_out.parts:
+            assert_same(gradients(part), gradients(whole), 1e-6, f"gradients of step {step}")
+        norm = am_fsdp.clip_grad_norm_(
+            [p for part in laid_out.parts for p in part.parameters()],
+            0.1,
+            pipeline_shards=degrees.pp,
+            duplicates=laid_out.duplicates,
+        )
+        assert_same(norm, torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1), 1e-6, f"norm of step {step}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = dict(whole.named_parameters(remove_duplicate=False))
+    for part in laid_out.parts:
+        assert_same(dict(part.named_parameters()), weights, 1e-5, "weights after three clipped steps")
