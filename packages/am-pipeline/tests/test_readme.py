@@ -19,4 +19,4 @@ def test_a_block_of_the_readme_runs(block, tmp_path):
     script.write_text(block)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "loss" in done.stdout
+    assert done.stdout.strip()

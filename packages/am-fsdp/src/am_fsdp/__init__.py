@@ -1,1 +1,22 @@
-"""To be written."""
+"""FSDP2 strategies on a device mesh, with tensor and sequence parallelism and activation checkpointing."""
+
+from importlib.metadata import version
+
+from am_fsdp.clipping import clip_grad_norm_
+from am_fsdp.imports import import_class_from_path, import_classes_from_paths
+from am_fsdp.process_group import _destroy_dist_connection
+from am_fsdp.strategy import fsdp2_strategy_parallelize
+from am_fsdp.units import apply_fsdp_sharding_recursively
+from am_fsdp.unshard import unshard_fsdp2_model
+
+__version__ = version("am-fsdp")
+
+__all__ = [
+    "_destroy_dist_connection",
+    "apply_fsdp_sharding_recursively",
+    "clip_grad_norm_",
+    "fsdp2_strategy_parallelize",
+    "import_class_from_path",
+    "import_classes_from_paths",
+    "unshard_fsdp2_model",
+]

@@ -1,1 +1,24 @@
-"""To be written."""
+"""Tensor-parallel styles for LoRA layers, and a linear layer that compiles with sharded weights."""
+
+from importlib.metadata import version
+
+from .compiled_linear import TPLinear
+from .gradients import reduce_replicated_gradients
+from .lora import (
+    ColwiseParallelLora,
+    RowwiseParallelLora,
+    SequenceParallelLora,
+    _distribute_param,  # noqa: F401  (named in the API this package answers to)
+)
+from .translate import translate_to_lora
+
+__all__ = [
+    "ColwiseParallelLora",
+    "RowwiseParallelLora",
+    "SequenceParallelLora",
+    "TPLinear",
+    "reduce_replicated_gradients",
+    "translate_to_lora",
+]
+
+__version__ = version("am-tp-styles")

@@ -1,0 +1,93 @@
+"""One gradient norm over parameters that live on any mix of meshes, in one all-reduce."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    *,
+    norm_type: float = 2.0,
+    group: dist.ProcessGroup | None = None,
+    pipeline_shards: int = 1,
+    duplicates: Iterable[torch.Tensor] = (),
+    error_if_nonfinite: bool = False,
+) -> torch.Tensor:
+    """Scale gradients in place so that their global norm is at most `max_norm`; returns the norm before.
+
+    Every element of every gradient counts once. A rank adds the norm of its shard divided by the number of ranks that
+    hold the same shard: with `n` ranks per pipeline stage, a tensor in `s` distinct shards is on `n / s` of them. So
+    plain tensors, FSDP shards, tensor-parallel shards and experts on a mesh of their own may be mixed, and different
+    stages of a pipeline may hold different parameters.
+
+    Args:
+        parameters: this rank's parameters; those without a gradient add nothing.
+        max_norm: the largest norm allowed.
+        norm_type: 2.0 or `inf`.
+        group: all ranks that train the model; the default group if None.
+        pipeline_shards: how many ranks of `group` hold different stages: the size of the pipeline axis.
+        duplicates: parameters of this rank that are counted elsewhere (copies of tied weights on another stage);
+            scaled, not counted.
+        error_if_nonfinite: raise on every rank if the norm is not finite, naming this rank's gradients that are not.
+
+    Returns:
+        The norm, a float32 scalar on the device of the gradients, bitwise the same on every rank.
+
+    Collectives: one all-reduce of one float64 over `group`; one per gradient that is still a partial sum.
+
+    Raises:
+        ValueError: `norm_type` or `pipeline_shards` is out of range.
+        RuntimeError: with `error_if_nonfinite`, on every rank.
+    """
+    if norm_type not in (2.0, math.inf):
+        raise ValueError(f"norm_type must be 2.0 or inf, got {norm_type}")
+    size = dist.get_world_size(group)
+    if pipeline_shards < 1 or size % pipeline_shards:
+        raise ValueError(f"pipeline_shards={pipeline_shards} must divide the {size} ranks of the group")
+    if isinstance(parameters, torch.Tensor):
+        parameters = [parameters]
+    uncounted = {id(p) for p in duplicates}
+    trained = [p for p in parameters if p.grad is not None]
+    locals_ = [_local_shard(p) for p in trained]
+    total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
+    for parameter, shard in zip(trained, locals_, strict=True):
+        if id(parameter) in uncounted or not shard.numel():
+            continue
+        if norm_type == math.inf:
+            total = torch.maximum(total, shard.abs().max().double())
+        else:
+            held_by = size / pipeline_shards / _distinct_shards(parameter.grad)
+            total = total + torch.linalg.vector_norm(shard, dtype=torch.float64).square() / held_by
+    dist.all_reduce(total, dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM, group=group)
+    norm = total if norm_type == math.inf else total.sqrt()
+    if error_if_nonfinite and not torch.isfinite(norm):
+        bad = [i for i, shard in enumerate(locals_) if not bool(torch.isfinite(shard).all())]
+        raise RuntimeError(f"the gradient norm is {norm.item()}; not finite on this rank: gradients {bad or 'none'}")
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for shard in locals_:
+        shard.mul_(scale.to(shard.dtype))
+    return norm.float()
+
+
+def _local_shard(parameter: torch.Tensor) -> torch.Tensor:
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor):
+        return gradient
+    if any(isinstance(p, Partial) for p in gradient.placements):
+        settled = [Replicate() if isinstance(p, Partial) else p for p in gradient.placements]
+        parameter.grad = gradient = gradient.redistribute(placements=settled)
+    return gradient.to_local()
+
+
+def _distinct_shards(gradient: torch.Tensor) -> int:
+    if not isinstance(gradient, DTensor):
+        return 1
+    sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))

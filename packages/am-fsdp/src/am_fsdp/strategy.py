@@ -1,0 +1,108 @@
+"""Tensor parallelism, activation checkpointing and FSDP2 on a model, in the order that works."""
+
+from __future__ import annotations
+
+import am_tp_plans
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from am_fsdp._torch_compat import axis
+from am_fsdp.checkpointing import checkpoint_layers
+from am_fsdp.units import apply_fsdp_sharding_recursively
+
+
+def fsdp2_strategy_parallelize(
+    model: nn.Module,
+    device_mesh: DeviceMesh,
+    param_dtype: torch.dtype = torch.bfloat16,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: CPUOffloadPolicy | None = None,
+    sequence_parallel: bool = False,
+    activation_checkpointing: bool = False,
+    cpu_offload: bool = False,
+    tp_shard_plan: dict[str, ParallelStyle] | str | None = None,
+    dp_mesh_name: str = "data_parallel",
+    tp_mesh_name: str = "tensor_parallel",
+    dp_cp_mesh_name: str = "dp_cp",
+) -> nn.Module:
+    """Lay a transformers model out over a data axis, or a data and a tensor axis, in place.
+
+    Args:
+        model: real, with the same weights on every rank, or on the meta device; then the caller materialises the
+            shards afterwards (`model.to_empty(device=...)` and an initialisation or a checkpoint). It may be a pipeline
+            part whose absent modules are leaves without parameters.
+        device_mesh: has the data axis (size 1 allowed) and, for tensor parallelism, the tensor axis.
+        param_dtype: compute dtype of the default `mp_policy`; gradients are then reduced in float32, or in
+            `param_dtype` where that is wider.
+        mp_policy: FSDP2's own, instead.
+        offload_policy: FSDP2's own; `cpu_offload=True` is short for `CPUOffloadPolicy()`.
+        sequence_parallel: shard the sequence between layers over the tensor axis; sets `model.sequence_shards`.
+        activation_checkpointing: recompute each decoder layer in backward; sets `model.config.use_cache = False`.
+        tp_shard_plan: a plan or an import path of one, before the registry of `am_tp_plans`.
+        dp_mesh_name: the data axis.
+        tp_mesh_name: the tensor axis; missing or of size 1 means no tensor parallelism.
+        dp_cp_mesh_name: the flattened data and context axis; parameters are sharded over it where the mesh has it.
+
+    Returns:
+        The model.
+
+    Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
+        each sharded parameter is broadcast once over the tensor axis.
+
+    Raises:
+        ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
+            experts are already spread over the data ranks, or the plan does not fit; on every rank alike.
+    """
+    dp_mesh = axis(device_mesh, dp_cp_mesh_name) or axis(device_mesh, dp_mesh_name)
+    tp_mesh = axis(device_mesh, tp_mesh_name)
+    _check(model, device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
+    offload = offload_policy or (CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+    mixed = mp_policy or default_mp_policy(param_dtype)
+
+    if tp_mesh is not None and tp_mesh.size() > 1:
+        plan = am_tp_plans.resolve_plan(model, tp_shard_plan, sequence_parallel=sequence_parallel)
+        am_tp_plans.apply_plan(model, tp_mesh, plan)
+    if activation_checkpointing:
+        checkpoint_layers(model)
+    apply_fsdp_sharding_recursively(model, dp_mesh, mixed, offload)
+    # The root holds what no layer does; tied embeddings and head stay one parameter in it.
+    fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+    return model
+
+
+def default_mp_policy(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Compute in `param_dtype`, reduce gradients in float32 or wider."""
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.promote_types(param_dtype, torch.float32))
+
+
+def _check(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    dp_mesh: DeviceMesh | None,
+    tp_mesh: DeviceMesh | None,
+    dp_name: str,
+    tp_name: str,
+    sequence_parallel: bool,
+    plan: object,
+) -> None:
+    axes = mesh.mesh_dim_names
+    if dp_mesh is None:
+        raise ValueError(f"device_mesh has no data axis {dp_name!r}; it has {axes}. Pass its name as dp_mesh_name")
+    if dp_mesh.ndim != 1:
+        raise ValueError(f"the data axis {dp_name!r} must be one-dimensional, got {dp_mesh.mesh_dim_names}")
+    if tp_mesh is None and (sequence_parallel or plan is not None):
+        asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
+        raise ValueError(f"{asked} needs a tensor axis, but device_mesh has no {tp_name!r}; it has {axes}")
+    data_ranks = set(dp_mesh.mesh.flatten().tolist())
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            shared = data_ranks & set(parameter.device_mesh.mesh.flatten().tolist())
+            if len(shared) > 1:
+                raise ValueError(
+                    f"{name} is already distributed over {len(shared)} ranks of the data axis {dp_name!r}, as experts "
+                    "under expert parallelism are; shard such a model with am_moe.apply_fsdp"
+                )

@@ -1,0 +1,236 @@
+"""A model laid out over data and tensor axes trains like one process."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+from am_fsdp import apply_fsdp_sharding_recursively, clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
+from am_testkit.exact import assert_same, gradients, relative_error
+from am_testkit.models import next_token_loss, tiny, token_batch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+AXES = ("data_parallel", "tensor_parallel")
+
+
+def mesh_of(dp, tp=None):
+    if tp is None:
+        return init_device_mesh("cpu", (dp,), mesh_dim_names=AXES[:1])
+    return init_device_mesh("cpu", (dp, tp), mesh_dim_names=AXES)
+
+
+def train_both(model, whole, mesh, *, steps=3, tolerance=1e-10):
+    """Train the laid-out model on its share of the batch and the whole one on all of it; compare everything."""
+    dp = mesh["data_parallel"]
+    size, rank = dp.size(), dp.get_local_rank()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, foreach=False) for m in (model, whole)]
+    for step in range(steps):
+        ids, labels = token_batch(4, 12, seed=step)
+        share = slice(rank * 4 // size, (rank + 1) * 4 // size)
+        logits = model(ids[share], use_cache=False).logits
+        next_token_loss(logits, labels[share]).backward()
+        expected = whole(ids, use_cache=False).logits
+        next_token_loss(expected, labels).backward()
+        assert_same(logits, expected[share], tolerance, f"logits of step {step}")
+        assert_same(gradients(model), gradients(whole), tolerance, f"gradients of step {step}")
+        norm = clip_grad_norm_(model.parameters(), 0.1)
+        assert_same(norm, torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1), 1e-6, "norm")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = dict(whole.named_parameters(remove_duplicate=False))
+    assert_same(dict(model.named_parameters(remove_duplicate=False)), weights, 10 * tolerance, "weights")
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
+@pytest.mark.ranks(2)
+def test_a_model_sharded_over_data_ranks_trains_like_one_process(family, tied, checkpointing):
+    model = tiny(family, tied=tied)
+    whole, names = copy.deepcopy(model), set(model.state_dict())
+    mesh = mesh_of(2)
+    fsdp2_strategy_parallelize(model, mesh, torch.float64, activation_checkpointing=checkpointing)
+    assert set(model.state_dict()) == names
+    train_both(model, whole, mesh)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
+@pytest.mark.ranks(4)
+def test_a_model_on_a_data_and_tensor_mesh_trains_like_one_process(family, tied, sequence_parallel):
+    model = tiny(family, tied=tied)
+    whole, names = copy.deepcopy(model), set(model.state_dict())
+    mesh = mesh_of(2, 2)
+    fsdp2_strategy_parallelize(
+        model, mesh, torch.float64, sequence_parallel=sequence_parallel, activation_checkpointing=sequence_parallel
+    )
+    assert set(model.state_dict()) == names
+    train_both(model, whole, mesh)
+
+
+@pytest.mark.ranks(2)
+def test_a_data_axis_of_one_rank_beside_a_tensor_axis_trains_like_one_process():
+    model = tiny("qwen3", tied=True)
+    whole = copy.deepcopy(model)
+    mesh = mesh_of(1, 2)
+    fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    train_both(model, whole, mesh)
+
+
+@pytest.mark.ranks(2)
+def test_a_model_from_meta_holds_only_its_shards():
+    with torch.device("meta"):
+        model = tiny("llama")
+    whole = tiny("llama")
+    mesh = mesh_of(2)
+    fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    held = sum(p.to_local().numel() for p in model.parameters())
+    assert held <= sum(p.numel() for p in whole.parameters()) / 2 + 64
+    with torch.no_grad():
+        for (_, shard), value in zip(model.named_parameters(), whole.parameters(), strict=True):
+            shard.copy_(distribute_tensor(value, shard.device_mesh, shard.placements))
+        for mine, theirs in zip(model.buffers(), whole.buffers(), strict=True):
+            mine.copy_(theirs)
+    train_both(model, whole, mesh, steps=1)
+
+
+@pytest.mark.ranks(2)
+def test_bfloat16_compute_stays_near_a_bfloat16_process():
+    model = tiny("llama", dtype=torch.float32)
+    whole = copy.deepcopy(model).to(torch.bfloat16)
+    fsdp2_strategy_parallelize(model, mesh_of(2))
+    ids, labels = token_batch(4, 12)
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    logits = model(ids[share], use_cache=False).logits
+    expected = whole(ids, use_cache=False).logits
+    assert relative_error(logits.float(), expected[share].float()) < 2e-2
+    next_token_loss(logits, labels[share]).backward()
+    next_token_loss(expected, labels).backward()
+    reduced = {n: g.to(torch.float32) for n, g in gradients(model).items()}
+    assert_same(reduced, {n: g.float() for n, g in gradients(whole).items()}, 6e-2, "gradients")
+
+
+@pytest.mark.ranks(2)
+def test_frozen_parameters_stay_frozen_and_get_no_gradient():
+    model = tiny("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.3" in name)
+    whole = copy.deepcopy(model)
+    mesh = mesh_of(2)
+    fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    train_both(model, whole, mesh, steps=1)
+    assert not model.model.embed_tokens.weight.requires_grad
+
+
+@pytest.mark.ranks(2)
+def test_units_are_the_layers_and_absent_layers_are_passed_over():
+    model = tiny("llama")
+    model.model.layers[1] = nn.Identity()
+    apply_fsdp_sharding_recursively(model, mesh_of(2), None)
+    assert [isinstance(layer, FSDPModule) for layer in model.model.layers] == [True, False, True, True]
+    assert not isinstance(model.model.norm, FSDPModule)
+
+
+@pytest.mark.ranks(2)
+def test_unsharding_is_undone_as_it_was_also_by_an_exception():
+    model = tiny("llama")
+    fsdp2_strategy_parallelize(model, mesh_of(2), torch.float64)
+    ids, _ = token_batch(2, 8)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model.reshard()
+        model.model.layers[-1].reshard()
+        with unshard_fsdp2_model(model):
+            assert not any(isinstance(p, DTensor) for p in model.parameters())
+            with unshard_fsdp2_model(model):  # what is unsharded already stays so on leaving the inner context
+                pass
+            assert not any(isinstance(p, DTensor) for p in model.parameters())
+            assert_same(model(ids, use_cache=False).logits, expected, 0.0, "logits")
+    with pytest.raises(KeyError), unshard_fsdp2_model(model):
+        raise KeyError
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+@pytest.mark.ranks(4)
+def test_the_norm_counts_every_element_once_over_plain_tensors_and_different_meshes(norm_type):
+    torch.manual_seed(0)
+    values = [torch.randn(8, 4) for _ in range(4)]
+    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    flat = init_device_mesh("cpu", (4,))
+    layouts = [(world, [Shard(0), Shard(1)]), (world["b"], [Shard(1)]), (flat, [Shard(0)]), None]
+    parameters = []
+    for value, layout in zip(values, layouts, strict=True):
+        gradient = value if layout is None else distribute_tensor(value, *layout)
+        parameter = nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient.clone()
+        parameters.append(parameter)
+    whole = [nn.Parameter(torch.zeros_like(v)) for v in values]
+    for parameter, value in zip(whole, values, strict=True):
+        parameter.grad = value.clone()
+    expected = torch.nn.utils.clip_grad_norm_(whole, 0.5, norm_type=norm_type)
+    assert_same(clip_grad_norm_(parameters, 0.5, norm_type=norm_type), expected, 1e-6, "norm")
+    for mine, theirs in zip(parameters, whole, strict=True):
+        assert_same(mine.grad, theirs.grad, 1e-6, "clipped gradient")
+
+
+@pytest.mark.ranks(2)
+def test_copies_of_a_tied_weight_count_once_and_pipeline_ranks_add_up():
+    mine, twin = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4))
+    mine.grad = torch.full((3,), 2.0 + dist.get_rank())
+    twin.grad = torch.ones(4)
+    norm = clip_grad_norm_([mine, twin], 1.0, pipeline_shards=2, duplicates=[twin] if dist.get_rank() else [])
+    assert norm.item() == pytest.approx(math.sqrt(3 * 4 + 3 * 9 + 4))
+    assert twin.grad[0].item() == pytest.approx(1 / norm.item(), rel=1e-5)
+
+
+@pytest.mark.ranks(2)
+def test_a_norm_that_is_not_finite_is_an_error_on_every_rank():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, math.nan if dist.get_rank() else 1.0])
+    with pytest.raises(RuntimeError, match="gradients \\[0\\]" if dist.get_rank() else "gradients none"):
+        clip_grad_norm_([parameter], 1.0, error_if_nonfinite=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dp_mesh_name": "dp"}, "no data axis 'dp'; it has"),
+        ({"sequence_parallel": True}, "sequence_parallel=True needs a tensor axis"),
+        ({"tp_shard_plan": {}}, "tp_shard_plan needs a tensor axis"),
+    ],
+)
+@pytest.mark.ranks(2)
+def test_a_wrong_request_is_refused_on_every_rank(settings, words):
+    with pytest.raises(ValueError, match=words):
+        fsdp2_strategy_parallelize(tiny("llama"), mesh_of(2), **settings)
+
+
+@pytest.mark.ranks(2)
+def test_experts_that_are_spread_over_the_data_ranks_are_not_sharded_again():
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    with pytest.raises(ValueError, match=r"weight is already distributed .* am_moe\.apply_fsdp"):
+        fsdp2_strategy_parallelize(model, mesh_of(2))
+
+
+@pytest.mark.ranks(2)
+def test_the_private_state_that_unsharding_reads_is_still_there():
+    from am_fsdp._torch_compat import is_unsharded
+
+    module = fully_shard(nn.Linear(4, 4), mesh=mesh_of(2), mp_policy=MixedPrecisionPolicy())
+    assert not is_unsharded(module)
+    module.unshard()
+    assert is_unsharded(module)
+    module.reshard()
+    assert not is_unsharded(module)
