@@ -9,13 +9,14 @@ import copy
 import pathlib
 import sys
 
-import am_fsdp
 import pytest
 import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+
+import am_fsdp
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 

@@ -11,10 +11,11 @@ import argparse
 import os
 import pathlib
 
-import am_fsdp
-import am_pipeline
 import torch
 import torch.distributed as dist
+
+import am_fsdp
+import am_pipeline
 from training import checkpoint
 from training.degrees import Degrees
 from training.layout import Layout, lay_out

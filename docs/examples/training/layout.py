@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import am_fsdp
-import am_moe
-import am_pipeline
-import am_tp_plans
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+import am_fsdp
+import am_moe
+import am_pipeline
+import am_tp_plans
 from training.degrees import Degrees
 from training.model import next_token_loss
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import am_fsdp
 import pytest
 import torch
 import torch.distributed as dist
+
+import am_fsdp
 
 
 def test_a_path_names_a_class():

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-from am_fsdp import apply_fsdp_sharding_recursively, clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
-from am_testkit.exact import assert_same, gradients, relative_error
-from am_testkit.models import next_token_loss, tiny, token_batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from am_fsdp import apply_fsdp_sharding_recursively, clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
+from am_testkit.exact import assert_same, gradients, relative_error
+from am_testkit.models import next_token_loss, tiny, token_batch
 
 AXES = ("data_parallel", "tensor_parallel")
 

@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 import transformers.models.mixtral.modeling_mixtral
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-from am_moe import ExpertParallel, apply_ep, apply_fsdp, find_experts
-from am_testkit.exact import assert_same, gradients, whole
-from am_testkit.models import next_token_loss, tiny, token_batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+
+from am_moe import ExpertParallel, apply_ep, apply_fsdp, find_experts
+from am_testkit.exact import assert_same, gradients, whole
+from am_testkit.models import next_token_loss, tiny, token_batch
 
 FAMILIES = ["qwen3_moe", "mixtral"]
 

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaModel
+
 from am_pipeline import build_part, generate_hf_model_fqn_per_model_part, plan_cut
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
-from torch import nn
-from transformers.models.llama.modeling_llama import LlamaModel
 
 FAMILIES = [
     ("llama", {}),

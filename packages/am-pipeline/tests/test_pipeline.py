@@ -10,6 +10,9 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
 from am_pipeline import (
     build_pipeline_schedule,
     duplicate_parameters,
@@ -20,8 +23,6 @@ from am_pipeline import (
 )
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 MODELS = [("llama", False), ("qwen3", True), ("qwen3_moe", False), ("qwen3_moe", True)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from am_pipeline import calculate_virtual_stages, generate_hf_model_fqn_per_model_part, stage_ids_this_rank
 from hypothesis import given
 from hypothesis import strategies as st
+
+from am_pipeline import calculate_virtual_stages, generate_hf_model_fqn_per_model_part, stage_ids_this_rank
 
 
 @given(pp_size=st.integers(1, 16), per_rank=st.integers(1, 6))

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401
+from torch.distributed.device_mesh import init_device_mesh
+
 from am_pipeline import gather_timeline, pipeline_model, plot_timeline, record_timeline
 from am_testkit.models import next_token_loss, tiny, token_batch
-from torch.distributed.device_mesh import init_device_mesh
 
 
 @pytest.mark.parametrize(("schedule", "kinds"), [("1F1B", "FB"), ("ZBVZeroBubble", "FIW")])

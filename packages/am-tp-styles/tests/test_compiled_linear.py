@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from am_testkit.exact import assert_same, gradients
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from am_testkit.exact import assert_same, gradients
 from am_tp_styles import TPLinear
 
 
@@ -104,7 +104,7 @@ def test_nn_linear_still_needs_it_under_compile():
     model = Mlp(bias=False)
     parallelize_module(model, init_device_mesh("cpu", (2,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
-    with pytest.raises(Exception, match="(?i)recursion"):
+    with pytest.raises(Exception, match=r"(?i)recursion"):
         compiled(torch.randn(2, 4, 8, dtype=torch.float64)).sum().backward()
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from am_testkit.exact import assert_same, gradients
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
+from am_testkit.exact import assert_same, gradients
 from am_tp_styles import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora, translate_to_lora
 
 sys.path.insert(0, str(Path(__file__).parent))

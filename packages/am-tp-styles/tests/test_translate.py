@@ -72,7 +72,7 @@ def test_a_style_without_translation_is_refused_by_name():
         translate_to_lora(_Unknown())
     with pytest.raises(TypeError, match=r"plan\['mlp'\] is a .*_Unknown"):
         translate_to_lora({"mlp": _Unknown()})
-    with pytest.raises(TypeError, match="builtins.str"):
+    with pytest.raises(TypeError, match=r"builtins\.str"):
         translate_to_lora("colwise")
 
 

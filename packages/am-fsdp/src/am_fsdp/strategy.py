@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import am_tp_plans
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -10,6 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+import am_tp_plans
 from am_fsdp._torch_compat import axis
 from am_fsdp.checkpointing import checkpoint_layers
 from am_fsdp.units import apply_fsdp_sharding_recursively

@@ -20,10 +20,10 @@ def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None 
     """Spread the experts of every layer over the ranks of an axis, in place.
 
     Names, routers and the experts' own forward stay; their parameters become DTensors sharded on the expert dim, and
-    each rank runs the forward on the tokens that need its slice. **Gradients are right when `backward()` returns**, by the
-    convention of data parallelism, of which the expert axis is a part: every rank's loss is the mean of its own tokens,
-    and gradients are averages over the data-parallel ranks. The style divides expert gradients, to which the tokens of
-    all ranks contribute, by the axis's size; whoever does data parallelism averages the rest.
+    each rank runs the forward on the tokens that need its slice. **Gradients are right when `backward()` returns**, by
+    the convention of data parallelism, of which the expert axis is a part: every rank's loss is the mean of its own
+    tokens, and gradients are averages over the data-parallel ranks. The style divides expert gradients, to which the
+    tokens of all ranks contribute, by the axis's size; whoever does data parallelism averages the rest.
 
     Args:
         model: real, or on the meta device; any model in which `find_experts` finds something.

@@ -2,15 +2,15 @@
 
 from importlib.metadata import version
 
-from .compiled_linear import TPLinear
-from .gradients import reduce_replicated_gradients
-from .lora import (
+from am_tp_styles.compiled_linear import TPLinear
+from am_tp_styles.gradients import reduce_replicated_gradients
+from am_tp_styles.lora import (
     ColwiseParallelLora,
     RowwiseParallelLora,
     SequenceParallelLora,
     _distribute_param,  # noqa: F401  (named in the API this package answers to)
 )
-from .translate import translate_to_lora
+from am_tp_styles.translate import translate_to_lora
 
 __all__ = [
     "ColwiseParallelLora",

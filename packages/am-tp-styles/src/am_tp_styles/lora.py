@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-from .gradients import reduce_replicated_gradients
+from am_tp_styles.gradients import reduce_replicated_gradients
 
 
 class ColwiseParallelLora(ColwiseParallel):

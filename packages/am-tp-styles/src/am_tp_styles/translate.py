@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
 )
 
-from .lora import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora
+from am_tp_styles.lora import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora
 
 _LORA_STYLES = {
     ColwiseParallel: ColwiseParallelLora,

@@ -1,0 +1,148 @@
+"""Apply a plan: expand it, check it against the model and the axis, then shard."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from am_tp_plans.experts import ExpertsOverTensorAxis
+
+
+def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> nn.Module:
+    """Shard a model over a tensor-parallel axis, in place; gradients are right when `backward()` returns.
+
+    Tied weights stay one parameter. `model.sequence_shards` says over how many ranks the sequence is sharded between
+    layers.
+
+    Args:
+        model: real, with the same weights on every rank, or on the meta device. It may be a pipeline part, whose absent
+            modules are leaves without parameters; keys for those are passed over.
+        tp_mesh: one-dimensional.
+        plan: from `resolve_plan`, or your own.
+
+    Returns:
+        The model.
+
+    Collectives: with real weights a scatter or broadcast per parameter from the axis's first rank; then those of the
+        styles.
+
+    Raises:
+        ValueError: a key matches nothing, heads or features do not divide over the axis, tied weights would be sharded
+            differently; on every rank alike, before any collective.
+    """
+    if tp_mesh.ndim != 1:
+        raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
+    concrete = expand_plan(model, plan)
+    _check_heads(model, tp_mesh.size())
+    for name, style in concrete.items():
+        _check_features(name, model.get_submodule(name), style, tp_mesh.size())
+    tied = _tied_weights(model)
+    _check_ties(tied, concrete)
+    for name, style in concrete.items():
+        parallelize_module(model.get_submodule(name), tp_mesh, style)
+    _tie_again(model, tied)
+    model.sequence_shards = tp_mesh.size() if any(getattr(s, "shards_sequence", False) for s in plan.values()) else 1
+    return model
+
+
+def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The plan with `*` (one level of a name) replaced by the modules there are, in the model's order.
+
+    A module named by several keys takes the last. Modules without parameters that stand where a pipeline cut left
+    them out are passed over.
+
+    Raises:
+        ValueError: a key matches nothing, and nothing that was left out could be what it means.
+    """
+    modules = dict(model.named_modules())
+    absent = [n for n, m in modules.items() if n and not list(m.children()) and not list(m.parameters())]
+    matched: dict[str, ParallelStyle] = {}
+    for key, style in plan.items():
+        pattern = re.compile(key.replace(".", r"\.").replace("*", r"[^.]+"))
+        names = [name for name in modules if pattern.fullmatch(name)]
+        if not names and not any(_may_mean(key, name) for name in absent):
+            raise ValueError(
+                f"the plan's key {key!r} matches no module of {type(model).__name__}; {_nearest(key, modules)}"
+            )
+        matched |= {name: style for name in names if name not in absent}
+    return {name: matched[name] for name in modules if name in matched}
+
+
+def _may_mean(key: str, absent: str) -> bool:
+    """Whether a key names a module that was left out, or something inside it."""
+    levels = key.split(".")[: absent.count(".") + 1]
+    return re.fullmatch(".".join(levels).replace(".", r"\.").replace("*", r"[^.]+"), absent) is not None
+
+
+def _nearest(key: str, modules: dict[str, nn.Module]) -> str:
+    leaf = key.rpartition(".")[2]
+    same = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in modules if n.rpartition(".")[2] == leaf})
+    return f"modules of that name are {same}" if same else f"there is no module called {leaf!r}"
+
+
+def _check_heads(model: nn.Module, size: int) -> None:
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % size:
+            raise ValueError(f"{name}={heads} does not divide over {size} tensor-parallel ranks; {_divisors(heads)}")
+
+
+def _check_features(name: str, module: nn.Module, style: ParallelStyle, size: int) -> None:
+    if isinstance(style, ExpertsOverTensorAxis):
+        what, number = "experts", getattr(module, "num_experts", 0)
+        if not number or not all(p.shape[0] == number for p in module.parameters(recurse=False)):
+            raise ValueError(f"{name} is no module of stacked experts, but the plan shards its experts")
+    elif isinstance(style, (ColwiseParallel, RowwiseParallel)) and isinstance(module, (nn.Linear, nn.Embedding)):
+        colwise = isinstance(style, ColwiseParallel)
+        dim = int(colwise == isinstance(module, nn.Embedding))
+        what, number = ("output features" if colwise else "input features"), module.weight.shape[dim]
+        if isinstance(module, nn.Embedding):
+            what = "columns" if colwise else "rows"
+    else:
+        return
+    if number % size:
+        raise ValueError(f"the {number} {what} of {name} do not divide over {size} ranks; {_divisors(number)}")
+
+
+def _divisors(number: int) -> str:
+    return f"an axis can have {[d for d in range(1, number + 1) if number % d == 0]}"
+
+
+def _tied_weights(model: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _check_ties(tied: list[list[str]], plan: dict[str, ParallelStyle]) -> None:
+    """A tied embedding and head must both shard the vocabulary, or neither be sharded."""
+    for group in tied:
+        dims = {name: _sharded_dim(plan.get(name.rpartition(".")[0]), name) for name in group}
+        if len(set(dims.values())) > 1:
+            raise ValueError(f"{' and '.join(group)} are one parameter, but the plan shards them differently: {dims}")
+
+
+def _sharded_dim(style: ParallelStyle | None, name: str) -> int | None:
+    if isinstance(style, (ColwiseParallel, RowwiseParallel)):
+        colwise, embedding = isinstance(style, ColwiseParallel), "embed" in name
+        return int(colwise == embedding)
+    return None
+
+
+def _tie_again(model: nn.Module, tied: list[list[str]]) -> None:
+    for first, *others in tied:
+        parameter = model.get_parameter(first)
+        for name in others:
+            owner, _, leaf = name.rpartition(".")
+            other = model.get_parameter(name)
+            if isinstance(other, DTensor) != isinstance(parameter, DTensor):
+                raise ValueError(f"{first} and {name} are one parameter, but the plan shards only one of them")
+            model.get_submodule(owner).register_parameter(leaf, parameter)

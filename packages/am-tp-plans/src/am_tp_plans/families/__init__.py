@@ -1,0 +1,1 @@
+"""Plans per model family, each in a file of its own."""

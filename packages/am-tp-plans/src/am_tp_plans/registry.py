@@ -1,0 +1,52 @@
+"""Which plan belongs to which model class, by qualified name: no model class is imported to recognise it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from am_tp_plans.families.llama import _parallelize_llama
+from am_tp_plans.families.qwen import _parallelize_qwen
+from am_tp_plans.families.qwen3_moe import _parallelize_qwen3_moe
+
+PlanFunction = Callable[..., dict[str, ParallelStyle]]
+
+
+class PlanRegistry(Mapping[str, PlanFunction]):
+    """Plan functions by qualified class name. A class works as a key too: its own name, then its bases'."""
+
+    def __init__(self, functions: dict[str, PlanFunction]) -> None:
+        self._functions = functions
+
+    def __getitem__(self, key: str | type) -> PlanFunction:
+        if isinstance(key, str):
+            return self._functions[key]
+        for cls in key.__mro__:
+            function = self._functions.get(f"{cls.__module__}.{cls.__qualname__}")
+            if function is not None:
+                return function
+        raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]  # type: ignore[index]
+        except (KeyError, AttributeError, TypeError):
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+
+PARALLELIZE_FUNCTIONS = PlanRegistry(
+    {
+        "transformers.models.llama.modeling_llama.LlamaForCausalLM": _parallelize_llama,
+        "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM": _parallelize_qwen,
+        "transformers.models.qwen3.modeling_qwen3.Qwen3ForCausalLM": _parallelize_qwen,
+        "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeForCausalLM": _parallelize_qwen3_moe,
+    }
+)

@@ -1,0 +1,215 @@
+"""Families under tensor and sequence parallelism give what one process gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen2.modeling_qwen2
+import transformers.models.qwen3.modeling_qwen3
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from am_testkit.exact import assert_same, gradients
+from am_testkit.models import next_token_loss, tiny, token_batch
+from am_tp_plans import PARALLELIZE_FUNCTIONS, apply_plan, resolve_plan
+from am_tp_styles import translate_to_lora
+
+FAMILIES = [
+    ("llama", {}),
+    ("llama", {"tied": True, "pad_token_id": 60}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("qwen3", {"tied": True}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"tied": True, "mlp_only_layers": [1]}),
+]
+SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
+
+
+def axis():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+def sharded(model, sequence_parallel):
+    return apply_plan(model, axis(), resolve_plan(model, sequence_parallel=sequence_parallel))
+
+
+def compare(family, settings, sequence_parallel):
+    model = tiny(family, num_key_value_heads=4, **settings)
+    whole, names = copy.deepcopy(model), list(model.state_dict())
+    sharded(model, sequence_parallel)
+    assert list(model.state_dict()) == names
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, foreach=False) for m in (model, whole)]
+    for step in range(2):
+        ids, labels = token_batch(2, 12, seed=step)
+        outputs = []
+        for each in (model, whole):
+            outputs.append(each(ids, use_cache=False).logits)
+            next_token_loss(outputs[-1], labels).backward()
+        assert_same(*outputs, 1e-10, f"logits of step {step}")
+        assert_same(gradients(model), gradients(whole), 1e-10, f"gradients of step {step}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = dict(whole.named_parameters(remove_duplicate=False))
+    assert_same(dict(model.named_parameters(remove_duplicate=False)), weights, 1e-8, "weights")
+
+
+@pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=str)
+@SEQUENCE
+@pytest.mark.ranks(2)
+def test_logits_gradients_and_steps_equal_one_process_on_two_ranks(family, settings, sequence_parallel):
+    compare(family, settings, sequence_parallel)
+
+
+@pytest.mark.parametrize(("family", "settings"), [FAMILIES[0], FAMILIES[4], FAMILIES[5]], ids=str)
+@SEQUENCE
+@pytest.mark.ranks(4)
+def test_logits_gradients_and_steps_equal_one_process_on_four_ranks(family, settings, sequence_parallel):
+    compare(family, settings, sequence_parallel)
+
+
+@SEQUENCE
+@pytest.mark.ranks(2)
+def test_tied_weights_stay_one_parameter(sequence_parallel):
+    model = sharded(tiny("qwen3", tied=True), sequence_parallel)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.sequence_shards == (2 if sequence_parallel else 1)
+
+
+@pytest.mark.ranks(2)
+def test_a_layer_costs_two_collectives_each_way():
+    counts = {}
+    for layers in (2, 3):
+        for sequence_parallel in (False, True):
+            model = sharded(tiny("llama", layers=layers), sequence_parallel)
+            ids, labels = token_batch(2, 12)
+            with CommDebugMode() as comm:
+                loss = next_token_loss(model(ids, use_cache=False).logits, labels)
+            forward = comm.get_total_counts()
+            with CommDebugMode() as comm:
+                loss.backward()
+            counts[layers, sequence_parallel] = (forward, comm.get_total_counts())
+    plain = [b - a for a, b in zip(counts[2, False], counts[3, False], strict=True)]
+    sequence = [b - a for a, b in zip(counts[2, True], counts[3, True], strict=True)]
+    assert plain == [2, 2]
+    assert sequence == [4, 6], "a gather and a reduce-scatter around each half; backward also sums two norms' gradients"
+
+
+@pytest.mark.ranks(2)
+def test_a_model_on_meta_is_sharded_without_weights_and_trains_when_it_gets_them():
+    whole = tiny("qwen3", num_key_value_heads=4)
+    with torch.device("meta"):
+        model = tiny("qwen3", num_key_value_heads=4)
+    sharded(model, sequence_parallel=True)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, value in whole.named_parameters():
+            mine = model.get_parameter(name)
+            mine.copy_(distribute_tensor(value, mine.device_mesh, mine.placements))
+        for mine, theirs in zip(model.buffers(), whole.buffers(), strict=True):
+            mine.copy_(theirs)
+    ids, labels = token_batch(2, 12)
+    for each in (model, whole):
+        next_token_loss(each(ids, use_cache=False).logits, labels).backward()
+    assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
+
+
+@pytest.mark.ranks(2)
+def test_a_part_of_a_pipeline_is_sharded_where_it_has_modules():
+    """The second half of a model: what it does not hold are identities, and it receives a sequence shard."""
+    model = tiny("qwen3")
+    whole = copy.deepcopy(model)
+    for index in range(2):
+        model.model.layers[index] = nn.Identity()
+    model.model.embed_tokens = nn.Identity()
+    apply_plan(model, axis(), resolve_plan(model, sequence_parallel=True))
+    assert model.sequence_shards == 2
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 12, 32, dtype=torch.float64, requires_grad=True)
+    again = hidden.detach().clone().requires_grad_()
+    shard = hidden.chunk(2, dim=1)[dist.get_rank()]
+
+    def second_half(each, start, length):
+        rotary = each.model.rotary_emb(hidden, torch.arange(12)[None])
+        mask = torch.full((12, 12), float("-inf"), dtype=torch.float64).triu(1)[None, None]
+        out = start
+        for layer in each.model.layers[2:]:
+            out = layer(out, attention_mask=mask, position_embeddings=rotary)
+        assert out.shape[1] == length
+        return each.lm_head(each.model.norm(out))
+
+    logits = second_half(model, shard, 6)
+    expected = second_half(whole, again, 12)
+    assert_same(logits, expected, 1e-10, "logits")
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    mine = {n: p.grad for n, p in model.named_parameters()}
+    assert_same(mine, {n: p.grad for n, p in whole.named_parameters()}, 1e-10, "gradients")
+    assert_same(hidden.grad.chunk(2, 1)[dist.get_rank()], again.grad.chunk(2, 1)[dist.get_rank()], 1e-10)
+
+
+@pytest.mark.ranks(2)
+def test_a_plan_translated_for_adapters_gives_the_same_on_a_model_without_them():
+    model = tiny("qwen3")
+    whole = copy.deepcopy(model)
+    apply_plan(model, axis(), translate_to_lora(resolve_plan(model, sequence_parallel=True)))
+    ids, labels = token_batch(2, 12)
+    for each in (model, whole):
+        next_token_loss(each(ids, use_cache=False).logits, labels).backward()
+    assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
+
+
+@pytest.mark.ranks(2)
+def test_an_embedding_may_be_called_again_before_its_backward():
+    model = sharded(tiny("llama"), False)
+    whole = tiny("llama")
+    batches = [token_batch(2, 12, seed=seed)[0] for seed in (1, 2)]
+    for each in (model, whole):
+        outputs = [each.model.embed_tokens(ids) for ids in batches]
+        (outputs[0].square().sum() + 2 * outputs[1].square().sum()).backward()
+    assert_same(model.model.embed_tokens.weight.grad, whole.model.embed_tokens.weight.grad, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_attention_heads": 1, "num_key_value_heads": 1}, r"num_attention_heads=1 .* \[1\]"),
+        ({"num_key_value_heads": 1}, "num_key_value_heads=1"),
+        ({"vocab_size": 97}, r"97 rows of model\.embed_tokens"),
+        ({"intermediate_size": 49}, r"49 output features of model\.layers\.0\.mlp\.gate_proj"),
+    ],
+)
+@pytest.mark.ranks(2)
+def test_sizes_that_do_not_divide_are_refused_on_every_rank(settings, words):
+    with pytest.raises(ValueError, match=words):
+        sharded(tiny("llama", **settings), False)
+
+
+@pytest.mark.ranks(2)
+def test_experts_and_sequences_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"7 experts of model\.layers\.0\.mlp\.experts"):
+        sharded(tiny("qwen3_moe", num_experts=7), False)
+    model = sharded(tiny("llama"), True)
+    with pytest.raises(ValueError, match="11 tokens does not divide over 2 ranks; pad it to 12"):
+        model(token_batch(2, 11)[0], use_cache=False)
+
+
+def test_the_registry_takes_names_classes_and_subclasses():
+    from transformers import LlamaForCausalLM, Qwen3Config
+
+    class Mine(LlamaForCausalLM):
+        pass
+
+    name = "transformers.models.llama.modeling_llama.LlamaForCausalLM"
+    assert PARALLELIZE_FUNCTIONS[name] is PARALLELIZE_FUNCTIONS[LlamaForCausalLM] is PARALLELIZE_FUNCTIONS[Mine]
+    assert Mine in PARALLELIZE_FUNCTIONS
+    assert Qwen3Config not in PARALLELIZE_FUNCTIONS
