@@ -7,22 +7,32 @@ another file, or at nothing, to try other versions.
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
+import importlib.metadata
 import itertools
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import nox
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent
 PACKAGES = ("am-tp-styles", "am-tp-plans", "am-fsdp", "am-moe", "am-pipeline")
 TESTKIT = "tests-integration/testkit"
+PROJECTS = {**{p: f"packages/{p}" for p in PACKAGES}, "am-testkit": TESTKIT}
+CONSTRAINTS = os.environ.get("AM_CONSTRAINTS", str(ROOT / ".ci" / "constraints.txt"))
 JUNIT = ROOT / "build" / "junit"
+DIST = ROOT / "dist"
 TOGETHER = ROOT / ".nox" / "together" / ("Scripts" if sys.platform == "win32" else "bin")
+
+# With bytecode off, every process of every session would compile torch again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
@@ -32,9 +42,8 @@ nox.options.sessions = ["lint", "types", "tests", "integration", "build", "wheel
 @nox.session
 def together(session: nox.Session) -> None:
     """The one environment of `train`, `integration` and `types`: all packages and transformers."""
-    test_tools = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "transformers>=5.17", "pyrefly"]
-    local = editable(*(f"packages/{p}" for p in PACKAGES), TESTKIT)
-    install(session, *local, *test_tools, "matplotlib>=3.8", "tqdm", "numpy")
+    tools = sorted({r for p in PROJECTS for r in test_requirements(p)} | {"pyrefly"})
+    install(session, *editable(*PROJECTS), *tools, "matplotlib>=3.8", "tqdm", "numpy")
 
 
 @nox.session(venv_backend="none", requires=["together"])
@@ -44,29 +53,25 @@ def train(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("package", [*PACKAGES, "testkit"])
+@nox.parametrize("package", [*PACKAGES, "am-testkit"], ids=[*PACKAGES, "testkit"])
 def tests(session: nox.Session, package: str) -> None:
     """A package's own suite, in an environment with that package, what it declares, and its test tools."""
-    if package == "testkit":
-        install(session, "-e", TESTKIT)
-        folder = f"{TESTKIT}/tests"
-    else:
-        local = [f"packages/{name}" for name in closure(package)]
-        group = project(package)["dependency-groups"]["test"]
-        third_party = [r for r in group if r != "am-testkit"]
-        install(session, *editable(*local, TESTKIT), *third_party)
-        folder = f"packages/{package}/tests"
-    workers = ("-n", "2") if (os.cpu_count() or 1) > 4 and "-n" not in session.posargs else ()
-    pytest(session, f"tests-{package}", folder, *workers, *session.posargs)
+    tools = test_requirements(package)
+    install(session, *editable(*siblings(package), "am-testkit"), *tools)
+    refuse_undeclared(session, package, "am-testkit", *tools)
+    cores = os.cpu_count() or 1
+    spread = () if cores <= 2 or any(a.startswith(("-n", "--numproc")) for a in session.posargs) else ("-n", cores // 2)
+    pytest(session, f"tests-{package}", f"{PROJECTS[package]}/tests", *map(str, spread), *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["together"])
-@nox.parametrize("ranks", [2, 4, 8])
+@nox.parametrize("ranks", [2, 4, 8], ids=["2", "4", "8"])
 def integration(session: nox.Session, ranks: int) -> None:
     """The packages together, every rank of torchrun in lockstep; NCCL where there are that many GPUs, else gloo."""
-    JUNIT.mkdir(parents=True, exist_ok=True)
-    report = f"--junitxml={JUNIT}/integration-{ranks}.xml"
-    torchrun(session, ranks, "-m", "pytest", "tests-integration", f"--ignore={TESTKIT}", report, *session.posargs)
+    report = junit(f"integration-{ranks}")
+    ignored = (f"--ignore={TESTKIT}", "--ignore=tests-integration/packaging")
+    arguments = ("-p", "no:xdist", report, *ignored, *(session.posargs or ["tests-integration"]))
+    torchrun(session, ranks, "-m", "pytest", *arguments)
 
 
 @nox.session
@@ -76,82 +81,100 @@ def lint(session: nox.Session) -> None:
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
     for package in PACKAGES:
-        with session.chdir(ROOT / "packages" / package):
+        with session.chdir(PROJECTS[package]):
             run(session, "deptry", "src", "--known-first-party", package.replace("-", "_"))
-    pytest(session, "lint", "tests-integration/packaging/test_sibling_graph.py", "-p", "no:cacheprovider")
+    pytest(session, "lint", "tests-integration/packaging/test_sibling_graph.py")
 
 
 @nox.session(venv_backend="none", requires=["together"])
 def types(session: nox.Session) -> None:
     """Static types of the five packages."""
-    run(
-        session,
-        "pyrefly",
-        "check",
-        "--python-interpreter-path",
-        str(TOGETHER / "python"),
-        *(f"packages/{p}/src" for p in PACKAGES),
-    )
+    sources = [f"{PROJECTS[p]}/src" for p in PACKAGES]
+    run(session, "pyrefly", "check", "--python-interpreter-path", str(TOGETHER / "python"), *sources)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Source distribution and wheel of every package in `dist/`, checked."""
-    install(session, "hatchling", "twine", "pytest")
-    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    """Source distribution of every package in `dist/`, and its wheel built from that; both checked."""
+    install(session, "build", "hatchling", "twine", "pytest")
+    shutil.rmtree(DIST, ignore_errors=True)
     for package in PACKAGES:
-        with session.chdir(ROOT / "packages" / package):
-            run(session, "python", "-m", "hatchling", "build", "-d", str(ROOT / "dist"))
-    run(session, "twine", "check", "--strict", *(str(f) for f in sorted((ROOT / "dist").iterdir())))
-    pytest(session, "build", "tests-integration/packaging/test_dist.py", "-p", "no:cacheprovider")
+        run(session, "python", "-m", "build", "--no-isolation", "--outdir", str(DIST), PROJECTS[package])
+    run(session, "twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
+    pytest(session, "build", "tests-integration/packaging/test_dist.py")
 
 
-@nox.session
-@nox.parametrize("package", PACKAGES)
-def wheels(session: nox.Session, package: str) -> None:
-    """A package's wheel alone in a clean environment runs the code of its README. Needs `build` before it."""
-    built = sorted((ROOT / "dist").glob(f"{package.replace('-', '_')}-*.whl"))
-    if not built:
-        session.error("dist/ holds no wheel of this package; run nox -s build first")
-    wheel = built[-1]
-    siblings = [str(next((ROOT / "dist").glob(f"{n.replace('-', '_')}-*.whl"))) for n in closure(package)[1:]]
-    install(session, str(wheel), *siblings, "--reinstall" if uses_uv(session) else "--force-reinstall", fresh=wheel)
-    expected = ",".join(sorted(closure(package)))
-    run(session, "python", "tests-integration/packaging/wheel_alone.py", expected, f"packages/{package}/README.md")
+@nox.session(requires=["build"])
+def wheels(session: nox.Session) -> None:
+    """Each wheel alone, with what its own metadata asks for, runs its README; `-- am-moe` picks some."""
+    install(session, "torch")
+    for package in session.posargs or PACKAGES:
+        uninstall(session, *PACKAGES)
+        session.install("--no-index", f"--find-links={DIST}", package, env=installer_settings())
+        refuse_undeclared(session, package)
+        expected = ",".join(sorted(siblings(package)))
+        run(session, "python", "tests-integration/packaging/wheel_alone.py", expected, f"{PROJECTS[package]}/README.md")
 
 
-def install(session: nox.Session, *requirements: str, fresh: pathlib.Path | None = None) -> None:
-    """One install command under the constraints; skipped when the environment was made by the same one.
+def install(session: nox.Session, *requirements: str) -> None:
+    """One install command under the constraints, skipped when the same one made this environment.
 
-    A wheel (`fresh`) counts as the same only while its content is.
+    When anything changed the environment is made anew: what is no longer declared must not linger in it.
     """
-    constraints = os.environ.get("AM_CONSTRAINTS", str(ROOT / ".ci" / "constraints.txt"))
-    files = [*sorted(ROOT.glob("packages/*/pyproject.toml")), ROOT / TESTKIT / "pyproject.toml"]
-    files += [pathlib.Path(constraints)] if constraints else []
-    files += [fresh] if fresh else []
+    files = [ROOT / folder / "pyproject.toml" for folder in PROJECTS.values()]
+    files += [pathlib.Path(CONSTRAINTS)] if CONSTRAINTS else []
     recipe = "\n".join(requirements).encode() + b"".join(file.read_bytes() for file in files)
-    stamp = pathlib.Path(session.virtualenv.location) / "installed-from"
     made_by = hashlib.sha256(recipe).hexdigest()
+    stamp = pathlib.Path(session.virtualenv.location) / "installed-from"
     if stamp.is_file() and stamp.read_text() == made_by:
         session.log("the environment is up to date")
         return
-    options = ["-c", constraints] if constraints else []
+    session.virtualenv.reuse_existing = False
+    session.virtualenv.create()
+    options = ["-c", CONSTRAINTS] if CONSTRAINTS else []
     if not uses_uv(session):
-        options.append("--no-compile")
-    session.install(*options, *requirements, env=installer_environment())
+        options.append("--no-compile")  # the first import compiles what is used, a tenth of what is installed
+    session.install(*options, *requirements, env=installer_settings())
     stamp.write_text(made_by)
+
+
+def uninstall(session: nox.Session, *names: str) -> None:
+    if uses_uv(session):
+        session.run("uv", "pip", "uninstall", "--quiet", *names, external=True)
+    else:
+        session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *names)
+
+
+def refuse_undeclared(session: nox.Session, *roots: str) -> None:
+    """Fail when the environment holds a distribution that these requirements do not lead to."""
+    location = pathlib.Path(session.virtualenv.location)
+    folders = [str(f) for f in (*location.glob("lib/python*/site-packages"), *location.glob("Lib/site-packages"))]
+    found = {canonicalize_name(d.name): d for d in importlib.metadata.distributions(path=folders)}
+    reached: set[tuple[str, frozenset[str]]] = set()
+    todo = [Requirement(root) for root in roots]
+    while todo:
+        requirement = todo.pop()
+        node = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+        if node in reached or node[0] not in found:
+            continue
+        reached.add(node)
+        for needed in map(Requirement, found[node[0]].requires or []):
+            if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in ("", *requirement.extras)):
+                todo.append(needed)
+    strangers = sorted(set(found) - {name for name, _ in reached} - {"pip"})
+    if strangers:
+        session.error(f"{', '.join(strangers)} came along, but {', '.join(roots)} do not ask for it")
 
 
 def run(session: nox.Session, tool: str, *arguments: str) -> None:
     """Run a tool of the session's environment, or of the shared one where the session has none of its own."""
-    if session.venv_backend == "none":
-        tool = str(TOGETHER / tool)
-    session.run(tool, *arguments, env=run_environment(), external=session.venv_backend == "none")
+    shared = session.venv_backend == "none"
+    # One thread per rank: ranks share the cores.
+    session.run(str(TOGETHER / tool) if shared else tool, *arguments, env={"OMP_NUM_THREADS": "1"}, external=shared)
 
 
 def pytest(session: nox.Session, name: str, *arguments: str) -> None:
-    JUNIT.mkdir(parents=True, exist_ok=True)
-    run(session, "python", "-m", "pytest", f"--junitxml={JUNIT}/{name}.xml", *arguments)
+    run(session, "python", "-m", "pytest", junit(name), *arguments)
 
 
 def torchrun(session: nox.Session, processes: int, *command: str) -> None:
@@ -159,56 +182,71 @@ def torchrun(session: nox.Session, processes: int, *command: str) -> None:
     run(session, *launcher, *command)
 
 
-def run_environment() -> dict[str, str | None]:
-    # One thread per rank: ranks share the cores. With bytecode off, every process would compile torch again.
-    return {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": None}
+def junit(name: str) -> str:
+    """The pytest option for a report of this name; an older report of that name is gone."""
+    JUNIT.mkdir(parents=True, exist_ok=True)
+    report = JUNIT / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    return f"--junitxml={report}"
 
 
-def installer_environment() -> dict[str, str | None]:
-    """uv does not read pip's configuration: tell it where pip looks."""
-    shown = subprocess.run(  # the interpreter's own pip, with whatever files and variables configure it
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
-    ).stdout
-    settings: dict[str, str] = {}
-    for line in shown.splitlines():
+@functools.cache
+def installer_settings() -> dict[str, str]:
+    """pip's own configuration in uv's words, since uv does not read it; what is set for uv already stays."""
+    settings: dict[str, list[str]] = {}
+    for line in sorted(pip("config", "list").splitlines(), key=lambda shown: shown.startswith(":env:")):
         key, _, value = line.partition("=")
-        settings[key.rpartition(".")[2]] = value.strip("'\"")
-    # nox exports these for its own environment, and uv would take them for the target's.
-    environment: dict[str, str | None] = {"UV_PYTHON": None, "PYTHONDONTWRITEBYTECODE": None}
-    if links := settings.get("find-links"):
-        environment["UV_FIND_LINKS"] = ",".join(links.split())
-    if index := settings.get("index-url"):
-        environment["UV_DEFAULT_INDEX"] = index
-    return environment
+        settings[key.rpartition(".")[2]] = ast.literal_eval(value).split()
+    mirrored = {
+        "UV_FIND_LINKS": ",".join(settings.get("find-links", [])),
+        "UV_DEFAULT_INDEX": " ".join(settings.get("index-url", [])),
+        "UV_INDEX": " ".join(settings.get("extra-index-url", [])),
+        "UV_INSECURE_HOST": " ".join(settings.get("trusted-host", [])),
+        "SSL_CERT_FILE": " ".join(settings.get("cert", [])),
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip does: the best version of any index
+        "UV_BUILD_CONSTRAINT": CONSTRAINTS,
+        "PIP_BUILD_CONSTRAINT": CONSTRAINTS,
+    }
+    return {name: value for name, value in mirrored.items() if value and name not in os.environ}
+
+
+def pip(*arguments: str) -> str:
+    """What pip prints; nothing where nox was installed without a pip beside it."""
+    command = [sys.executable, "-m", "pip", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def uses_uv(session: nox.Session) -> bool:
     return session.venv_backend == "uv"
 
 
-def editable(*folders: str) -> list[str]:
-    return [word for folder in folders for word in ("-e", folder)]
+def editable(*names: str) -> list[str]:
+    return [word for name in dict.fromkeys(names) for word in ("-e", PROJECTS[name])]
 
 
-def project(package: str) -> dict:
-    return tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())
+def project(name: str) -> dict:
+    return nox.project.load_toml(ROOT / PROJECTS[name] / "pyproject.toml")
 
 
-def closure(package: str) -> list[str]:
-    """A package and the siblings it needs, itself first, read from the pyproject files."""
+def test_requirements(name: str) -> list[str]:
+    """The test group of a package, less the kit, which is installed from the checkout."""
+    return [r for r in nox.project.dependency_groups(project(name), "test") if r != "am-testkit"]
+
+
+def siblings(package: str) -> list[str]:
+    """A package and the packages of ours that it needs, itself first, read from the pyproject files."""
     found = [package]
     for name in found:
-        for requirement in project(name)["project"]["dependencies"]:
-            sibling = next((p for p in PACKAGES if requirement.startswith(p)), None)
-            if sibling and sibling not in found:
-                found.append(sibling)
+        needed = [canonicalize_name(Requirement(r).name) for r in project(name)["project"]["dependencies"]]
+        found += [n for n in needed if n in PACKAGES and n not in found]
     return found
 
 
 def _processes(arguments: list[str]) -> int:
     """pp x dp x tp of the example's arguments."""
     degrees = {"--pp": 2, "--dp": 2, "--tp": 1}
-    for name, value in itertools.pairwise(arguments):
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for name, value in itertools.pairwise(words):
         if name in degrees and value.isdigit():
             degrees[name] = int(value)
     return max(1, degrees["--pp"] * degrees["--dp"] * degrees["--tp"])

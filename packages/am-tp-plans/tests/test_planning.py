@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from am_tp_plans import expand_plan, resolve_plan
 
@@ -51,6 +51,13 @@ def test_a_key_for_a_module_that_a_pipeline_left_out_is_passed_over():
     assert expand_plan(model, PLAN | {"head": ColwiseParallel()}) == {}
     with pytest.raises(ValueError, match="'tail' matches no module"):
         expand_plan(model, {"tail": ColwiseParallel()})
+
+
+def test_a_layer_of_torch_without_parameters_is_no_module_that_was_left_out():
+    model = nn.ModuleDict({"dropout": nn.Dropout(0.1)})
+    assert list(expand_plan(model, {"dropout": SequenceParallel()})) == ["dropout"]
+    with pytest.raises(ValueError, match=r"'dropout\.inner' matches no module"):
+        expand_plan(model, {"dropout.inner": ColwiseParallel()})
 
 
 def test_plans_come_from_a_dict_then_a_path_then_the_registry():

@@ -13,12 +13,13 @@ import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
-from am_tp_plans import PARALLELIZE_FUNCTIONS, apply_plan, resolve_plan
+from am_tp_plans import PARALLELIZE_FUNCTIONS, VocabParallelEmbedding, apply_plan, resolve_plan
 from am_tp_styles import translate_to_lora
 
 FAMILIES = [
@@ -201,6 +202,56 @@ def test_experts_and_sequences_that_do_not_divide_are_refused():
     model = sharded(tiny("llama"), True)
     with pytest.raises(ValueError, match="11 tokens does not divide over 2 ranks; pad it to 12"):
         model(token_batch(2, 11)[0], use_cache=False)
+
+
+class TiedUnderAnotherName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte = nn.Embedding(8, 4, dtype=torch.float64)
+        self.head = nn.Linear(4, 8, bias=False, dtype=torch.float64)
+        self.head.weight = self.wte.weight
+
+    def forward(self, ids):
+        return self.head(self.wte(ids))
+
+
+@pytest.mark.ranks(2)
+def test_a_tie_is_kept_whatever_the_embedding_is_called():
+    model, whole = TiedUnderAnotherName(), TiedUnderAnotherName()
+    apply_plan(model, axis(), {"wte": VocabParallelEmbedding(), "head": ColwiseParallel(output_layouts=Replicate())})
+    for each in (model, whole):
+        each(torch.arange(5)[None]).square().sum().backward()
+    assert model.head.weight is model.wte.weight
+    assert_same(gradients(model), gradients(whole), 1e-12, "gradients")
+
+
+@pytest.mark.parametrize("of_embedding", [ColwiseParallel(output_layouts=Replicate()), None], ids=["columns", "whole"])
+@pytest.mark.ranks(2)
+def test_tied_weights_that_would_be_sharded_apart_are_refused(of_embedding):
+    plan = {"head": ColwiseParallel(output_layouts=Replicate())}
+    plan |= {"wte": of_embedding} if of_embedding else {}
+    with pytest.raises(ValueError, match=r"wte\.weight and head\.weight are one parameter"):
+        apply_plan(TiedUnderAnotherName(), axis(), plan)
+
+
+@pytest.mark.ranks(2)
+def test_a_style_for_linears_on_a_whole_block_and_a_second_application_are_refused():
+    model = tiny("llama", layers=1)
+    with pytest.raises(TypeError, match=r"model\.layers\.0\.mlp is a LlamaMLP, but RowwiseParallel is for nn\.Linear"):
+        apply_plan(model, axis(), {"model.layers.*.mlp": RowwiseParallel()})
+    sharded(model, False)
+    with pytest.raises(ValueError, match=r"model\.embed_tokens is sharded already"):
+        sharded(model, False)
+
+
+@pytest.mark.ranks(2)
+def test_a_plan_that_leaves_attention_whole_does_not_ask_heads_to_divide_and_is_not_changed():
+    model = tiny("llama", layers=1, num_key_value_heads=1)
+    style = ColwiseParallel(output_layouts=Replicate())
+    style.src_data_rank = None
+    apply_plan(model, axis(), {"model.layers.*.mlp.up_proj": style})
+    assert style.src_data_rank is None
 
 
 def test_the_registry_takes_names_classes_and_subclasses():

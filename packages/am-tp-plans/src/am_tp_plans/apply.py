@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 from torch import nn
@@ -32,18 +33,21 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
 
     Raises:
         ValueError: a key matches nothing, heads or features do not divide over the axis, tied weights would be sharded
-            differently; on every rank alike, before any collective.
+            differently, a module is sharded already; on every rank alike, before any collective.
+        TypeError: a colwise or rowwise style is given to a module that is no linear and no embedding.
     """
     if tp_mesh.ndim != 1:
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
     concrete = expand_plan(model, plan)
-    _check_heads(model, tp_mesh.size())
+    if any(_shards_attention(key, style) for key, style in plan.items()):
+        _check_heads(model, tp_mesh.size())
     for name, style in concrete.items():
         _check_features(name, model.get_submodule(name), style, tp_mesh.size())
     tied = _tied_weights(model)
-    _check_ties(tied, concrete)
+    _check_ties(model, tied, concrete)
     for name, style in concrete.items():
-        parallelize_module(model.get_submodule(name), tp_mesh, style)
+        # a copy, because torch writes src_data_rank into the style, and the plan is the caller's
+        parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(style))
     _tie_again(model, tied)
     model.sequence_shards = tp_mesh.size() if any(getattr(s, "shards_sequence", False) for s in plan.values()) else 1
     return model
@@ -59,7 +63,7 @@ def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, P
         ValueError: a key matches nothing, and nothing that was left out could be what it means.
     """
     modules = dict(model.named_modules())
-    absent = [n for n, m in modules.items() if n and not list(m.children()) and not list(m.parameters())]
+    absent = [name for name, module in modules.items() if name and _is_placeholder(module)]
     matched: dict[str, ParallelStyle] = {}
     for key, style in plan.items():
         pattern = re.compile(key.replace(".", r"\.").replace("*", r"[^.]+"))
@@ -70,6 +74,13 @@ def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, P
             )
         matched |= {name: style for name in names if name not in absent}
     return {name: matched[name] for name in modules if name in matched}
+
+
+def _is_placeholder(module: nn.Module) -> bool:
+    """Whether a module stands for one that a pipeline cut left out: nothing in it, and no layer of torch's own."""
+    if any(True for group in (module.children(), module.parameters(), module.buffers()) for _ in group):
+        return False
+    return isinstance(module, nn.Identity) or not type(module).__module__.startswith("torch.nn.")
 
 
 def _may_mean(key: str, absent: str) -> bool:
@@ -84,6 +95,11 @@ def _nearest(key: str, modules: dict[str, nn.Module]) -> str:
     return f"modules of that name are {same}" if same else f"there is no module called {leaf!r}"
 
 
+def _shards_attention(key: str, style: ParallelStyle) -> bool:
+    owner = key.rpartition(".")[0].rpartition(".")[2]
+    return isinstance(style, (ColwiseParallel, RowwiseParallel)) and ("attn" in owner or "attention" in owner)
+
+
 def _check_heads(model: nn.Module, size: int) -> None:
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
@@ -95,14 +111,21 @@ def _check_heads(model: nn.Module, size: int) -> None:
 
 
 def _check_features(name: str, module: nn.Module, style: ParallelStyle, size: int) -> None:
+    if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+        raise ValueError(f"{name} is sharded already; a plan is applied once, to a model of plain tensors")
     if isinstance(style, ExpertsOverTensorAxis):
         what, number = "experts", getattr(module, "num_experts", 0)
         if not number or not all(p.shape[0] == number for p in module.parameters(recurse=False)):
             raise ValueError(f"{name} is no module of stacked experts, but the plan shards its experts")
-    elif isinstance(style, (ColwiseParallel, RowwiseParallel)) and isinstance(module, (nn.Linear, nn.Embedding)):
+    elif isinstance(style, (ColwiseParallel, RowwiseParallel)):
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            raise TypeError(
+                f"{name} is a {type(module).__name__}, but {type(style).__name__} is for nn.Linear and nn.Embedding; "
+                "name the linears inside it"
+            )
         colwise = isinstance(style, ColwiseParallel)
-        dim = int(colwise == isinstance(module, nn.Embedding))
-        what, number = ("output features" if colwise else "input features"), module.weight.shape[dim]
+        what = "output features" if colwise else "input features"
+        number = module.weight.shape[_sharded_dim(module, style)]
         if isinstance(module, nn.Embedding):
             what = "columns" if colwise else "rows"
     else:
@@ -122,18 +145,19 @@ def _tied_weights(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _check_ties(tied: list[list[str]], plan: dict[str, ParallelStyle]) -> None:
+def _check_ties(model: nn.Module, tied: list[list[str]], plan: dict[str, ParallelStyle]) -> None:
     """A tied embedding and head must both shard the vocabulary, or neither be sharded."""
     for group in tied:
-        dims = {name: _sharded_dim(plan.get(name.rpartition(".")[0]), name) for name in group}
+        owners = {name: name.rpartition(".")[0] for name in group}
+        dims = {name: _sharded_dim(model.get_submodule(owner), plan.get(owner)) for name, owner in owners.items()}
         if len(set(dims.values())) > 1:
             raise ValueError(f"{' and '.join(group)} are one parameter, but the plan shards them differently: {dims}")
 
 
-def _sharded_dim(style: ParallelStyle | None, name: str) -> int | None:
+def _sharded_dim(module: nn.Module, style: ParallelStyle | None) -> int | None:
+    """The dim of `module.weight` that the style shards: an embedding is laid out the other way round than a linear."""
     if isinstance(style, (ColwiseParallel, RowwiseParallel)):
-        colwise, embedding = isinstance(style, ColwiseParallel), "embed" in name
-        return int(colwise == embedding)
+        return int(isinstance(style, ColwiseParallel) == isinstance(module, nn.Embedding))
     return None
 
 
