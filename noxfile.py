@@ -129,8 +129,9 @@ def install(session: nox.Session, *requirements: str) -> None:
     if stamp.is_file() and stamp.read_text() == made_by:
         session.log("the environment is up to date")
         return
-    session.virtualenv.reuse_existing = False
-    session.virtualenv.create()
+    if set(installed(session)) - {"pip"}:
+        session.virtualenv.reuse_existing = False
+        session.virtualenv.create()
     options = ["-c", CONSTRAINTS] if CONSTRAINTS else []
     if not uses_uv(session):
         options.append("--no-compile")  # the first import compiles what is used, a tenth of what is installed
@@ -142,14 +143,12 @@ def uninstall(session: nox.Session, *names: str) -> None:
     if uses_uv(session):
         session.run("uv", "pip", "uninstall", "--quiet", *names, external=True)
     else:
-        session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *names)
+        session.run("python", "-m", "pip", "uninstall", "-qq", "--yes", *names)
 
 
 def refuse_undeclared(session: nox.Session, *roots: str) -> None:
     """Fail when the environment holds a distribution that these requirements do not lead to."""
-    location = pathlib.Path(session.virtualenv.location)
-    folders = [str(f) for f in (*location.glob("lib/python*/site-packages"), *location.glob("Lib/site-packages"))]
-    found = {canonicalize_name(d.name): d for d in importlib.metadata.distributions(path=folders)}
+    found = installed(session)
     reached: set[tuple[str, frozenset[str]]] = set()
     todo = [Requirement(root) for root in roots]
     while todo:
@@ -164,6 +163,12 @@ def refuse_undeclared(session: nox.Session, *roots: str) -> None:
     strangers = sorted(set(found) - {name for name, _ in reached} - {"pip"})
     if strangers:
         session.error(f"{', '.join(strangers)} came along, but {', '.join(roots)} do not ask for it")
+
+
+def installed(session: nox.Session) -> dict[str, importlib.metadata.Distribution]:
+    location = pathlib.Path(session.virtualenv.location)
+    folders = [str(f) for f in (*location.glob("lib/python*/site-packages"), *location.glob("Lib/site-packages"))]
+    return {canonicalize_name(d.name): d for d in importlib.metadata.distributions(path=folders)}
 
 
 def run(session: nox.Session, tool: str, *arguments: str) -> None:
