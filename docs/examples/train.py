@@ -23,6 +23,10 @@ from training.model import build_config, build_model, next_token_loss
 from training.report import Progress, plot_loss
 from training.text import ByteText
 
+# --check holds the loss to --tolerance for this many steps, and to one per cent for good: rounding that differs in the
+# last bit grows as training goes on, most where it tips a router's choice.
+EXACT_STEPS = 20
+
 
 def main() -> None:
     args = parse_arguments()
@@ -175,11 +179,12 @@ class Alone:
         self.model = build_model(model.config, args.seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, foreach=False)
         self.losses: list[float] = []
-        self.worst_loss = self.worst_norm = 0.0
+        self.worst_loss = self.worst_norm = self.worst_ever = 0.0
 
     def agrees(self) -> bool:
         """Norms are sums of many roundings; one that misses or doubles a contribution is off by far more than this."""
-        return self.worst_loss <= self.args.tolerance and self.worst_norm <= 100 * self.args.tolerance
+        exact = self.worst_loss <= self.args.tolerance and self.worst_norm <= 100 * self.args.tolerance
+        return exact and self.worst_ever <= 1e-2
 
     def replay(self, text: ByteText, steps: int) -> None:
         """Catch up with a resumed run."""
@@ -189,8 +194,11 @@ class Alone:
     def step(self, text: ByteText, step: int, loss: float, norm: float) -> None:
         mine, my_norm = self._train(text, step)
         self.losses.append(mine)
-        self.worst_loss = max(self.worst_loss, abs(loss - mine) / abs(mine))
-        self.worst_norm = max(self.worst_norm, abs(norm - my_norm) / abs(my_norm))
+        difference = abs(loss - mine) / abs(mine)
+        self.worst_ever = max(self.worst_ever, difference)
+        if len(self.losses) <= EXACT_STEPS:
+            self.worst_loss = max(self.worst_loss, difference)
+            self.worst_norm = max(self.worst_norm, abs(norm - my_norm) / abs(my_norm))
 
     def _train(self, text: ByteText, step: int) -> tuple[float, float]:
         ids, labels = text.batch(self.args.batch, self.args.seq_len, self.args.seed, step)
@@ -209,7 +217,8 @@ def finish(alone: Alone | None, device: torch.device) -> None:
     if alone:
         say(
             f"check: the run {'PARTS from' if parted else 'agrees with'} one process; largest relative difference "
-            f"of the loss {alone.worst_loss:.1e}, of the gradient norm {alone.worst_norm:.1e}"
+            f"of the loss {alone.worst_loss:.1e} and of the gradient norm {alone.worst_norm:.1e} in the first "
+            f"{EXACT_STEPS} steps, of the loss {alone.worst_ever:.1e} in all"
         )
     dist.destroy_process_group()
     if parted:

@@ -65,5 +65,6 @@ def build_model(config: Any, seed: int) -> nn.Module:
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in nats of `(B, S, V)` logits against `(B, S)` labels."""
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    """Mean cross entropy in nats of `(B, S, V)` logits against `(B, S)` labels, in float32 or wider."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten())

@@ -42,6 +42,11 @@ def test_the_rank_that_failed_first_is_shown_whole_and_its_peers_in_a_line():
     assert "long stack 0" not in text
 
 
+def test_a_crash_explains_the_exceptions_of_its_peers():
+    text = judge([Outcome(0, "failed", "connection closed", at=1.0), Outcome(1, "crashed", "SIGSEGV", at=1.1)]).text
+    assert text.startswith("rank 1 of 2 crashed:\n\nSIGSEGV")
+
+
 def test_every_rank_that_hung_shows_its_stack():
     text = judge([Outcome(0, "hung", "stack of 0"), Outcome(1, "hung", "stack of 1"), Outcome(2, "passed")]).text
     assert "stack of 0" in text

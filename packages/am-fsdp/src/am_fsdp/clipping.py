@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ def clip_grad_norm_(
     return norm.float()
 
 
-def _local_shard(parameter: torch.Tensor) -> torch.Tensor:
+def _local_shard(parameter: Any) -> torch.Tensor:
     gradient = parameter.grad
     if not isinstance(gradient, DTensor):
         return gradient

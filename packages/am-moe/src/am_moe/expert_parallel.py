@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,7 +73,7 @@ class ExpertParallel(ParallelStyle):
             local = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)], src_data_rank=source)
             module.register_parameter(leaf, nn.Parameter(local, requires_grad=parameter.requires_grad))
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         _check(type(module).__name__, module, device_mesh.size())
         self._partition_fn("", module, device_mesh)
         module.num_global_experts = module.num_experts
@@ -84,7 +85,7 @@ class ExpertParallel(ParallelStyle):
         return module
 
 
-def _check(name: str, module: nn.Module, size: int) -> None:
+def _check(name: str, module: Any, size: int) -> None:
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
         raise ValueError(f"the experts of {name} are distributed already; apply expert parallelism once, before FSDP")
     experts = module.num_experts
@@ -94,7 +95,7 @@ def _check(name: str, module: nn.Module, size: int) -> None:
 
 
 def _forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """What an experts module does instead of its own forward; runs that on the rows this rank received."""
     group = module.expert_mesh.get_group()
@@ -110,7 +111,7 @@ def _forward(
 
 
 @contextmanager
-def _local_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+def _local_parameters(module: Any, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
     """Let the module's own forward see plain tensors: this rank's slices, in the dtype of the tokens."""
     distributed = module._parameters
     scale = 1 / module.expert_mesh.size()
@@ -133,5 +134,5 @@ class _ScaleGradient(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.scale, None
+    def backward(ctx, *gradients):
+        return gradients[0] * ctx.scale, None

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -32,9 +34,9 @@ def n_microbatches(schedule: _PipelineSchedule) -> int:
 def stages_of(schedule: _PipelineSchedule) -> list[PipelineStage]:
     """The stages a schedule runs on this rank."""
     if isinstance(schedule, PipelineScheduleSingle):
-        return [schedule._stage]
+        return cast(list[PipelineStage], [schedule._stage])
     if isinstance(schedule, PipelineScheduleMulti):
-        return list(schedule._stages)
+        return cast(list[PipelineStage], list(schedule._stages))
     raise TypeError(f"{type(schedule).__name__} is not a torch pipeline schedule")
 
 

@@ -96,7 +96,7 @@ class AbsentLayer(nn.Module):
         self.sends = False
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
-        hidden = hidden_state_of(args, kwargs)
+        hidden: Any = hidden_state_of(args, kwargs)
         if self.boundary is not None:
             if self.sends:
                 self.boundary.sent = hidden

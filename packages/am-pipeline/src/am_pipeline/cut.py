@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -104,7 +105,7 @@ def build_part(
     part = copy_without(model, plan.anatomy, set(plan.stages[stage]), boundary, plan.residual.returns_tuple)
     if patch_inner_model:
         held = plan.layers_of(stage)
-        stack = part.get_submodule(plan.anatomy.stack)
+        stack: Any = part.get_submodule(plan.anatomy.stack)
         if stage > 0:
             stack[held.start - 1].receives = True
             stack[held.start - 1].boundary = boundary

@@ -33,7 +33,7 @@ class Residual:
     returns_tuple: bool
 
     def shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
-        dims = list(self.dims)
+        dims: list[Any] = list(self.dims)
         dims[self.batch_dim], dims[self.sequence_dim] = batch, seq_len
         return tuple(dims)
 
@@ -78,14 +78,15 @@ def _four_runs(model: nn.Module, anatomy: Anatomy, returns_tuple: bool) -> tuple
             module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent)
     boundary.install(skeleton)
 
+    layers: Any = skeleton.get_submodule(anatomy.stack)
+
     def run(batch: int, seq_len: int, *, first_id: int = 0, fill: float = 1.0) -> _Run:
         seen = _Run()
         boundary.fill = fill
         ids = torch.zeros(batch, seq_len, dtype=torch.int64)
         ids[:, seq_len // 2 :] = first_id
         hooks = [
-            layer.register_forward_hook(_recorder(index, seen), with_kwargs=True)
-            for index, layer in enumerate(skeleton.get_submodule(anatomy.stack))
+            layer.register_forward_hook(_recorder(index, seen), with_kwargs=True) for index, layer in enumerate(layers)
         ]
         try:
             with torch.no_grad():

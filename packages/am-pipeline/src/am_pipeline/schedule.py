@@ -84,7 +84,8 @@ def build_pipeline_schedule(
         logger.warning("%d microbatches for %d stages leave ranks idle", count, total_stages)
     if issubclass(kind, _SPLIT_BACKWARD) or pipeline_parallel_schedule_csv:
         _keep_unsharded_until_backward(stages)
-    schedule = _exact(kind)(
+    build: Any = _exact(kind)
+    schedule = build(
         stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
         n_microbatches=count,
         loss_fn=loss_fn,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -110,7 +111,7 @@ def _check_heads(model: nn.Module, size: int) -> None:
             raise ValueError(f"{name}={heads} does not divide over {size} tensor-parallel ranks; {_divisors(heads)}")
 
 
-def _check_features(name: str, module: nn.Module, style: ParallelStyle, size: int) -> None:
+def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> None:
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
         raise ValueError(f"{name} is sharded already; a plan is applied once, to a model of plain tensors")
     if isinstance(style, ExpertsOverTensorAxis):

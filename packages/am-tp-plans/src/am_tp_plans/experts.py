@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ class ExpertsOverTensorAxis(ParallelStyle):
 
     lora_neutral = True
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         source = getattr(self, "src_data_rank", 0)
         for name, parameter in list(module.named_parameters(recurse=False)):
             sharded = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)], src_data_rank=source)
@@ -41,7 +42,7 @@ class ExpertsOverTensorAxis(ParallelStyle):
 
 
 def _forward(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     group = module.tensor_mesh.get_group()
     hidden_states, top_k_weights = _SumGradients.apply(group, hidden_states, top_k_weights)
@@ -61,7 +62,7 @@ def _forward(
 
 
 @contextmanager
-def _local_parameters(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+def _local_parameters(module: Any) -> Iterator[list[torch.Tensor]]:
     distributed = module._parameters
     local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in distributed.items() if p is not None}
     module._parameters = {**distributed, **local}
@@ -90,8 +91,8 @@ class _SumOutputs(torch.autograd.Function):
         return _sum(tensor, group)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return None, gradient
+    def backward(ctx, *gradients):
+        return None, gradients[0]
 
 
 def _sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

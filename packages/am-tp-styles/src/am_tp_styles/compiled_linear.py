@@ -21,6 +21,7 @@ class TPLinear(nn.Linear):
     Works in eager mode too, with a plain weight or a DTensor one (colwise `Shard(0)`, rowwise `Shard(1)`).
     """
 
+    # pyrefly: ignore [bad-override-param-name]  (the documented name of the argument)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ weight.T + bias` for `x` of shape `(..., in_features)` with one dim or more, any float dtype.
 

@@ -114,8 +114,11 @@ class LockstepSession:
         config.option.continue_on_collection_errors = True
         if lockstep.rank:
             config.option.xmlpath = None
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        if self.lockstep.rank:
+            session.config.get_terminal_writer()._file = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

@@ -49,7 +49,9 @@ def judge(outcomes: list[Outcome]) -> Verdict:
         return Verdict("passed")
     if statuses == {"skipped"}:
         return Verdict("skipped", outcomes[0].line)
-    culprits = sorted((o for o in outcomes if o.status in ("failed", "crashed")), key=lambda o: o.at)
+    # Peers of a process that is gone see a closed connection, perhaps before anyone sees that it is gone.
+    culprits = [o for o in outcomes if o.status == "crashed"] or [o for o in outcomes if o.status == "failed"]
+    culprits.sort(key=lambda o: o.at)
     culprits = culprits[:1] or [o for o in outcomes if o.status == "hung"]
     if not culprits:
         skipped = ", ".join(str(o.rank) for o in outcomes if o.status == "skipped")
