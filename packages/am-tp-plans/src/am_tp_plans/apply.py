@@ -126,7 +126,7 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
             )
         colwise = isinstance(style, ColwiseParallel)
         what = "output features" if colwise else "input features"
-        number = module.weight.shape[_sharded_dim(module, style)]
+        number = module.weight.shape[_sharded_dim(module, style) or 0]
         if isinstance(module, nn.Embedding):
             what = "columns" if colwise else "rows"
     else:
