@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ def test_the_launch_fails_and_counts_right(run):
     assert code == 1
     failed = len(FAILURES) + (mode != "forked")
     passed = 4 + (mode == "forked")
-    assert f"{failed} failed, {passed} passed, 2 skipped, 2 errors" in output.replace(" warning,", "").replace("1,", "")
+    assert f"{failed} failed, {passed} passed, 2 skipped, 2 errors" in re.sub(r"\d+ warnings?, ", "", output)
     assert output.count("test session starts") == 1, "one rank reports"
 
 
