@@ -4,8 +4,9 @@ A rank leaves by `os._exit` and never finalises its interpreter, because that ca
 (`ProcessGroupGloo::runLoop`) may hold the last reference to an asynchronous work, whose destructor takes the GIL to
 drop a Python object of its thread-local state. If the interpreter is finalising by then, Python ends that thread with
 `pthread_exit`; the forced unwinding meets a `noexcept` destructor, and the process dies with `terminate called
-without an active exception` (SIGABRT), although all of its work is done. Two of twelve small FSDP2 runs on torch 2.13
-that ended without `destroy_process_group`, which joins those threads, died so; the stack is from gdb.
+without an active exception` (SIGABRT), although all of its work is done. Of small FSDP2 runs on torch 2.13 that ended
+right after backward, two of twelve died so without `destroy_process_group` and one of twelve with it, since a mesh or a
+model may keep the group alive; the stack is from gdb.
 """
 
 from __future__ import annotations
