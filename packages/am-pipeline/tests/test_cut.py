@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from am_pipeline import build_part, generate_hf_model_fqn_per_model_part, plan_cut
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
+from am_testkit.zoo import small
 
 FAMILIES = [
     ("llama", {}),
@@ -139,19 +140,96 @@ def test_a_model_that_works_between_its_layers_is_refused():
         plan_cut(Scaled(tiny("llama").config), 2)
 
 
-def test_a_model_whose_layers_take_more_than_the_hidden_state_from_the_ids_is_refused():
-    with pytest.raises(ValueError, match="layer 0 takes an input that depends on the ids"):
-        plan_cut(_llama_with(lambda ids, hidden: {"tokens": ids}), 2)
-    with pytest.raises(ValueError, match="layer 0 takes an input that depends on the embedded ids"):
-        plan_cut(_llama_with(lambda ids, hidden: {"first": hidden + 0}), 2)
+@pytest.mark.parametrize(
+    ("beside", "traveling", "needs_ids"),
+    [
+        (lambda ids, hidden: {"tokens": ids}, [], True),
+        (lambda ids, hidden: {"first": hidden + 0}, ["embed_tokens"], False),
+    ],
+)
+def test_what_layers_take_beside_the_hidden_state_is_found(beside, traveling, needs_ids):
+    residual = plan_cut(_llama_with(beside), 2).residual
+    assert [name for name, _ in residual.traveling] == traveling
+    assert residual.needs_ids is needs_ids
 
 
-def test_a_head_that_reads_the_ids_is_refused():
-    from transformers import AutoModelForSequenceClassification
+def test_a_part_that_needs_the_ids_says_so():
+    model = _llama_with(lambda ids, hidden: {"tokens": ids})
+    part, _ = build_part(model, plan_cut(model, 2), 1)
+    with pytest.raises(ValueError, match="needs the ids on every stage"):
+        part(torch.zeros(1, 4, 32))
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_other_heads_are_cut_too(kind):
+    import transformers
 
     config = tiny("llama").config
-    with pytest.raises(ValueError, match="what follows the layers reads the ids"):
-        plan_cut(AutoModelForSequenceClassification.from_config(config), 2)
+    config.num_labels = 2
+    torch.manual_seed(0)
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float64).eval()
+    whole = copy.deepcopy(model)
+    ids, _ = token_batch(2, 12)
+    ids[0, 7:] = config.pad_token_id
+    expected = whole(ids, use_cache=False)[0]
+    expected.square().sum().backward()
+    plan = plan_cut(model, 2)
+    hidden = build_part(model, plan, 0)[0](ids)
+    output = build_part(model, plan, 1)[0](hidden, input_ids=ids)
+    output.square().sum().backward()
+    assert_same(output, expected, 1e-12, "output")
+    given = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, given, 1e-10, "gradients")
+
+
+def test_layers_that_share_keys_and_values_beside_the_hidden_state_are_refused():
+    with pytest.raises(ValueError, match="hand keys and values to later layers"):
+        plan_cut(small("gemma3n_text", num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2), 2)
+
+
+def test_a_later_layer_that_takes_an_earlier_hidden_state_is_refused():
+    class Skip(LlamaModel):
+        def forward(self, input_ids, **kwargs):
+            hidden = self.embed_tokens(input_ids)
+            rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            kept = []
+            for layer in self.layers:
+                hidden = layer(hidden, position_embeddings=rotary, skip=list(kept))
+                kept.append(hidden)
+            return self.norm(hidden)
+
+    with pytest.raises(ValueError, match="takes the hidden state of an earlier layer too"):
+        plan_cut(Skip(tiny("llama").config), 2)
+
+
+def test_a_head_that_reads_the_weights_of_another_module_is_refused():
+    class Reads(LlamaModel):
+        def forward(self, input_ids, **kwargs):
+            hidden = self.embed_tokens(input_ids)
+            rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            for layer in self.layers:
+                hidden = layer(hidden, position_embeddings=rotary)
+            return nn.functional.linear(self.norm(hidden), self.embed_tokens.weight)
+
+    with pytest.raises(ValueError, match="reads the weights of a module beside the stack directly"):
+        plan_cut(Reads(tiny("llama").config), 2)
+
+
+def test_work_between_absent_layers_that_only_some_inputs_cause_is_refused_when_it_happens():
+    class DeepStack(LlamaModel):
+        def forward(self, input_ids, features=None, **kwargs):
+            hidden = self.embed_tokens(input_ids)
+            rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            for index, layer in enumerate(self.layers):
+                hidden = layer(hidden, position_embeddings=rotary)
+                if features is not None and index < 3:
+                    hidden = hidden + features
+            return self.norm(hidden)
+
+    model = DeepStack(tiny("llama").config)
+    ids, _ = token_batch(1, 6)
+    with pytest.raises(RuntimeError, match="put those layers on the first stage"):
+        build_part(model, plan_cut(model, 2), 0)[0](ids, features=torch.ones(1, 6, 32))
 
 
 def _llama_with(side_inputs):

@@ -22,6 +22,16 @@ Schedule = _PipelineSchedule
 CsvSchedule = _PipelineScheduleRuntime
 
 
+class SplitsInputs:
+    """Mixed into a torch schedule: `split_inputs(args, kwargs)` replaces torch's, which splits along dim 0 only."""
+
+    def split_inputs(self, args: tuple, kwargs: dict) -> tuple[list[tuple], list[dict]]:
+        raise NotImplementedError
+
+    def _split_inputs(self, args: tuple, kwargs: dict | None = None) -> tuple[list[tuple], list[dict]]:
+        return self.split_inputs(args, kwargs or {})
+
+
 def load_csv(schedule: _PipelineScheduleRuntime, path: str) -> None:
     """Give a `CsvSchedule` its actions: one row per rank, cells such as `0F1` (stage 0, forward, microbatch 1)."""
     schedule._load_csv(path)

@@ -1,7 +1,8 @@
-"""Find the decoder stack of a model by structure, without knowing the model by name."""
+"""Find the stacks of layers in a model, and what stands beside them, by structure: no model is known by name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,7 +19,8 @@ class Anatomy:
         stack: full name of the `ModuleList` of decoder layers, for example `model.layers`.
         num_layers: its length.
         before: full names of the modules with parameters that run before the stack (embeddings, encoders).
-        after: full names of the modules with parameters that run after it (final norm, head).
+        after: full names of the modules with parameters that run after it (final norm, head). A module that runs
+            on both sides is in both.
     """
 
     stack: str
@@ -30,52 +32,79 @@ class Anatomy:
         return f"{self.stack}.{index}"
 
 
-def find_anatomy(model: nn.Module) -> Anatomy:
-    """Locate the decoder stack and sort the other modules into before and after it.
+def candidate_stacks(model: nn.Module) -> list[str]:
+    """The outermost `ModuleList`s whose modules all have parameters, the likeliest decoder stack first.
 
-    The stack is the `ModuleList` whose length is the layer count of `model.config` (or, where there is no config,
-    the one with most parameters); lists nested in another list, such as experts in a layer, do not count.
-    A module that is registered before the stack, or is an embedding, runs before it.
+    Lists as long as the layer count of `model.config` come before others, and heavier lists before lighter ones.
+    Lists nested in another list, such as experts in a layer, do not count.
 
     Raises:
-        ValueError: no such list, or several.
+        ValueError: there is no such list.
     """
-    stack = _find_stack(model)
-    before, after = [], []
-    seen_stack = False
-    for name, module in _modules_beside(model, stack):
-        if name == stack:
-            seen_stack = True
-        elif any(True for _ in module.parameters()):
-            early = not seen_stack or isinstance(module, nn.Embedding)
-            (before if early else after).append(name)
-    return Anatomy(stack, len(model.get_submodule(stack)), tuple(before), tuple(after))
-
-
-def _find_stack(model: nn.Module) -> str:
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(any(True for _ in layer.parameters()) for layer in module)
+        if isinstance(module, nn.ModuleList) and len(module) and all(_has_parameters(layer) for layer in module)
     }
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
-    count = _layer_count(model)
-    if count is not None:
-        lists = {n: m for n, m in lists.items() if len(m) == count}
     if not lists:
-        expected = "" if count is None else f" of the {count} layers its config names"
-        raise ValueError(f"{type(model).__name__} has no ModuleList{expected}: there is no decoder stack to cut")
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
-    largest = max(sizes.values())
-    winners = [name for name, size in sizes.items() if size == largest]
-    if len(winners) > 1:
-        raise ValueError(
-            f"{type(model).__name__} has several stacks of the same size, {winners}; "
-            "name the modules of each stage yourself with module_names_per_stage"
-        )
-    return winners[0]
+        raise ValueError(f"{type(model).__name__} has no ModuleList of layers: there is no decoder stack to cut")
+    count = _layer_count(model)
+
+    def rank(name: str) -> tuple:
+        return len(lists[name]) != count, -sum(p.numel() for p in lists[name].parameters())
+
+    return sorted(lists, key=rank)
+
+
+def modules_beside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that are not ancestors of the stack, and the stack itself, in order of registration."""
+    above = {stack.rsplit(".", depth)[0] for depth in range(1, stack.count(".") + 1)}
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            full = f"{prefix}{name}"
+            if full in above:
+                yield from walk(child, f"{full}.")
+            else:
+                yield full, child
+
+    return walk(model, "")
+
+
+def owners(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules at or below `module` that have parameters of their own: what a stand-in replaces."""
+    if next(module.parameters(recurse=False), None) is not None:
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from owners(f"{name}.{child_name}", child)
+
+
+def sort_around(model: nn.Module, stack: str, called: dict[str, tuple[bool, bool]]) -> Anatomy:
+    """The anatomy, given which owners a run of the model called before and after the stack.
+
+    What was not called (an image encoder, a pooler) goes by its place of registration.
+    """
+    before, after = [], []
+    stack_seen = False
+    for name, module in modules_beside(model, stack):
+        if name == stack:
+            stack_seen = True
+            continue
+        sides = {}
+        for owner, _ in owners(name, module):
+            early, late = called.get(owner, (False, False))
+            sides[owner] = (early, late) if early or late else (not stack_seen, stack_seen)
+        if len(set(sides.values())) == 1:
+            sides = {name: next(iter(sides.values()))}
+        before += [n for n, (early, _) in sides.items() if early]
+        after += [n for n, (_, late) in sides.items() if late]
+    return Anatomy(stack, len(model.get_submodule(stack)), tuple(before), tuple(after))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _layer_count(model: nn.Module) -> int | None:
@@ -87,18 +116,3 @@ def _layer_count(model: nn.Module) -> int | None:
         if isinstance(count, int):
             return count
     return None
-
-
-def _modules_beside(model: nn.Module, stack: str):
-    """The outermost modules that are not ancestors of the stack, and the stack itself, in order of registration."""
-    ancestors = {stack.rsplit(".", depth)[0] for depth in range(1, stack.count(".") + 1)}
-
-    def walk(module: nn.Module, prefix: str):
-        for name, child in module.named_children():
-            full = f"{prefix}{name}"
-            if full in ancestors:
-                yield from walk(child, f"{full}.")
-            else:
-                yield full, child
-
-    yield from walk(model, "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from am_pipeline.anatomy import Anatomy, find_anatomy
+from am_pipeline.anatomy import Anatomy, candidate_stacks
 from am_pipeline.boundary import Boundary
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.rehearsal import Residual, rehearse
@@ -39,6 +39,14 @@ class CutPlan:
         held = sorted(int(n[len(prefix) :]) for n in self.stages[stage] if n.startswith(prefix))
         return range(held[0], held[-1] + 1)
 
+    def crossings(self, stage: int) -> tuple[int | None, int | None]:
+        """The absent layers through which the hidden state enters and leaves a stage, of those that run."""
+        held = self.layers_of(stage)
+        earlier = [index for index in self.residual.ran if index < held.start]
+        later = [index for index in self.residual.ran if index >= held.stop]
+        receiver = earlier[-1] if stage > 0 and earlier else None
+        return receiver, later[0] if stage < len(self.stages) - 1 and later else None
+
     def __str__(self) -> str:
         rows = []
         for index, names in enumerate(self.stages):
@@ -68,15 +76,18 @@ def plan_cut(
             more between two layers than handing the hidden state on, or feeds its layers or its head anything
             else that depends on the ids.
     """
-    anatomy = find_anatomy(model)
     if module_names_per_stage is None:
         if num_stages is None:
             raise ValueError("plan_cut needs num_stages or module_names_per_stage")
+        anatomy, residual = rehearse(model)
         stages = _even_stages(anatomy, num_stages)
     else:
         stages = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
+        anatomy, residual = rehearse(model, _stack_in(model, stages))
         _check_stages(model, anatomy, stages)
-    return CutPlan(anatomy, rehearse(model, anatomy), stages, _find_shared(model, stages))
+    plan = CutPlan(anatomy, residual, stages, _find_shared(model, stages))
+    _check_crossings(model, plan)
+    return plan
 
 
 def build_part(
@@ -101,17 +112,25 @@ def build_part(
             leaves the call of the whole part as it is.
     """
     last = len(plan.stages) - 1
-    boundary = Boundary(stage == 0, stage == last, plan.residual.batch_dim, plan.residual.sequence_dim)
-    part = copy_without(model, plan.anatomy, set(plan.stages[stage]), boundary, plan.residual.returns_tuple)
+    residual = plan.residual
+    boundary = Boundary(
+        stage == 0,
+        stage == last,
+        residual.hidden.batch_dim,
+        residual.hidden.sequence_dim,
+        residual.returned,
+        tuple(name for name, _ in residual.traveling),
+        residual.needs_ids,
+        residual.narrow,
+    )
+    part = copy_without(model, plan.anatomy.stack, set(plan.stages[stage]), boundary)
     if patch_inner_model:
-        held = plan.layers_of(stage)
         stack: Any = part.get_submodule(plan.anatomy.stack)
-        if stage > 0:
-            stack[held.start - 1].receives = True
-            stack[held.start - 1].boundary = boundary
-        if stage < last:
-            stack[held.stop].sends = True
-            stack[held.stop].boundary = boundary
+        receiver, sender = plan.crossings(stage)
+        if receiver is not None:
+            stack[receiver].receives = True
+        if sender is not None:
+            stack[sender].sends = True
     if patch_causal_lm_model:
         boundary.install(part)
     return part, boundary
@@ -155,6 +174,22 @@ def _check_stages(model: nn.Module, anatomy: Anatomy, stages: tuple[tuple[str, .
     ]
     if orphans:
         raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
+
+
+def _stack_in(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> str | None:
+    """The stack whose first layer the stages name, where a model has more than one that it could be."""
+    named = {name for names in stages for name in names}
+    return next((stack for stack in candidate_stacks(model) if f"{stack}.0" in named), None)
+
+
+def _check_crossings(model: nn.Module, plan: CutPlan) -> None:
+    for stage in range(len(plan.stages)):
+        receiver, sender = plan.crossings(stage)
+        if (stage > 0 and receiver is None) or (stage < len(plan.stages) - 1 and sender is None):
+            raise ValueError(
+                f"{type(model).__name__} cannot be cut here: on text alone its forward runs only the layers "
+                f"{list(plan.residual.ran)} of {plan.anatomy.stack}, none of them before or after those of stage {stage}"
+            )
 
 
 def _holds(names: tuple[str, ...], parameter: str) -> bool:

@@ -1,138 +1,298 @@
-"""Run a model's own forward with every module that has parameters replaced, to learn whether it can be cut.
+"""Run a model's own forward with every module that has parameters replaced, to learn whether and how it can be cut.
 
-The skeleton has no parameters, so this costs nothing and works for a model on meta. Four runs tell how the hidden state
-is shaped and that nothing else that depends on the batch reaches a layer or the head: a later stage would not
-have it.
+The skeleton has no parameters, so this costs nothing and works for a model on meta. The runs tell which modules run
+before and after the stack, how the hidden state is shaped, and what else that depends on the batch reaches a layer or
+the head of a later stage: outputs of the prologue, which then travel along, or the ids themselves.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import MutableMapping, MutableSequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from am_pipeline.anatomy import Anatomy
-from am_pipeline.boundary import Boundary, hidden_state_of
+from am_pipeline.anatomy import Anatomy, candidate_stacks, modules_beside, owners, sort_around
+from am_pipeline.boundary import LAYERS, AbsentModule, Boundary, hidden_state_of, tensors_in
 from am_pipeline.skeleton import copy_without
 
 
 @dataclass(frozen=True)
-class Residual:
-    """How the tensor that runs between layers is shaped: `dims` with None where the batch or the sequence is.
+class Shape:
+    """A tensor's dims as plain data: `("batch", "sequence", 4096)`."""
 
-    A Llama's is `(None, None, hidden_size)` with `batch_dim=0`, `sequence_dim=1`.
+    dims: tuple[int | str, ...]
+
+    def at(self, batch: int, seq_len: int) -> tuple[int, ...]:
+        sizes = {"batch": batch, "sequence": seq_len}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+    @property
+    def batch_dim(self) -> int:
+        return self.dims.index("batch")
+
+    @property
+    def sequence_dim(self) -> int:
+        return self.dims.index("sequence")
+
+    def __str__(self) -> str:
+        return f"({', '.join(map(str, self.dims))})"
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What runs between the layers of a model.
+
+    Attributes:
+        hidden: shape of the hidden state.
+        returned: how many values a layer returns as a tuple; 0 for a bare tensor.
+        ran: the layers that run on text alone, in order.
+        traveling: modules before the stack whose outputs later layers or the head take too, with their shapes.
+        needs_ids: whether layers or the head depend on the ids in any other way.
+        narrow: whether the head also runs on a hidden state of one token.
     """
 
-    dims: tuple[int | None, ...]
-    batch_dim: int
-    sequence_dim: int
-    returns_tuple: bool
-
-    def shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
-        dims: list[Any] = list(self.dims)
-        dims[self.batch_dim], dims[self.sequence_dim] = batch, seq_len
-        return tuple(dims)
+    hidden: Shape
+    returned: int
+    ran: tuple[int, ...]
+    traveling: tuple[tuple[str, Shape], ...]
+    needs_ids: bool
+    narrow: bool
 
 
-def rehearse(model: nn.Module, anatomy: Anatomy) -> Residual:
-    """Learn how the hidden state travels between the layers of a model.
+def rehearse(model: nn.Module, stack: str | None = None) -> tuple[Anatomy, Residual]:
+    """Find the decoder stack of a model and how its hidden state travels.
+
+    Args:
+        model: the whole model; it is not changed and none of its parameters is read.
+        stack: full name of the stack, if the caller knows it.
 
     Raises:
-        ValueError: the model cannot be cut between its layers, and why.
+        ValueError: the model cannot be cut between its layers, and why; or it could be cut at several stacks.
     """
-    reason = ""
-    for returns_tuple in (False, True):
+    names = [stack] if stack else candidate_stacks(model)
+    found: list[tuple[Anatomy, Residual]] = []
+    reasons: list[str] = []
+    for name in names:
         try:
-            runs = _four_runs(model, anatomy, returns_tuple)
-        except Exception as error:  # whatever the model's own code raises is the reason it cannot be cut
-            reason = reason or f"its forward failed with its layers replaced: {type(error).__name__}: {error}"
-            continue
-        why_not = _why_not(anatomy, *runs)
-        if not why_not:
-            return _residual(runs[0].hidden[0].shape, runs[1].hidden[0].shape, returns_tuple)
-        reason = reason or why_not
-    raise ValueError(f"{type(model).__name__} cannot be cut between the layers of {anatomy.stack}: {reason}")
+            found.append(_Rehearsal(model, name).result())
+        except _CannotCut as why:
+            reasons.append(f"between the layers of {name}: {why}")
+    if not found:
+        raise ValueError(f"{type(model).__name__} cannot be cut {reasons[0]}")
+    sizes = [sum(p.numel() for p in model.get_submodule(a.stack).parameters()) for a, _ in found]
+    if sizes.count(max(sizes)) > 1:
+        stacks = [a.stack for (a, _), size in zip(found, sizes, strict=True) if size == max(sizes)]
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of the same size, {stacks}; "
+            "name the modules of each stage yourself with module_names_per_stage"
+        )
+    return found[sizes.index(max(sizes))]
+
+
+class _CannotCut(Exception):
+    pass
 
 
 @dataclass
 class _Run:
-    """What one run showed: per layer call its index, the hidden state taken and returned, and the other inputs."""
+    """What one run showed; the lists have an entry for every layer call."""
 
     order: list[int] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
     returned: list[torch.Tensor] = field(default_factory=list)
     beside: list[list[torch.Tensor]] = field(default_factory=list)
-    output: torch.Tensor | None = None
+    ledgers: list[set[int]] = field(default_factory=list)
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
 
 
-def _four_runs(model: nn.Module, anatomy: Anatomy, returns_tuple: bool) -> tuple[_Run, _Run, _Run, _Run]:
-    boundary = Boundary(True, True, 0, 1)
-    skeleton = copy_without(model, anatomy, set(), boundary, returns_tuple)
-    for module in skeleton.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            persistent = name not in module._non_persistent_buffers_set
-            module.register_buffer(name, torch.zeros_like(buffer, device="cpu"), persistent)
-    boundary.install(skeleton)
+class _Rehearsal:
+    """The runs of one model with one choice of stack."""
 
-    layers: Any = skeleton.get_submodule(anatomy.stack)
+    def __init__(self, model: nn.Module, stack: str) -> None:
+        self.model = model
+        self.stack = stack
+        self.boundary = Boundary(True, True)
+        self.boundary.calls = []
+        self.skeleton = copy_without(model, stack, set(), self.boundary)
+        _fill_tensors(self.skeleton)
+        self.boundary.install(self.skeleton)
+        self.last_hidden: torch.Tensor | None = None
+        self.layers: Any = self.skeleton.get_submodule(stack)
 
-    def run(batch: int, seq_len: int, *, first_id: int = 0, fill: float = 1.0) -> _Run:
-        seen = _Run()
-        boundary.fill = fill
+    def result(self) -> tuple[Anatomy, Residual]:
+        try:
+            return self._result()
+        except _CannotCut:
+            raise
+        except Exception as error:  # the model's own code, on a batch that is not real
+            raise _CannotCut(_failed(error)) from error
+
+    def _result(self) -> tuple[Anatomy, Residual]:
+        plain = self._first_run()
+        larger = self._run(5, 16)
+        # From here on, what follows the stack sees the same hidden state whatever went in.
+        self.layers[plain.order[-1]].receives = True
+        self.last_hidden = plain.hidden[0]
+        plain, other_ids = self._run(3, 8), self._run(3, 8, first_id=3)
+        if not _same(plain, self._run(3, 8, fill={LAYERS: 2.0})):
+            raise _CannotCut("a later layer or the head takes the hidden state of an earlier layer too")
+        anatomy = self._anatomy(plain)
+        traveling = []
+        for name in dict.fromkeys(plain.calls[: plain.calls.index(LAYERS)]):
+            if _same(plain, self._run(3, 8, fill={name: 2.0})):
+                continue
+            if plain.calls.count(name) > 1:
+                raise _CannotCut(f"what {name} returns reaches later layers or the head, but it runs more than once")
+            traveling.append((name, _shape(plain.shapes[name], larger.shapes[name], f"the output of {name}")))
+        hidden = _shape(plain.hidden[0].shape, larger.hidden[0].shape, "the hidden state between layers")
+        if (hidden.dims.count("batch"), hidden.dims.count("sequence")) != (1, 1):
+            raise _CannotCut(f"the hidden state between layers is {hidden}: it must have one batch and one sequence dim")
+        needs_ids = not _same(plain, other_ids)
+        residual = Residual(
+            hidden,
+            self.boundary.returned,
+            tuple(plain.order),
+            tuple(traveling),
+            needs_ids,
+            plain.output.shape[:2] == (3, 8) and not needs_ids and self._runs_narrow(plain.order, hidden),
+        )
+        return anatomy, residual
+
+    def _first_run(self) -> _Run:
+        """Find out what form a layer's result has; the reason is that of the likeliest form."""
+        reason = ""
+        self.boundary.extra = torch.zeros(())
+        for returned in (0, 1, 2, 3):
+            self.boundary.returned = returned
+            try:
+                run = self._run(3, 8)
+                why_not = self._why_not(run)
+            except Exception as error:  # whatever the model's own code raises is the reason it cannot be cut
+                why_not = _failed(error)
+            if not why_not:
+                return run
+            reason = reason if reason and not reason.startswith(_FAILED) else why_not
+        raise _CannotCut(reason)
+
+    def _run(self, batch: int, seq_len: int, *, first_id: int = 0, fill: dict[str, float] | None = None) -> _Run:
+        seen = _Run(calls=[])
+        self.boundary.fill, self.boundary.calls = fill or {}, seen.calls
+        self.boundary.received = self.last_hidden
         ids = torch.zeros(batch, seq_len, dtype=torch.int64)
         ids[:, seq_len // 2 :] = first_id
         hooks = [
-            layer.register_forward_hook(_recorder(index, seen), with_kwargs=True) for index, layer in enumerate(layers)
+            layer.register_forward_hook(self._recorder(index, seen), with_kwargs=True)
+            for index, layer in enumerate(self.layers)
         ]
+        for module in self.skeleton.modules():
+            if isinstance(module, AbsentModule):
+                hooks.append(module.register_forward_hook(_shape_recorder(seen)))
         try:
-            with torch.no_grad():
-                seen.output = skeleton(ids)
+            with torch.no_grad(), torch.device("cpu"):
+                seen.output = self.skeleton(ids)
         finally:
             for hook in hooks:
                 hook.remove()
         return seen
 
-    return run(3, 8), run(5, 16), run(3, 8, first_id=3), run(3, 8, fill=2.0)
+    def _recorder(self, index: int, seen: _Run):
+        def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            hidden = hidden_state_of(args, kwargs)
+            seen.calls.append(LAYERS)
+            seen.order.append(index)
+            seen.hidden.append(hidden)
+            seen.returned.append(output[0] if isinstance(output, tuple) else output)
+            seen.ledgers.append({id(v) for v in kwargs.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v})
+            seen.beside.append([t for t in tensors_in((args, kwargs)) if t is not hidden])
+
+        return record
+
+    def _why_not(self, run: _Run) -> str:
+        if not run.order:
+            return "its forward does not run them on text"
+        if run.order != sorted(set(run.order)):
+            return f"its forward runs the layers in the order {run.order}"
+        for index, (returned, taken) in enumerate(zip(run.returned[:-1], run.hidden[1:], strict=True)):
+            if returned is not taken:
+                return f"its forward changes the hidden state between layer {index} and layer {index + 1}"
+        if any(t is self.boundary.extra for beside in run.beside for t in beside):
+            return "a layer takes more from the layer before it than the hidden state"
+        if run.ledgers[0] and set.intersection(*run.ledgers) and _text_config(self.model, "num_kv_shared_layers") != 0:
+            return "its layers hand keys and values to later layers in a dict beside the hidden state"
+        between = run.calls[run.calls.index(LAYERS) : len(run.calls) - run.calls[::-1].index(LAYERS)]
+        if strangers := sorted(set(between) - {LAYERS}):
+            return f"its forward runs {strangers} between the layers"
+        for tensors in (*run.beside, [run.output], run.hidden):
+            if any(t.is_floating_point() and t.isnan().any() for t in tensors):
+                return "its forward reads the weights of a module beside the stack directly"
+        return ""
+
+    def _anatomy(self, run: _Run) -> Anatomy:
+        first, last = run.calls.index(LAYERS), len(run.calls) - 1 - run.calls[::-1].index(LAYERS)
+        called: dict[str, tuple[bool, bool]] = {}
+        for place, name in enumerate(run.calls):
+            early, late = called.get(name, (False, False))
+            called[name] = (early or place < first, late or place > last)
+        return sort_around(self.model, self.stack, called)
+
+    def _runs_narrow(self, order: list[int], hidden: Shape) -> bool:
+        self.boundary.batch_dim, self.boundary.sequence_dim = hidden.batch_dim, hidden.sequence_dim
+        self.layers[order[0]].sends = True
+        self.layers[order[-1]].receives = False
+        try:
+            self._run(3, 8)
+        except Exception:  # the head wants the whole sequence: it gets it
+            return False
+        finally:
+            self.layers[order[0]].sends = False
+        return True
 
 
-def _recorder(index: int, seen: _Run):
-    def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        hidden = hidden_state_of(args, kwargs)
-        seen.order.append(index)
-        seen.hidden.append(hidden)
-        seen.returned.append(output[0] if isinstance(output, tuple) else output)
-        seen.beside.append([t for t in _tensors((args, kwargs)) if t is not hidden])
+_FAILED = "its forward failed with its layers replaced"
+
+
+def _failed(error: Exception) -> str:
+    return f"{_FAILED}: {type(error).__name__}: {error}"
+
+
+def _text_config(model: nn.Module, name: str) -> Any:
+    config = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(config, name, None)
+
+
+def _shape_recorder(seen: _Run):
+    def record(module: AbsentModule, _args: tuple, output: torch.Tensor) -> None:
+        seen.shapes[module._name] = output.shape
 
     return record
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+def _fill_tensors(skeleton: nn.Module) -> None:
+    """Buffers and the few parameters left (of the stack's ancestors) move to the CPU; those on meta become ones."""
+    for module in skeleton.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, _real(buffer), persistent)
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(_real(parameter), requires_grad=False))
 
 
-def _why_not(anatomy: Anatomy, plain: _Run, larger: _Run, other_ids: _Run, other_hidden: _Run) -> str:
-    if plain.order != list(range(anatomy.num_layers)):
-        return f"its forward runs the layers in the order {plain.order}"
-    for index, (returned, taken) in enumerate(zip(plain.returned[:-1], plain.hidden[1:], strict=True)):
-        if returned is not taken:
-            return f"its forward changes the hidden state between layer {index} and layer {index + 1}"
-    for name, other in (("the ids", other_ids), ("the embedded ids", other_hidden)):
-        for index, (before, after) in enumerate(zip(plain.beside, other.beside, strict=True)):
-            if not _equal(before, after):
-                return f"besides the hidden state, layer {index} takes an input that depends on {name}"
-    if not _equal([plain.output], [other_ids.output]):
-        return "what follows the layers reads the ids, which only the first stage has"
-    return ""
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return torch.ones_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu", copy=True)
+
+
+def _same(one: _Run, other: _Run) -> bool:
+    """Whether everything a layer takes beside the hidden state, and the output, is the same in two runs."""
+    pairs = zip((*one.beside, [one.output]), (*other.beside, [other.output]), strict=True)
+    return all(_equal(before, after) for before, after in pairs)
 
 
 def _equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
@@ -141,14 +301,13 @@ def _equal(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
     )
 
 
-def _residual(first: torch.Size, second: torch.Size, returns_tuple: bool) -> Residual:
+def _shape(first: torch.Size, second: torch.Size, what: str) -> Shape:
     """Tell batch and sequence apart from the shapes at (3, 8) and (5, 16) tokens."""
-    pairs = list(itertools.zip_longest(first, second))
-    if pairs.count((3, 5)) != 1 or pairs.count((8, 16)) != 1:
-        raise ValueError(
-            f"the hidden state between layers has shape {tuple(first)} for 3 sequences of 8 tokens and "
-            f"{tuple(second)} for 5 of 16: it must have one batch dim and one sequence dim"
+    roles = {(3, 5): "batch", (8, 16): "sequence"}
+    dims = [a if a == b else roles.get((a, b)) for a, b in itertools.zip_longest(first, second)]
+    if None in dims:
+        raise _CannotCut(
+            f"{what} has shape {tuple(first)} for 3 sequences of 8 tokens and {tuple(second)} for 5 of 16: "
+            "its dims must be the batch, the sequence or fixed"
         )
-    batch_dim, sequence_dim = pairs.index((3, 5)), pairs.index((8, 16))
-    dims = tuple(None if i in (batch_dim, sequence_dim) else size for i, size in enumerate(second))
-    return Residual(dims, batch_dim, sequence_dim, returns_tuple)
+    return Shape(tuple(dims))

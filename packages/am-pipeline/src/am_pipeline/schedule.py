@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from am_pipeline._torch_compat import CsvSchedule, Schedule, load_csv, n_microbatches, stages_of
+from am_pipeline._torch_compat import CsvSchedule, Schedule, SplitsInputs, load_csv, n_microbatches, stages_of
+from am_pipeline.inputs import share_from_first, split_inputs
 from am_pipeline.shapes import reset_pp_stage_shapes
 from am_pipeline.shared import check_shared_layouts, sum_shared_gradients
 from am_pipeline.stage import DecoderStage
@@ -146,10 +148,17 @@ def _keep_unsharded_until_backward(stages: list[PipelineStage]) -> None:
                 module.set_reshard_after_forward(False, recurse=False)
 
 
-class _Exact:
-    """Mixed into a torch schedule class: agrees on the batch's shape before a step, sums shared gradients after it."""
+class _Exact(SplitsInputs):
+    """Mixed into a torch schedule class: agrees on the batch before a step, sums shared gradients after it.
+
+    Attributes:
+        target_tokens: labels of the last step's target that are not `ignore_index`, known on every rank of the
+            pipeline; what a loss that sums over tokens is divided by.
+    """
 
     local_batch_size: int
+    ignore_index: int = -100
+    target_tokens: int = 0
     _seq_len: int | None = None
     _checked: bool = False
     _evaluating: bool = False
@@ -157,7 +166,8 @@ class _Exact:
     def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
         stages = stages_of(self)
         if isinstance(stages[0], DecoderStage):
-            self._agree(stages, args, target)
+            own = {name: kwargs.pop(name) for name in ("losses", "return_outputs", "loss_kwargs") if name in kwargs}
+            kwargs = self._agree(stages, args, kwargs, target) | own
         result = super().step(*args, target=target, **kwargs)
         if not self._evaluating:
             sum_shared_gradients(stages)
@@ -170,36 +180,68 @@ class _Exact:
         finally:
             self._evaluating = False
 
-    def _agree(self, stages: list[DecoderStage], args: tuple, target: Any) -> None:
-        """Every rank learns the shape of the first stage's ids, or what is wrong with the call, before any send."""
+    def split_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[tuple], list[dict[str, Any]]]:
+        return split_inputs(args, kwargs, n_microbatches(self), self.local_batch_size)
+
+    def _agree(self, stages: list[DecoderStage], args: tuple, kwargs: dict[str, Any], target: Any) -> dict[str, Any]:
+        """Every rank learns the batch's shape, or what is wrong with the call, before any send; and gets its inputs."""
         device, group = stages[0].device, stages[0].group
-        batch, seq_len, no_input, no_target = 0, 0, 0, 0
+        here = _Call()
         for stage in stages:
             if stage.is_first:
                 if args and isinstance(args[0], torch.Tensor) and args[0].dim() >= 2:
-                    batch, seq_len = args[0].shape[:2]
+                    here.batch, here.seq_len = args[0].shape[:2]
                 else:
-                    no_input = 1
+                    here.no_input = 1
+                here.shares = int(bool(kwargs))
             if stage.is_last:
-                no_target = int(target is None and not self._evaluating)
-        agreed = torch.tensor([batch, seq_len, no_input, no_target], dtype=torch.int64, device=device)
+                here.no_target = int(target is None and not self._evaluating)
+                here.tokens = _count_tokens(target, self.ignore_index)
+                here.rows = target.shape[0] if isinstance(target, torch.Tensor) and target.dim() else 0
+        agreed = torch.tensor(list(vars(here).values()), dtype=torch.int64, device=device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-        batch, seq_len, no_input, no_target = agreed.tolist()
-        if no_input:
+        call = _Call(*agreed.tolist())
+        if call.no_input:
             raise ValueError("the rank of the first stage must call step(ids, ...) with ids of shape (B, S)")
-        if no_target:
+        if call.no_target:
             raise ValueError("the rank of the last stage must call step(..., target=labels)")
-        if batch != self.local_batch_size:
+        if call.batch != self.local_batch_size:
             raise ValueError(
-                f"the batch has {batch} sequences, but the schedule was built for "
+                f"the batch has {call.batch} sequences, but the schedule was built for "
                 f"local_batch_size={self.local_batch_size}"
             )
+        if call.rows not in (0, call.batch):
+            raise ValueError(f"the target has {call.rows} rows, but the batch has {call.batch} sequences")
+        self.target_tokens = call.tokens
         if not self._checked:
             check_shared_layouts(stages)
             self._checked = True
-        if seq_len != self._seq_len:
-            reset_pp_stage_shapes(self, stages, None, batch // n_microbatches(self), seq_len)
-            self._seq_len = seq_len
+        if call.seq_len != self._seq_len:
+            reset_pp_stage_shapes(self, stages, None, call.batch // n_microbatches(self), call.seq_len)
+            self._seq_len = call.seq_len
+        # Keyword inputs (images, positions) may make more depend on the ids than text alone does.
+        if call.shares or stages[0].plan.residual.needs_ids:
+            ids = {"input_ids": args[0]} if any(stage.is_first for stage in stages) else {}
+            first = stages[0].stage_index_to_group_rank[0]
+            kwargs = share_from_first(kwargs | ids, first, group, device)
+        return kwargs
+
+
+@dataclass
+class _Call:
+    """What the ranks tell each other about a step; the largest value wins."""
+
+    batch: int = 0
+    seq_len: int = 0
+    no_input: int = 0
+    no_target: int = 0
+    tokens: int = 0
+    rows: int = 0
+    shares: int = 0
+
+
+def _count_tokens(target: Any, ignore_index: int) -> int:
+    return int((target != ignore_index).sum()) if isinstance(target, torch.Tensor) else 0
 
 
 @cache

@@ -53,18 +53,22 @@ def _precompute_stage_shapes(
                 f"seq_len={seq_len} does not divide over the {shards} ranks that shard the sequence; "
                 f"pad it to {-(-seq_len // shards) * shards}"
             )
-        shape = _hidden_shape(stage, model_config, microbatch_size, seq_len // shards)
         dtype = compute_dtype(stage.submod)
-        hidden = torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        shapes = _crossing_shapes(stage, model_config, microbatch_size, seq_len, shards)
+        crossing = tuple(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes)
         ids = torch.empty(microbatch_size, seq_len, dtype=torch.int64, device="meta")
         # The last stage's output is never sent, only counted.
-        set_shapes(stage, (ids if stage.is_first else hidden,), (hidden,))
+        set_shapes(stage, (ids,) if stage.is_first else crossing, crossing)
         if isinstance(stage, DecoderStage):
-            stage.boundary.expected = (shape, dtype)
+            stage.boundary.expected = [(shape, dtype) for shape in shapes]
 
 
-def _hidden_shape(stage: PipelineStage, config: Any, batch: int, seq_len: int) -> tuple[int, ...]:
+def _crossing_shapes(
+    stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int
+) -> list[tuple[int, ...]]:
     if isinstance(stage, DecoderStage):
-        return stage.plan.residual.shape(batch, seq_len)
+        residual = stage.plan.residual
+        hidden = residual.hidden.at(batch, seq_len // shards)
+        return [hidden, *(shape.at(batch, seq_len) for _, shape in residual.traveling)]
     text = getattr(config, "text_config", None) or config
-    return (batch, seq_len, text.hidden_size)
+    return [(batch, seq_len // shards, text.hidden_size)]

@@ -6,46 +6,40 @@ import copy
 
 from torch import nn
 
-from am_pipeline.anatomy import Anatomy
-from am_pipeline.boundary import AbsentEmbedding, AbsentLayer, AbsentModule, Boundary
+from am_pipeline.anatomy import owners
+from am_pipeline.boundary import AbsentLayer, AbsentModule, Boundary
 
 
-def copy_without(
-    model: nn.Module, anatomy: Anatomy, held: set[str], boundary: Boundary, returns_tuple: bool
-) -> nn.Module:
-    """The model with stand-ins for every module with parameters that is not in `held` or below a module that is.
+def copy_without(model: nn.Module, stack: str, held: set[str], boundary: Boundary) -> nn.Module:
+    """The model with stand-ins for every module that has parameters and is not in `held` or below one that is.
+
+    A module without parameters of its own keeps its forward; only those of its children that have some are replaced.
 
     Args:
         model: the whole model; it is not changed.
-        anatomy: where its decoder stack is.
+        stack: full name of its decoder stack.
         held: full names of the modules to keep.
         boundary: what the stand-ins read and write.
-        returns_tuple: whether the model's layers return tuples, so that absent ones do too.
     """
     memo: dict[int, object] = {}
-
-    def keep(value: object) -> None:
-        memo[id(value)] = value
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             full = f"{prefix}{name}"
             if full in held:
                 continue
-            if full.rpartition(".")[0] == anatomy.stack:
-                memo[id(child)] = AbsentLayer(child)
-                memo[id(child)].returns_tuple = returns_tuple
-            elif full == anatomy.stack or any(n.startswith(f"{full}.") for n in (*held, anatomy.stack)):
+            if prefix == f"{stack}.":
+                memo[id(child)] = AbsentLayer(child, int(name), boundary)
+            elif full == stack or any(n.startswith(f"{full}.") for n in (*held, stack)):
                 visit(child, f"{full}.")
-            elif isinstance(child, nn.Embedding):
-                memo[id(child)] = AbsentEmbedding(child.embedding_dim, boundary)
-            elif any(True for _ in child.parameters()):
-                memo[id(child)] = AbsentModule()
+            else:
+                for owner_name, owner in owners(full, child):
+                    memo[id(owner)] = AbsentModule(owner, owner_name, boundary)
 
     visit(model, "")
     for module in model.modules():
         if "config" in vars(module):
-            keep(module.config)
+            memo[id(module.config)] = module.config
     for tensor in (*model.parameters(), *model.buffers()):
-        keep(tensor)
+        memo[id(tensor)] = tensor
     return copy.deepcopy(model, memo)

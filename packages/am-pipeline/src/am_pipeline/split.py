@@ -15,9 +15,9 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from am_pipeline._torch_compat import Schedule
-from am_pipeline.anatomy import find_anatomy
 from am_pipeline.cut import CutPlan, build_part, plan_cut
 from am_pipeline.placement import calculate_virtual_stages, stage_ids_this_rank
+from am_pipeline.rehearsal import rehearse
 from am_pipeline.schedule import schedule_class
 from am_pipeline.stage import DecoderStage
 
@@ -122,7 +122,7 @@ def _plan(
 ) -> CutPlan:
     single = issubclass(kind, PipelineScheduleSingle)
     if module_names is None:
-        layers = find_anatomy(model).num_layers
+        layers = rehearse(model)[0].num_layers
         num_stages, _ = calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to)
         return plan_cut(model, num_stages)
     per_rank, rest = divmod(len(module_names), pp_size)

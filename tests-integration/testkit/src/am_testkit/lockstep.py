@@ -44,6 +44,15 @@ class Lockstep:
         self.store.wait([key], timedelta(seconds=seconds))
         return json.loads(self.store.get(key))
 
+    def hear_of(self, key: str, end: str, seconds: float) -> object:
+        """`hear`, but raise at once if whoever should say it has said `end` instead."""
+        deadline = time.monotonic() + seconds
+        while not self.store.check([key]):
+            if self.store.check([end]) or time.monotonic() > deadline:
+                raise RuntimeError(f"rank 0 did not get as far as {key}")
+            time.sleep(0.005)
+        return self.hear(key, seconds)
+
     def all_say(self, key: str, value: object, seconds: float = 600.0) -> list:
         """Every controller says something; returns what all said, by rank."""
         self.say(f"{key}/{self.rank}", value)

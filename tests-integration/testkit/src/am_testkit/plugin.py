@@ -114,6 +114,7 @@ class LockstepSession:
         config.option.continue_on_collection_errors = True
         if lockstep.rank:
             config.option.xmlpath = None
+            config.option.basetemp = None  # pytest empties and makes that folder: rank 0 alone may
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -200,7 +201,7 @@ class LockstepSession:
         key = f"test{self.number}/path"
         if self.lockstep.rank == 0:
             self.lockstep.say(key, str(path))
-        return type(path)(self.lockstep.hear(key, 120))
+        return type(path)(self.lockstep.hear_of(key, f"test{self.number}/0", 120))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
