@@ -74,6 +74,17 @@ def integration(session: nox.Session, ranks: int) -> None:
     torchrun(session, ranks, "-m", "pytest", *arguments)
 
 
+@nox.session(venv_backend="none", requires=["together"])
+def sweep(session: nox.Session) -> None:
+    """Every architecture of transformers through a pipeline; writes the table in `docs/coverage/`."""
+    folder = ROOT / "build" / "sweep"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    session.env["AM_SWEEP"] = str(folder)
+    pytest(session, "sweep", "packages/am-pipeline/tests/test_sweep.py", *session.posargs)
+    run(session, "python", "docs/coverage/table.py", str(folder))
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, undeclared imports, and who may import whom."""

@@ -184,7 +184,9 @@ def test_other_heads_are_cut_too(kind):
 
 def test_layers_that_share_keys_and_values_beside_the_hidden_state_are_refused():
     with pytest.raises(ValueError, match="hand keys and values to later layers"):
-        plan_cut(small("gemma3n_text", num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2), 2)
+        plan_cut(
+            small("gemma3n_text", num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2), 2
+        )
 
 
 def test_a_later_layer_that_takes_an_earlier_hidden_state_is_refused():

@@ -25,7 +25,6 @@ from torch import nn
 
 from am_pipeline.inputs import ENCODER_INPUTS
 
-
 # Stands for all layers where stand-ins are named.
 LAYERS = "<layers>"
 
@@ -78,7 +77,7 @@ class Boundary:
         def keep(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
             # Some embeddings return one row for the whole batch; what travels has the batch dim.
             shape = self.expected[1 + self.traveling.index(name)][0] if self.expected else output.shape
-            self.aside[name] = output.expand(shape)
+            self.aside[name] = output.expand(shape).contiguous()
 
         return keep
 

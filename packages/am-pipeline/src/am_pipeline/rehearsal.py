@@ -7,6 +7,7 @@ the head of a later stage: outputs of the prologue, which then travel along, or 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import MutableMapping, MutableSequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_pipeline.anatomy import Anatomy, candidate_stacks, modules_beside, owners, sort_around
+from am_pipeline.anatomy import Anatomy, candidate_stacks, sort_around
 from am_pipeline.boundary import LAYERS, AbsentModule, Boundary, hidden_state_of, tensors_in
 from am_pipeline.skeleton import copy_without
 
@@ -107,7 +108,7 @@ class _Run:
     beside: list[list[torch.Tensor]] = field(default_factory=list)
     ledgers: list[set[int]] = field(default_factory=list)
     output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    calls_with: dict[str, tuple] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
 
 
@@ -149,10 +150,13 @@ class _Rehearsal:
                 continue
             if plain.calls.count(name) > 1:
                 raise _CannotCut(f"what {name} returns reaches later layers or the head, but it runs more than once")
-            traveling.append((name, _shape(plain.shapes[name], larger.shapes[name], f"the output of {name}")))
+            shapes = (self._true_shape(name, run.calls_with[name]) for run in (plain, larger))
+            traveling.append((name, _shape(*shapes, f"the output of {name}")))
         hidden = _shape(plain.hidden[0].shape, larger.hidden[0].shape, "the hidden state between layers")
         if (hidden.dims.count("batch"), hidden.dims.count("sequence")) != (1, 1):
-            raise _CannotCut(f"the hidden state between layers is {hidden}: it must have one batch and one sequence dim")
+            raise _CannotCut(
+                f"the hidden state between layers is {hidden}: it must have one batch and one sequence dim"
+            )
         needs_ids = not _same(plain, other_ids)
         residual = Residual(
             hidden,
@@ -192,7 +196,7 @@ class _Rehearsal:
         ]
         for module in self.skeleton.modules():
             if isinstance(module, AbsentModule):
-                hooks.append(module.register_forward_hook(_shape_recorder(seen)))
+                hooks.append(module.register_forward_hook(_call_recorder(seen), with_kwargs=True))
         try:
             with torch.no_grad(), torch.device("cpu"):
                 seen.output = self.skeleton(ids)
@@ -201,6 +205,20 @@ class _Rehearsal:
                 hook.remove()
         return seen
 
+    def _true_shape(self, name: str, call: tuple[tuple, dict[str, Any], torch.Size]) -> torch.Size:
+        """What the module itself would return: a stand-in guesses, and an embedding of positions may have no batch."""
+        args, kwargs, guess = call
+        module = self.model.get_submodule(name)
+        tensors = (*module.parameters(), *module.buffers())
+        memo: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+        memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in module.parameters()}
+        try:
+            with torch.device("meta"):
+                output = copy.deepcopy(module, memo)(*_on_meta(args), **_on_meta(kwargs))
+        except Exception:  # it may look at values
+            return guess
+        return output.shape if isinstance(output, torch.Tensor) else guess
+
     def _recorder(self, index: int, seen: _Run):
         def record(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             hidden = hidden_state_of(args, kwargs)
@@ -208,7 +226,9 @@ class _Rehearsal:
             seen.order.append(index)
             seen.hidden.append(hidden)
             seen.returned.append(output[0] if isinstance(output, tuple) else output)
-            seen.ledgers.append({id(v) for v in kwargs.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v})
+            seen.ledgers.append(
+                {id(v) for v in kwargs.values() if isinstance(v, (MutableMapping, MutableSequence)) and not v}
+            )
             seen.beside.append([t for t in tensors_in((args, kwargs)) if t is not hidden])
 
         return record
@@ -267,11 +287,21 @@ def _text_config(model: nn.Module, name: str) -> Any:
     return getattr(config, name, None)
 
 
-def _shape_recorder(seen: _Run):
-    def record(module: AbsentModule, _args: tuple, output: torch.Tensor) -> None:
-        seen.shapes[module._name] = output.shape
+def _call_recorder(seen: _Run):
+    def record(module: AbsentModule, args: tuple, kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        seen.calls_with[module._name] = (args, kwargs, output.shape)
 
     return record
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return type(value)(_on_meta(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _on_meta(item) for name, item in value.items()}
+    return value
 
 
 def _fill_tensors(skeleton: nn.Module) -> None:

@@ -63,9 +63,7 @@ def _precompute_stage_shapes(
             stage.boundary.expected = [(shape, dtype) for shape in shapes]
 
 
-def _crossing_shapes(
-    stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int
-) -> list[tuple[int, ...]]:
+def _crossing_shapes(stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int) -> list[tuple[int, ...]]:
     if isinstance(stage, DecoderStage):
         residual = stage.plan.residual
         hidden = residual.hidden.at(batch, seq_len // shards)

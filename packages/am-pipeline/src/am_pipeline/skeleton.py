@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import nn
 
 from am_pipeline.anatomy import owners
@@ -40,6 +41,9 @@ def copy_without(model: nn.Module, stack: str, held: set[str], boundary: Boundar
     for module in model.modules():
         if "config" in vars(module):
             memo[id(module.config)] = module.config
+        for value in vars(module).values():  # a recurrent state left from an earlier forward
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value.detach()
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = tensor
     return copy.deepcopy(model, memo)

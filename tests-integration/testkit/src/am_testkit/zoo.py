@@ -37,8 +37,18 @@ _SIZES: dict[int, str] = {
     1: "n_group topk_group num_expert_group mamba_n_groups n_groups mamba_ngroups",
 }
 _MEANS = {name: size for size, names in _SIZES.items() for name in names.split() if not name.endswith("_unused")}
-_UNSET = "head_dim num_key_value_heads n_routed_experts num_experts_per_tok".split()
-_LAYERS = "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks depth encoder_layers".split()
+_UNSET = ["head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"]
+_LAYERS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+    "num_blocks",
+    "depth",
+    "encoder_layers",
+]
 
 
 class NotBuilt(Exception):
@@ -59,7 +69,9 @@ def small_config(model_type: str, layers: int = 4, **overrides: Any):
     return _shrunk(CONFIG_MAPPING[model_type], layers, _SPECIAL.get(model_type, {}) | overrides)
 
 
-def small(model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides) -> nn.Module:
+def small(
+    model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
+) -> nn.Module:
     """A causal LM of the type with seeded random weights, in evaluation mode (what is random in training is off)."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
@@ -84,7 +96,8 @@ def small(model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, 
 def _shrunk(kind: type, layers: int, settings: dict[str, Any]):
     """An instance of a config class: its defaults with every known size replaced, its sub-configs likewise."""
     settings = dict(settings)
-    inner = {name: value for name, value in settings.items() if isinstance(value, dict) and name.endswith("config")}
+    nested = [name for name, value in settings.items() if isinstance(value, dict) and name.endswith("config")]
+    inner = {name: settings.pop(name) for name in nested}
     default = settings.pop("_default", None) or kind()
     values = {name: value for name, value in vars(default).items() if not name.startswith("_")}
     count = next((values[name] for name in _LAYERS if isinstance(values.get(name), int)), 0)
@@ -152,7 +165,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
-    "dots3_note": {"text_config": {"per_layer_config": {}, "head_dim": 8}},
+    "dots3_note": {"text_config": {"per_layer_config": {}, "head_dim": 8}, "vision_config": {"adapter_in_dim": 32}},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},

@@ -1,0 +1,149 @@
+"""Every causal language model of transformers through a real pipeline of two and of four stages, against one process.
+
+With `AM_SWEEP=folder` they leave there what they measured; `nox -s sweep` makes `docs/coverage/pipeline.md` of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from am_pipeline import pipeline_model, plan_cut
+from am_testkit.zoo import model_types, small
+
+# Why a model cannot be cut exactly, in the words of the error.
+REFUSED = {
+    "big_bird": "between the layers of bert.encoder.layer",
+    "blt": "several stacks of the same size",
+    "cpmant": "between the layers of cpmant.encoder.layers",
+    "glm_moe_dsa": "takes more from the layer before it than the hidden state",
+    "hrm_text": "runs the layers in the order",
+    "hy_v4": "takes more from the layer before it than the hidden state",
+    "inkling2_text": "takes the hidden state of an earlier layer too",
+    "mllama": "on text alone its forward runs only the layers",
+    "prophetnet": "between the layers of prophetnet.decoder.layers",
+    "reformer": "between the layers of reformer.encoder.layers",
+    "rwkv": "between the layers of rwkv.blocks",
+    "xlm": "changes the hidden state between layer 0 and layer 1",
+    "xlnet": "between the layers of transformer.layer",
+    "xmod": "between the layers of roberta.encoder.layer",
+    "zaya": "takes more from the layer before it than the hidden state",
+}
+# Not a decoder of text by itself, or not to be had small.
+NOT_BUILT = {
+    "dots3_note": "the vision and audio parts of its default config contradict each other when small",
+    "gemma3n": "its vision tower needs the timm library (gemma3n_text is its decoder)",
+    "gemma4_assistant": "a draft model that runs on another model's keys and values",
+    "gemma4_unified_assistant": "a draft model that runs on another model's keys and values",
+    "musicgen": "takes audio codes of shape (B * codebooks, S)",
+    "musicgen_melody": "takes audio codes of shape (B * codebooks, S)",
+}
+SWEEP = os.environ.get("AM_SWEEP")
+BATCH, LENGTH, MICROBATCH = 4, 16, 2
+
+
+@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in NOT_BUILT])
+@pytest.mark.ranks(2, timeout=240)
+def test_every_decoder_trains_exactly_on_two_and_four_stages_or_is_refused(model_type):
+    if model_type in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[model_type]) as refusal:
+            plan_cut(small(model_type), 4)
+        record(model_type, refused=str(refusal.value))
+        return
+    model, dtype = runnable(model_type)
+    ids = torch.randint(3, 60, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(3, 60, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
+    expected = [call(model, chunk) for chunk in ids.chunk(BATCH // MICROBATCH)]
+    losses = [loss_fn(*pair) for pair in zip(expected, labels.chunk(BATCH // MICROBATCH), strict=True)]
+    (sum(losses) / len(losses)).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    errors = {}
+    for stages, schedule in ((2, "1F1B"), (4, "Interleaved1F1B")):
+        model.zero_grad()
+        errors[stages], residual = pipelined(model, schedule, ids, labels, torch.cat(expected), wanted)
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-4
+    record(
+        model_type,
+        errors=errors,
+        dtype=str(dtype).removeprefix("torch."),
+        kind=type(model).__name__,
+        traveling=[name for name, _ in residual.traveling],
+        needs_ids=residual.needs_ids,
+    )
+    assert max(errors.values()) < tolerance, f"{errors} in {dtype}"
+
+
+def pipelined(model, schedule_name, ids, labels, expected, wanted):
+    """The largest relative error of the logits and of every gradient on this rank; what the cut found."""
+    schedule, parts, first, last, stages = pipeline_model(
+        model,
+        init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)),
+        None,
+        pp_axis_name="pp",
+        dp_axis_names=(),
+        layers_per_stage=None,
+        pipeline_parallel_schedule_csv=None,
+        pipeline_parallel_schedule=schedule_name,
+        microbatch_size=MICROBATCH,
+        local_batch_size=BATCH,
+        device=torch.device("cpu"),
+        loss_fn=loss_fn,
+        scale_grads=True,
+    )
+    logits = schedule.step(*((ids,) if first else ()), target=labels if last else None)
+    largest = max(grad.abs().max().item() for grad in wanted.values())
+    errors = [difference(logits, expected, 0.0)] if last else [0.0]
+    for part in parts:
+        for name, parameter in part.named_parameters(remove_duplicate=False):
+            if not parameter.requires_grad:
+                continue
+            missing = parameter.grad is None and name in wanted and wanted[name].abs().max() > 0
+            assert not missing, f"{name} has no gradient"
+            if parameter.grad is not None:
+                target = wanted.get(name, torch.zeros_like(parameter))
+                # What is zero but for rounding, such as the gradient of a key bias, is compared with the largest.
+                errors.append(difference(parameter.grad, target, 1e-6 * largest))
+    worst = torch.tensor(max(errors), dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.item(), stages[0].plan.residual
+
+
+def difference(actual, expected, floor):
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
+
+
+def runnable(model_type):
+    """The model in float64, or in float32 where its own code mixes the two."""
+    for dtype in (torch.float64, torch.float32):
+        model = small(model_type, dtype=dtype)
+        try:
+            with torch.no_grad():
+                call(model, torch.ones(1, LENGTH, dtype=torch.int64))
+        except RuntimeError:
+            continue
+        return model, dtype
+    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
+
+
+def call(model, ids):
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=ids, **settings)
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def loss_fn(logits, labels):
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def record(model_type, **measured):
+    if SWEEP and dist.get_rank() == 0:
+        pathlib.Path(SWEEP, f"{model_type}.json").write_text(json.dumps(measured))
