@@ -25,12 +25,12 @@ def main(folder: str) -> None:
     lines = [
         "# Pipelining: every causal language model of transformers",
         "",
-        f"`nox -s sweep`, torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}: of {len(types)} "
-        f"model types, **{len(exact)} train exactly** on two and on four stages, {len(refused)} are refused before "
-        f"anything is sent, {len(sweep.NOT_BUILT)} are not decoders of text by themselves or need more than transformers.",
+        f"`nox -s sweep`, torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}:",
+        f"of {len(types)} model types, **{len(exact)} train exactly** on two and on four stages, {len(refused)} are",
+        f"refused before anything is sent, {len(sweep.NOT_BUILT)} are not decoders of text by themselves or need more.",
         "",
-        "Each is a four-layer model of the type with sizes derived from its config class, cut and run over two processes:",
-        "two stages under 1F1B, four under Interleaved1F1B, four sequences of 16 tokens in two microbatches. The numbers",
+        "Each is a four-layer model of the type with sizes derived from its config class, cut and run over two",
+        "processes: two stages under 1F1B, four under Interleaved1F1B, four sequences in two microbatches. The numbers",
         "are the largest relative differences from one process among the logits and all gradients, in float64, or in",
         "float32 where the model's own code mixes the two. *Travels* names the modules whose outputs go along with the",
         "hidden state because later layers take them; *ids* says that later stages get the ids.",

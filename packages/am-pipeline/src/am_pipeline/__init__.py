@@ -2,7 +2,19 @@
 
 from importlib.metadata import version
 
+from am_pipeline.balance import Costs
 from am_pipeline.cut import CutPlan, build_part, plan_cut
+from am_pipeline.estimate import PipelinePlan, StageEstimate, plan_pipeline
+from am_pipeline.order import (
+    Action,
+    Event,
+    bubble_fraction,
+    check_order,
+    peak_live,
+    read_order,
+    schedule_order,
+    simulate,
+)
 from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model
 from am_pipeline.placement import (
     calculate_virtual_stages,
@@ -10,28 +22,42 @@ from am_pipeline.placement import (
     stage_ids_this_rank,
 )
 from am_pipeline.schedule import build_pipeline_schedule, scale_grads_by_divisor
-from am_pipeline.shapes import reset_pp_stage_shapes
+from am_pipeline.shapes import precompute_stage_shapes, reset_pp_stage_shapes
 from am_pipeline.shared import duplicate_parameters
 from am_pipeline.split import split_model_into_stages
-from am_pipeline.timeline import gather_timeline, plot_timeline, record_timeline
+from am_pipeline.timeline import gather_timeline, plot_timeline, record_timeline, text_timeline
 
 __version__ = version("am-pipeline")
 
 __all__ = [
+    "Action",
+    "Costs",
     "CutPlan",
+    "Event",
     "ParallelizeFnProtocol",
+    "PipelinePlan",
+    "StageEstimate",
+    "bubble_fraction",
     "build_part",
     "build_pipeline_schedule",
     "calculate_virtual_stages",
+    "check_order",
     "duplicate_parameters",
     "gather_timeline",
     "generate_hf_model_fqn_per_model_part",
+    "peak_live",
     "pipeline_model",
     "plan_cut",
+    "plan_pipeline",
     "plot_timeline",
+    "precompute_stage_shapes",
+    "read_order",
     "record_timeline",
     "reset_pp_stage_shapes",
     "scale_grads_by_divisor",
+    "schedule_order",
+    "simulate",
     "split_model_into_stages",
     "stage_ids_this_rank",
+    "text_timeline",
 ]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     _PipelineSchedule,
     _PipelineScheduleRuntime,
+    get_schedule_class,
 )
 
 Schedule = _PipelineSchedule
@@ -35,6 +36,38 @@ class SplitsInputs:
 def load_csv(schedule: _PipelineScheduleRuntime, path: str) -> None:
     """Give a `CsvSchedule` its actions: one row per rank, cells such as `0F1` (stage 0, forward, microbatch 1)."""
     schedule._load_csv(path)
+
+
+def order_of(name: str, ranks: int, stages_per_rank: int, microbatches: int) -> list[list[str]]:
+    """The cells of a multi-stage schedule, one row per rank, from torch's class over stages that do nothing."""
+    kind = get_schedule_class(name)
+    stages = [_Nothing(index * ranks, ranks * stages_per_rank, ranks) for index in range(stages_per_rank)]
+    build: Any = kind
+    schedule = build(stages, n_microbatches=microbatches, loss_fn=lambda *_: None)
+    return [["" if a is None else str(a) for a in schedule.pipeline_order[rank]] for rank in range(ranks)]
+
+
+class _Nothing:
+    """What a schedule reads of a stage when it makes its plan."""
+
+    has_backward = False
+    submod = nn.Module()
+    device = torch.device("cpu")
+
+    def __init__(self, stage_index: int, num_stages: int, group_size: int) -> None:
+        self.stage_index, self.num_stages, self.group_size, self.group_rank = stage_index, num_stages, group_size, 0
+        self.is_first, self.is_last = stage_index == 0, stage_index == num_stages - 1
+        self.stage_index_to_group_rank: dict[int, int] = {}
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows the tensor as a view of another."""
+    return tensor._is_view()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled, in place or by wrapping."""
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def n_microbatches(schedule: _PipelineSchedule) -> int:
@@ -90,3 +123,8 @@ def compute_dtype(part: nn.Module) -> torch.dtype:
         if parameter.is_floating_point():
             return parameter.dtype
     return torch.get_default_dtype()
+
+
+def element_size(model: nn.Module) -> int:
+    """Bytes of one of a model's floating-point parameters."""
+    return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)

@@ -49,7 +49,7 @@ def candidate_stacks(model: nn.Module) -> list[str]:
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     if not lists:
         raise ValueError(f"{type(model).__name__} has no ModuleList of layers: there is no decoder stack to cut")
-    count = _layer_count(model)
+    count = config_value(model, *_LAYER_COUNTS)
 
     def rank(name: str) -> tuple:
         return len(lists[name]) != count, -sum(p.numel() for p in lists[name].parameters())
@@ -107,12 +107,13 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _layer_count(model: nn.Module) -> int | None:
+def config_value(model: nn.Module, *names: str) -> int | None:
+    """The first of these that the config of the model's decoder has as an int."""
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    for name in _LAYER_COUNTS:
-        count = getattr(config, name, None)
-        if isinstance(count, int):
-            return count
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
     return None

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from am_pipeline._torch_compat import is_view
 from am_pipeline.inputs import ENCODER_INPUTS
 
 # Stands for all layers where stand-ins are named.
@@ -92,8 +93,7 @@ class Boundary:
         kwargs = {name: value for name, value in kwargs.items() if name not in ENCODER_INPUTS}
         self.received, *rest = args
         for name in self.traveling:
-            # A view: a stage that only hands it on must not send the tensor it received.
-            self.aside[name] = rest[0].view_as(rest[0])
+            self.aside[name] = _Received.apply(rest[0])
             rest = rest[1:]
         if "input_ids" not in kwargs:
             if self.needs_ids:
@@ -115,6 +115,8 @@ class Boundary:
         if sent is None:
             raise RuntimeError(f"{type(part).__name__} returned without running its decoder layers")
         outputs = [sent, *(aside[name] for name in self.traveling)]
+        # A backward in two passes detaches what was sent in place, which a view does not allow.
+        outputs = [tensor.clone() if is_view(tensor) else tensor for tensor in outputs]
         if self.expected is not None:
             outputs = [self._as_agreed(*pair) for pair in zip(outputs, self.expected, strict=True)]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -135,6 +137,18 @@ class Boundary:
                 "`sequence_shards` on the part"
             )
         return sent.to(dtype)
+
+
+class _Received(torch.autograd.Function):
+    """The same values; the gradient is contiguous, as messages have to be."""
+
+    @staticmethod
+    def forward(_ctx: Any, received: torch.Tensor) -> torch.Tensor:
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.contiguous()
 
 
 class _Absent(nn.Module):
@@ -187,8 +201,8 @@ class AbsentLayer(_Absent):
         boundary = self.boundary
         if boundary.calls is None and boundary.changed_since(self.index - 1, hidden):
             raise RuntimeError(
-                f"with these inputs the model's forward changes the hidden state between layers of {self._kind.__name__} "
-                "that this stage does not hold (vision features added to early layers, for example): "
+                f"with these inputs the forward changes the hidden state between layers ({self._kind.__name__}) that "
+                "this stage does not hold (vision features added to early layers, for example): "
                 "put those layers on the first stage"
             )
         if self.sends:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from am_pipeline.anatomy import Anatomy, candidate_stacks
+from am_pipeline.balance import Costs, balanced, costs_of
 from am_pipeline.boundary import Boundary
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.rehearsal import Residual, rehearse
@@ -22,6 +23,9 @@ class SharedParameter:
     """
 
     copies: tuple[tuple[int, str], ...]
+
+    def __str__(self) -> str:
+        return " = ".join(f"{name} (stage {stage})" for stage, name in self.copies)
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,26 @@ class CutPlan:
         receiver = earlier[-1] if stage > 0 and earlier else None
         return receiver, later[0] if stage < len(self.stages) - 1 and later else None
 
+    def modules_of(self, stage: int) -> str:
+        """What a stage holds, in a few words: `model.layers.0-3  model.embed_tokens`."""
+        layers = self.layers_of(stage)
+        others = ", ".join(n for n in self.stages[stage] if not n.startswith(f"{self.anatomy.stack}."))
+        return f"{self.anatomy.stack}.{layers.start}-{layers.stop - 1}  {others}".rstrip()
+
+    def parameters_of(self, model: nn.Module, stage: int) -> list[str]:
+        """The names of the parameters that a stage holds, each once."""
+        return [name for name, _ in model.named_parameters() if _holds_any(self, stage, name)]
+
     def __str__(self) -> str:
-        rows = []
-        for index, names in enumerate(self.stages):
-            layers = self.layers_of(index)
-            others = ", ".join(n for n in names if not n.startswith(f"{self.anatomy.stack}."))
-            rows.append(f"stage {index}  {self.anatomy.stack}.{layers.start}-{layers.stop - 1}  {others}".rstrip())
-        rows += [f"shared  {' = '.join(f'{n} (stage {s})' for s, n in group.copies)}" for group in self.shared]
-        return "\n".join(rows)
+        rows = [f"stage {index}  {self.modules_of(index)}" for index in range(len(self.stages))]
+        return "\n".join([*rows, *(f"shared  {group}" for group in self.shared)])
 
 
 def plan_cut(
-    model: nn.Module, num_stages: int | None = None, module_names_per_stage: list[list[str]] | None = None
+    model: nn.Module,
+    num_stages: int | None = None,
+    module_names_per_stage: list[list[str]] | None = None,
+    balance: str | Costs = "flops",
 ) -> CutPlan:
     """Decide and check which stage holds what. Runs no collective and leaves the model as it is.
 
@@ -67,20 +79,20 @@ def plan_cut(
 
     Args:
         model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers; may be on meta.
-        num_stages: how many stages of about equally many layers; not needed with `module_names_per_stage`.
+        num_stages: how many stages of about equal cost; not needed with `module_names_per_stage`.
         module_names_per_stage: full module names for each stage, by hand.
+        balance: what to balance the stages by, see `costs_of`; or the costs themselves.
 
     Raises:
         ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
-            than one stage would hold, layers out of order, a stage without a layer, or a model whose forward does
-            more between two layers than handing the hidden state on, or feeds its layers or its head anything
-            else that depends on the ids.
+            than one stage would hold, layers out of order, a stage without a layer, or a model that cannot be
+            cut between its layers, and why.
     """
     if module_names_per_stage is None:
         if num_stages is None:
             raise ValueError("plan_cut needs num_stages or module_names_per_stage")
         anatomy, residual = rehearse(model)
-        stages = _even_stages(anatomy, num_stages)
+        stages = _balanced_stages(model, anatomy, num_stages, balance)
     else:
         stages = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
         anatomy, residual = rehearse(model, _stack_in(model, stages))
@@ -136,8 +148,14 @@ def build_part(
     return part, boundary
 
 
-def _even_stages(anatomy: Anatomy, num_stages: int) -> tuple[tuple[str, ...], ...]:
-    stages = [[anatomy.layer(i) for i in layers] for layers in split_layers(anatomy.num_layers, num_stages)]
+def _balanced_stages(
+    model: nn.Module, anatomy: Anatomy, num_stages: int, balance: str | Costs
+) -> tuple[tuple[str, ...], ...]:
+    if balance == "layers":  # the same number of layers; the first stages take what remains
+        ranges = split_layers(anatomy.num_layers, num_stages)
+    else:
+        ranges = balanced(costs_of(model, anatomy, balance) if isinstance(balance, str) else balance, num_stages)
+    stages = [[anatomy.layer(i) for i in layers] for layers in ranges]
     stages[0] = [*anatomy.before, *stages[0]]
     stages[-1] = [*stages[-1], *anatomy.after]
     return tuple(tuple(names) for names in stages)
@@ -188,7 +206,7 @@ def _check_crossings(model: nn.Module, plan: CutPlan) -> None:
         if (stage > 0 and receiver is None) or (stage < len(plan.stages) - 1 and sender is None):
             raise ValueError(
                 f"{type(model).__name__} cannot be cut here: on text alone its forward runs only the layers "
-                f"{list(plan.residual.ran)} of {plan.anatomy.stack}, none of them before or after those of stage {stage}"
+                f"{list(plan.residual.ran)} of {plan.anatomy.stack}, none of them before or after stage {stage}"
             )
 
 
@@ -196,6 +214,14 @@ def _holds(names: tuple[str, ...], parameter: str) -> bool:
     """Whether a stage with these modules holds a parameter; one that sits on an ancestor of them is held by all."""
     owner = parameter.rpartition(".")[0]
     return owner == "" or any(owner == n or owner.startswith(f"{n}.") or n.startswith(f"{owner}.") for n in names)
+
+
+def _holds_any(plan: CutPlan, stage: int, name: str) -> bool:
+    """Whether a stage holds a parameter under this name or another one that it is tied to."""
+    if _holds(plan.stages[stage], name):
+        return True
+    tied = next((g for g in plan.shared if any(n == name for _, n in g.copies)), None)
+    return tied is not None and any(s == stage for s, _ in tied.copies)
 
 
 def _find_shared(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> tuple[SharedParameter, ...]:

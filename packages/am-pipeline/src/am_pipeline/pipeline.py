@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline._torch_compat import Schedule
+from am_pipeline.balance import Costs
 from am_pipeline.schedule import build_pipeline_schedule
-from am_pipeline.shapes import _precompute_stage_shapes
+from am_pipeline.shapes import precompute_stage_shapes
 from am_pipeline.split import split_model_for_csv, split_model_into_stages
 
 
@@ -64,6 +65,8 @@ def pipeline_model(
     round_to_pp_multiple: str | None = None,
     patch_stage_backward_maybe_with_nosync: bool = False,
     seq_len: int | None = None,
+    balance: str | Costs = "flops",
+    reduce_grads: str = "step",
 ) -> tuple[Schedule, list[nn.Module], bool, bool, list[PipelineStage]]:
     """Cut a transformers model, parallelise each part and build the schedule that trains it.
 
@@ -85,8 +88,10 @@ def pipeline_model(
         scale_grads: see `build_pipeline_schedule`.
         round_to_pp_multiple: see `calculate_virtual_stages`.
         patch_stage_backward_maybe_with_nosync: accepted and not needed: torch's stages hold back the gradient
-            reduction of FSDP modules, experts included, until the last microbatch.
+            reduction of FSDP modules, experts included, until the last microbatch; `reduce_grads` chooses.
         seq_len: tokens per sequence, if known; another length later is noticed and handled.
+        balance: what the stages are balanced by, see `plan_cut`.
+        reduce_grads: see `build_pipeline_schedule`.
 
     Returns:
         `(schedule, parts, has_first_stage, has_last_stage, stages)` of this rank.
@@ -111,6 +116,7 @@ def pipeline_model(
             module_fqns_per_model_part,
             patch_inner_model,
             patch_causal_lm_model,
+            balance,
         )
     else:
         stages, parts = split_model_into_stages(
@@ -124,6 +130,7 @@ def pipeline_model(
             patch_inner_model,
             patch_causal_lm_model,
             round_to_pp_multiple,
+            balance,
         )
     if parallelize_fn is not None:
         for index, part in enumerate(parts):
@@ -140,7 +147,7 @@ def pipeline_model(
             if replaced is not None:
                 parts[index] = stages[index].submod = replaced
     if seq_len is not None:
-        _precompute_stage_shapes(stages, getattr(model, "config", None), microbatch_size, seq_len)
+        precompute_stage_shapes(stages, getattr(model, "config", None), microbatch_size, seq_len)
     schedule = build_pipeline_schedule(
         pipeline_parallel_schedule_csv,
         pipeline_parallel_schedule,
@@ -149,5 +156,6 @@ def pipeline_model(
         stages,
         loss_fn,
         scale_grads,
+        reduce_grads,
     )
     return schedule, parts, any(s.is_first for s in stages), any(s.is_last for s in stages), stages

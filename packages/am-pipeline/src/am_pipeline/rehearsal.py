@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_pipeline.anatomy import Anatomy, candidate_stacks, sort_around
+from am_pipeline.anatomy import Anatomy, candidate_stacks, config_value, sort_around
 from am_pipeline.boundary import LAYERS, AbsentModule, Boundary, hidden_state_of, tensors_in
 from am_pipeline.skeleton import copy_without
 
@@ -80,7 +80,7 @@ def rehearse(model: nn.Module, stack: str | None = None) -> tuple[Anatomy, Resid
     for name in names:
         try:
             found.append(_Rehearsal(model, name).result())
-        except _CannotCut as why:
+        except _CannotCutError as why:
             reasons.append(f"between the layers of {name}: {why}")
     if not found:
         raise ValueError(f"{type(model).__name__} cannot be cut {reasons[0]}")
@@ -94,7 +94,7 @@ def rehearse(model: nn.Module, stack: str | None = None) -> tuple[Anatomy, Resid
     return found[sizes.index(max(sizes))]
 
 
-class _CannotCut(Exception):
+class _CannotCutError(Exception):
     pass
 
 
@@ -129,10 +129,10 @@ class _Rehearsal:
     def result(self) -> tuple[Anatomy, Residual]:
         try:
             return self._result()
-        except _CannotCut:
+        except _CannotCutError:
             raise
         except Exception as error:  # the model's own code, on a batch that is not real
-            raise _CannotCut(_failed(error)) from error
+            raise _CannotCutError(_failed(error)) from error
 
     def _result(self) -> tuple[Anatomy, Residual]:
         plain = self._first_run()
@@ -142,19 +142,19 @@ class _Rehearsal:
         self.last_hidden = plain.hidden[0]
         plain, other_ids = self._run(3, 8), self._run(3, 8, first_id=3)
         if not _same(plain, self._run(3, 8, fill={LAYERS: 2.0})):
-            raise _CannotCut("a later layer or the head takes the hidden state of an earlier layer too")
+            raise _CannotCutError("a later layer or the head takes the hidden state of an earlier layer too")
         anatomy = self._anatomy(plain)
         traveling = []
         for name in dict.fromkeys(plain.calls[: plain.calls.index(LAYERS)]):
             if _same(plain, self._run(3, 8, fill={name: 2.0})):
                 continue
             if plain.calls.count(name) > 1:
-                raise _CannotCut(f"what {name} returns reaches later layers or the head, but it runs more than once")
+                raise _CannotCutError(f"what {name} returns reaches later layers or the head, but it runs twice")
             shapes = (self._true_shape(name, run.calls_with[name]) for run in (plain, larger))
             traveling.append((name, _shape(*shapes, f"the output of {name}")))
         hidden = _shape(plain.hidden[0].shape, larger.hidden[0].shape, "the hidden state between layers")
         if (hidden.dims.count("batch"), hidden.dims.count("sequence")) != (1, 1):
-            raise _CannotCut(
+            raise _CannotCutError(
                 f"the hidden state between layers is {hidden}: it must have one batch and one sequence dim"
             )
         needs_ids = not _same(plain, other_ids)
@@ -182,7 +182,7 @@ class _Rehearsal:
             if not why_not:
                 return run
             reason = reason if reason and not reason.startswith(_FAILED) else why_not
-        raise _CannotCut(reason)
+        raise _CannotCutError(reason)
 
     def _run(self, batch: int, seq_len: int, *, first_id: int = 0, fill: dict[str, float] | None = None) -> _Run:
         seen = _Run(calls=[])
@@ -243,7 +243,7 @@ class _Rehearsal:
                 return f"its forward changes the hidden state between layer {index} and layer {index + 1}"
         if any(t is self.boundary.extra for beside in run.beside for t in beside):
             return "a layer takes more from the layer before it than the hidden state"
-        if run.ledgers[0] and set.intersection(*run.ledgers) and _text_config(self.model, "num_kv_shared_layers") != 0:
+        if run.ledgers[0] and set.intersection(*run.ledgers) and config_value(self.model, "num_kv_shared_layers") != 0:
             return "its layers hand keys and values to later layers in a dict beside the hidden state"
         between = run.calls[run.calls.index(LAYERS) : len(run.calls) - run.calls[::-1].index(LAYERS)]
         if strangers := sorted(set(between) - {LAYERS}):
@@ -279,12 +279,6 @@ _FAILED = "its forward failed with its layers replaced"
 
 def _failed(error: Exception) -> str:
     return f"{_FAILED}: {type(error).__name__}: {error}"
-
-
-def _text_config(model: nn.Module, name: str) -> Any:
-    config = getattr(model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return getattr(config, name, None)
 
 
 def _call_recorder(seen: _Run):
@@ -336,7 +330,7 @@ def _shape(first: torch.Size, second: torch.Size, what: str) -> Shape:
     roles = {(3, 5): "batch", (8, 16): "sequence"}
     dims = [a if a == b else roles.get((a, b)) for a, b in itertools.zip_longest(first, second)]
     if None in dims:
-        raise _CannotCut(
+        raise _CannotCutError(
             f"{what} has shape {tuple(first)} for 3 sequences of 8 tokens and {tuple(second)} for 5 of 16: "
             "its dims must be the batch, the sequence or fixed"
         )

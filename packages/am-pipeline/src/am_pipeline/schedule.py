@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +21,17 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from am_pipeline._torch_compat import CsvSchedule, Schedule, SplitsInputs, load_csv, n_microbatches, stages_of
+from am_pipeline._torch_compat import (
+    CsvSchedule,
+    Schedule,
+    SplitsInputs,
+    is_compiled,
+    load_csv,
+    n_microbatches,
+    stages_of,
+)
 from am_pipeline.inputs import share_from_first, split_inputs
+from am_pipeline.order import read_order
 from am_pipeline.shapes import reset_pp_stage_shapes
 from am_pipeline.shared import check_shared_layouts, sum_shared_gradients
 from am_pipeline.stage import DecoderStage
@@ -39,6 +47,7 @@ def build_pipeline_schedule(
     stages: list[PipelineStage],
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
     scale_grads: bool = False,
+    reduce_grads: str = "step",
 ) -> Schedule:
     """A schedule over this rank's stages, of torch's own class and a little more.
 
@@ -57,6 +66,8 @@ def build_pipeline_schedule(
             only.
         scale_grads: divide gradients by the number of microbatches after the step: True for a `loss_fn` that is a
             mean over its microbatch. False sums what the microbatches give.
+        reduce_grads: when FSDP2 modules in the stages reduce their gradients: `"step"` for once, after the last
+            microbatch, or `"microbatch"` for after each, which keeps what accumulates sharded.
 
     With a schedule that splits the backward (the zero-bubble ones, DualPipeV, files), FSDP modules in the stages are
     set not to reshard after forward: torch finds no weight gradients otherwise.
@@ -65,7 +76,8 @@ def build_pipeline_schedule(
     whether its input is there; what `sum_shared_gradients` says; and torch's own sends and receives.
 
     Raises:
-        ValueError: an unknown schedule, a batch that does not divide, stages that do not fit the schedule; in `step`,
+        ValueError: an unknown schedule, a batch that does not divide, stages that do not fit the schedule, a file
+            that is not complete, in order and free of deadlock, compiled stages where torch cannot run them; in `step`,
             on every rank: no input, no target, a batch that is not `local_batch_size` sequences.
         FileNotFoundError: no such CSV file.
     """
@@ -73,6 +85,8 @@ def build_pipeline_schedule(
         raise ValueError(
             f"local_batch_size={local_batch_size} must be a positive multiple of microbatch_size={microbatch_size}"
         )
+    if reduce_grads not in ("step", "microbatch"):
+        raise ValueError(f"reduce_grads must be 'step' or 'microbatch', got {reduce_grads!r}")
     if not stages:
         raise ValueError("stages is empty: every rank of the pipeline holds at least one stage")
     count = local_batch_size // microbatch_size
@@ -84,8 +98,15 @@ def build_pipeline_schedule(
     total_stages = stages[0].num_stages
     if count < total_stages:
         logger.warning("%d microbatches for %d stages leave ranks idle", count, total_stages)
+    if pipeline_parallel_schedule_csv:
+        read_order(pipeline_parallel_schedule_csv, stages[0].group_size, count)
     if issubclass(kind, _SPLIT_BACKWARD) or pipeline_parallel_schedule_csv:
+        _refuse_compiled(stages, pipeline_parallel_schedule_csv or str(pipeline_parallel_schedule))
+        if reduce_grads == "microbatch":
+            raise ValueError("a schedule that splits the backward reduces gradients once: reduce_grads='step'")
         _keep_unsharded_until_backward(stages)
+    for stage in stages:
+        stage.reduces_every_microbatch = reduce_grads == "microbatch"
     build: Any = _exact(kind)
     schedule = build(
         stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
@@ -102,8 +123,6 @@ def build_pipeline_schedule(
 def schedule_class(csv: str | None, name: str | None) -> type[Schedule]:
     """The schedule class for a CSV file or a name, or a clear error."""
     if csv:
-        if not os.path.isfile(csv):
-            raise FileNotFoundError(f"pipeline_parallel_schedule_csv={csv!r} is not a file")
         return CsvSchedule
     if not name:
         raise ValueError("give pipeline_parallel_schedule a schedule's name, or pipeline_parallel_schedule_csv a file")
@@ -146,6 +165,17 @@ def _keep_unsharded_until_backward(stages: list[PipelineStage]) -> None:
         for module in stage.submod.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(False, recurse=False)
+
+
+def _refuse_compiled(stages: list[PipelineStage], name: str) -> None:
+    for stage in stages:
+        compiled = [module or "the part" for module, m in stage.submod.named_modules() if is_compiled(m)]
+        if compiled:
+            raise ValueError(
+                f"{name} computes gradients of inputs and of weights apart, which torch cannot do through compiled "
+                f"modules ({', '.join(compiled[:3])} of stage {stage.stage_index}); use GPipe, 1F1B, Interleaved1F1B "
+                "or LoopedBFS, or do not compile"
+            )
 
 
 class _Exact(SplitsInputs):

@@ -36,14 +36,25 @@ def reset_pp_stage_shapes(
     Raises:
         ValueError: a size is not positive or `seq_len` does not divide over the ranks that shard the sequence.
     """
-    _precompute_stage_shapes(stages, model_config, microbatch_size, seq_len)
+    precompute_stage_shapes(stages, model_config, microbatch_size, seq_len)
     forget_shapes(schedule)
 
 
-def _precompute_stage_shapes(
-    stages: list[PipelineStage], model_config: Any, microbatch_size: int, seq_len: int
-) -> None:
-    """Give each stage meta tensors of what it receives and sends: ids `(B, S)`, then the residual stream."""
+def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, microbatch_size: int, seq_len: int) -> None:
+    """Give each stage meta tensors of what it receives and sends, before its first step. Runs no collective.
+
+    The first stage receives ids `(B, S)`; what runs between stages has the shape that the cut found by running the
+    model's own forward, which may be more than one tensor and need not be `(B, S, D)`.
+
+    Args:
+        stages: this rank's stages.
+        model_config: `model.config`; only its hidden size is read, and only for stages that this package did not cut.
+        microbatch_size: sequences per microbatch.
+        seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
+
+    Raises:
+        ValueError: as `reset_pp_stage_shapes`; or there is no hidden size in `model_config` where it is needed.
+    """
     if microbatch_size < 1 or seq_len < 1:
         raise ValueError(f"microbatch_size and seq_len must be positive, got {microbatch_size} and {seq_len}")
     for stage in stages:
@@ -68,5 +79,21 @@ def _crossing_shapes(stage: PipelineStage, config: Any, batch: int, seq_len: int
         residual = stage.plan.residual
         hidden = residual.hidden.at(batch, seq_len // shards)
         return [hidden, *(shape.at(batch, seq_len) for _, shape in residual.traveling)]
-    text = getattr(config, "text_config", None) or config
-    return [(batch, seq_len // shards, text.hidden_size)]
+    return [(batch, seq_len // shards, get_hidden_and_vocab_size(config)[0])]
+
+
+def get_hidden_and_vocab_size(model_config: Any) -> tuple[int, int]:
+    """Hidden and vocabulary size of a model's decoder, from a flat config or one that nests that of its text.
+
+    Raises:
+        ValueError: the config has neither under any usual name.
+    """
+    nested = (getattr(model_config, name, None) for name in ("text_config", "llm_config", "language_config", "decoder"))
+    for config in (*(c for c in nested if c is not None), model_config):
+        hidden = next(
+            (v for n in ("hidden_size", "n_embd", "d_model") if isinstance(v := getattr(config, n, None), int)), 0
+        )
+        vocab = getattr(config, "vocab_size", 0)
+        if hidden and vocab:
+            return hidden, vocab
+    raise ValueError(f"{type(model_config).__name__} has no hidden_size and vocab_size, flat or in its text_config")

@@ -15,7 +15,9 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from am_pipeline._torch_compat import Schedule
+from am_pipeline.balance import Costs
 from am_pipeline.cut import CutPlan, build_part, plan_cut
+from am_pipeline.order import read_order
 from am_pipeline.placement import calculate_virtual_stages, stage_ids_this_rank
 from am_pipeline.rehearsal import rehearse
 from am_pipeline.schedule import schedule_class
@@ -33,6 +35,7 @@ def split_model_into_stages(
     patch_inner_model: bool = True,
     patch_causal_lm_model: bool = True,
     round_to_pp_multiple: str | None = None,
+    balance: str | Costs = "flops",
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """This rank's stages of a model and the parts they run, in the order of `stage_ids_this_rank`.
 
@@ -50,6 +53,7 @@ def split_model_into_stages(
         layers_per_stage: the most layers of a stage, instead of one or two stages per rank.
         patch_inner_model, patch_causal_lm_model: see `build_part`.
         round_to_pp_multiple: see `calculate_virtual_stages`.
+        balance: see `plan_cut`; with `layers_per_stage`, stages hold equally many layers.
 
     Collectives: none.
 
@@ -60,7 +64,7 @@ def split_model_into_stages(
     placement = "v" if issubclass(kind, (ScheduleZBVZeroBubble, ScheduleDualPipeV)) else "loop"
     _check_axis(pp_mesh, pp_axis_name)
     pp_size = pp_mesh.size(pp_mesh.mesh_dim_names.index(pp_axis_name))
-    plan = _plan(model, kind, pp_size, module_names_per_stage, layers_per_stage, round_to_pp_multiple)
+    plan = _plan(model, kind, pp_size, module_names_per_stage, layers_per_stage, round_to_pp_multiple, balance)
     rank = pp_mesh.get_local_rank(pp_axis_name)
     return _build(
         model,
@@ -82,20 +86,16 @@ def split_model_for_csv(
     module_names_per_stage: list[list[str]] | None = None,
     patch_inner_model: bool = True,
     patch_causal_lm_model: bool = True,
+    balance: str | Costs = "flops",
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Like `split_model_into_stages`, for a schedule file: its rows say which rank holds which stages."""
-    schedule_class(csv, None)
     _check_axis(pp_mesh, pp_axis_name)
     pp_size = pp_mesh.size(pp_mesh.mesh_dim_names.index(pp_axis_name))
-    held = _stages_of_rows(csv)
-    if len(held) != pp_size:
-        raise ValueError(f"{csv} has {len(held)} rows, one per rank, but the {pp_axis_name!r} axis has {pp_size}")
-    total = max(stage for stages in held for stage in stages) + 1
-    if sorted(stage for stages in held for stage in stages) != list(range(total)):
-        raise ValueError(f"{csv} must put every stage from 0 to {total - 1} on exactly one rank, got {held}")
+    held = [list(dict.fromkeys(action.stage for action in actions)) for actions in read_order(csv, pp_size)]
+    total = sum(map(len, held))
     if module_names_per_stage is not None and len(module_names_per_stage) != total:
         raise ValueError(f"module_names_per_stage has {len(module_names_per_stage)} stages, {csv} has {total}")
-    plan = plan_cut(model, total, module_names_per_stage)
+    plan = plan_cut(model, total, module_names_per_stage, balance)
     return _build(
         model,
         plan,
@@ -119,12 +119,13 @@ def _plan(
     module_names: list[list[str]] | None,
     layers_per_stage: int | None,
     round_to: str | None,
+    balance: str | Costs,
 ) -> CutPlan:
     single = issubclass(kind, PipelineScheduleSingle)
     if module_names is None:
         layers = rehearse(model)[0].num_layers
         num_stages, _ = calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to)
-        return plan_cut(model, num_stages)
+        return plan_cut(model, num_stages, balance=balance if layers_per_stage is None else "layers")
     per_rank, rest = divmod(len(module_names), pp_size)
     if rest or (single and per_rank != 1) or (not single and per_rank < 2):
         allowed = f"exactly {pp_size}" if single else f"a multiple of {pp_size} that is at least {2 * pp_size}"
@@ -166,17 +167,3 @@ def _copy_what_earlier_parts_hold(part: nn.Module, earlier: list[nn.Module]) -> 
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in taken:
                 module.register_parameter(name, copies.setdefault(id(parameter), copy.deepcopy(parameter)))
-
-
-def _stages_of_rows(csv: str) -> list[list[int]]:
-    held = []
-    with open(csv) as rows:
-        for number, row in enumerate(rows, 1):
-            cells = [cell.strip() for cell in row.split(",") if cell.strip()]
-            digits = ["".join(c for c in cell[: len(cell) - len(cell.lstrip("0123456789"))]) for cell in cells]
-            if not all(digits):
-                raise ValueError(
-                    f"{csv}, row {number}: every action must start with its stage number, got {row.strip()!r}"
-                )
-            held.append(list(dict.fromkeys(int(d) for d in digits)))
-    return held

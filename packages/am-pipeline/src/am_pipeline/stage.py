@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -17,7 +19,11 @@ class DecoderStage(PipelineStage):
     Attributes:
         plan: the cut that this stage belongs to, the same on every rank.
         boundary: what enters and leaves the part.
+        reduces_every_microbatch: whether FSDP2 reduces gradients after every backward instead of once per step: what
+            accumulates is then sharded, at the price of a reduce-scatter and an all-gather more per microbatch.
     """
+
+    reduces_every_microbatch = False
 
     def __init__(
         self,
@@ -31,3 +37,9 @@ class DecoderStage(PipelineStage):
         super().__init__(part, stage_index, len(plan.stages), device, group=group)
         self.plan = plan
         self.boundary = boundary
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if self.reduces_every_microbatch:
+            self.perform_reduce_grad(1)
+        return result

@@ -5,26 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
-# Forward; backward in one pass; backward for the inputs only; backward for the weights only.
-KINDS = ("F", "B", "I", "W")
-
-
-@dataclass(frozen=True)
-class Event:
-    """One action: `rank` is the pipeline rank, times are seconds since the record began."""
-
-    rank: int
-    stage: int
-    microbatch: int
-    kind: str
-    start: float
-    end: float
+from am_pipeline.order import KINDS, Event, bubble_fraction
 
 
 @contextmanager
@@ -89,22 +75,55 @@ def gather_timeline(events: list[Event], stages: list[PipelineStage]) -> list[Ev
     ]
 
 
-def plot_timeline(events: list[Event], path: str, title: str = "") -> None:
+def text_timeline(events: list[Event], width: int = 100) -> str:
+    """A timeline for a terminal: a row per rank, a column per slice of time.
+
+    Forwards are the number of the microbatch (its last digit), backwards its letter, backwards for the inputs alone
+    its capital letter, those for the weights alone `=`, idle time `.`; the last row is the idle share.
+
+    Raises:
+        ValueError: there are no events.
+    """
+    _refuse_nothing(events)
+    end = max(e.end for e in events)
+    rows = []
+    for rank in sorted({e.rank for e in events}):
+        mine = [e for e in events if e.rank == rank]
+        cells = []
+        for column in range(width):
+            middle = (column + 0.5) * end / width
+            running = next((e for e in mine if e.start <= middle < e.end), None)
+            cells.append(_character(running) if running else ".")
+        rows.append(f"rank {rank:>2}  {''.join(cells)}")
+    return "\n".join([*rows, f"idle {100 * bubble_fraction(events):.1f} %"])
+
+
+def _character(event: Event) -> str:
+    letter = chr(ord("a") + event.microbatch % 26)
+    return {"F": str(event.microbatch % 10), "B": letter, "I": letter.upper(), "W": "="}[event.kind]
+
+
+def _refuse_nothing(events: list[Event]) -> None:
+    if not events:
+        raise ValueError("there are no events to draw: record a step with record_timeline, or simulate an order")
+
+
+def plot_timeline(events: list[Event], path: str, title: str = "", unit: str = "ms") -> None:
     """Draw one row per pipeline rank: blue forwards, green backwards, numbered by microbatch; darker is a later stage.
 
     Needs matplotlib (`pip install am-pipeline[plot]`).
 
     Args:
-        events: from `gather_timeline`; at least one.
+        events: from `gather_timeline` or `simulate`.
         path: where the picture goes; the ending decides the format.
         title: printed above it.
+        unit: `"ms"` for measured events, whose times are seconds, or the name of the unit of simulated ones.
 
     Raises:
         ValueError: there are no events.
         ImportError: matplotlib is not installed.
     """
-    if not events:
-        raise ValueError("there are no events to draw: record a step with record_timeline first")
+    _refuse_nothing(events)
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
@@ -115,20 +134,21 @@ def plot_timeline(events: list[Event], path: str, title: str = "") -> None:
     names = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
     ranks = sorted({e.rank for e in events})
     end = max(e.end for e in events)
+    scale = 1e3 if unit == "ms" else 1.0
     stages = max(e.stage for e in events) + 1
     figure = Figure(figsize=(12, 1.2 + 0.7 * len(ranks)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for e in events:
         shade = 1.15 - 0.4 * e.stage / max(1, stages - 1)
         colour = tuple(min(1.0, c * shade) for c in colours[e.kind])
-        axes.broken_barh([(1e3 * e.start, 1e3 * (e.end - e.start))], (e.rank - 0.4, 0.8), color=colour, ec="white")
+        axes.broken_barh([(scale * e.start, scale * (e.end - e.start))], (e.rank - 0.4, 0.8), color=colour, ec="white")
         if (e.end - e.start) > 0.012 * end:
-            middle = 500 * (e.start + e.end)
+            middle = scale * (e.start + e.end) / 2
             axes.text(middle, e.rank, str(e.microbatch), ha="center", va="center", fontsize=8, color="white")
     axes.set_yticks(ranks, [f"rank {r}" for r in ranks])
     axes.invert_yaxis()
-    axes.set_xlabel("milliseconds")
-    axes.set_title(title)
+    axes.set_xlabel("milliseconds" if unit == "ms" else unit)
+    axes.set_title(f"{title}  idle {100 * bubble_fraction(events):.1f} %".strip())
     axes.spines[["top", "right"]].set_visible(False)
     kinds = [k for k in KINDS if any(e.kind == k for e in events)]
     figure.legend(

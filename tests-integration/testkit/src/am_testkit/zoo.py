@@ -1,4 +1,4 @@
-"""Every causal-LM architecture of the installed transformers, small: sizes derived from the config class, not listed."""
+"""Every causal-LM architecture of the installed transformers, small: sizes derived from its config class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _SIZES: dict[int, str] = {
     "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base",
     128: "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions "
     "context_length model_max_length original_max_position_embeddings",
-    48: "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size dff dim_ff feed_forward_size mlp_dim "
-    "d_inner intermediate_size_mlp dense_intermediate_size mamba_d_ssm_unused",
+    48: "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim ffn_hidden_size dff dim_ff feed_forward_size "
+    "mlp_dim d_inner intermediate_size_mlp dense_intermediate_size",
     32: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim lru_width "
     "attention_hidden_size input_embedding_size output_embedding_size backbone_hidden_size input_size out_hidden_size "
     "hidden_size_global rel_extent adapter_out_dim projector_input_dim projector_output_dim output_channels",
@@ -22,21 +22,21 @@ _SIZES: dict[int, str] = {
     "shared_intermediate_size moe_shared_expert_intermediate_size router_hidden_size",
     16: "q_lora_rank kv_lora_rank o_lora_rank mamba_d_head mamba_head_dim mamba_headdim hidden_size_per_layer_input "
     "ple_embed_dim mamba_dt_rank time_step_rank laurel_rank hc_lowrank pronunciation_embed_dim shape_embed_dim",
-    8: "head_dim swa_head_dim d_head dim_head attention_head_size qk_head_dim v_head_dim index_head_dim linear_head_dim "
-    "linear_key_head_dim linear_value_head_dim kv_channels mamba_d_state state_size ssm_state_size chunk_size "
-    "mamba_chunk_size attention_chunk_size query_pre_attn_scalar n_kv_heads_unused gated_norm_rank adapter_rank",
-    6: "sliding_window sliding_window_size attention_window_size window_size local_attention local_attention_window_len "
-    "keep_window_size local_attn_chunk_length_unused index_topk",
+    8: "head_dim swa_head_dim d_head dim_head attention_head_size qk_head_dim v_head_dim index_head_dim "
+    "linear_head_dim linear_key_head_dim linear_value_head_dim kv_channels mamba_d_state state_size ssm_state_size "
+    "chunk_size mamba_chunk_size attention_chunk_size query_pre_attn_scalar gated_norm_rank adapter_rank",
+    6: "sliding_window sliding_window_size attention_window_size window_size local_attention "
+    "local_attention_window_len keep_window_size index_topk",
     4: "num_attention_heads decoder_attention_heads encoder_attention_heads n_head n_heads num_heads attention_heads "
     "swa_num_attention_heads linear_num_key_heads linear_num_value_heads linear_num_heads index_n_heads mamba_n_heads "
     "mamba_num_heads num_encoder_attention_heads num_decoder_attention_heads num_experts n_routed_experts "
     "num_local_experts moe_num_experts qk_rope_head_dim qk_nope_head_dim d_rel rotary_dim conf_num_attention_heads "
-    "num_query_groups_unused",
+    "",
     2: "num_key_value_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_k moe_topk "
     "num_encoder_layers o_groups zero_expert_num conf_num_hidden_layers",
     1: "n_group topk_group num_expert_group mamba_n_groups n_groups mamba_ngroups",
 }
-_MEANS = {name: size for size, names in _SIZES.items() for name in names.split() if not name.endswith("_unused")}
+_MEANS = {name: size for size, names in _SIZES.items() for name in names.split()}
 _UNSET = ["head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"]
 _LAYERS = [
     "num_hidden_layers",
@@ -49,10 +49,6 @@ _LAYERS = [
     "depth",
     "encoder_layers",
 ]
-
-
-class NotBuilt(Exception):
-    """No small model of this type could be derived."""
 
 
 def model_types() -> list[str]:

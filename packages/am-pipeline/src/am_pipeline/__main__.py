@@ -1,0 +1,77 @@
+"""`python -m am_pipeline plan MODEL` and `python -m am_pipeline timeline`: look before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+
+from am_pipeline.balance import BALANCES
+from am_pipeline.estimate import model_on_meta, plan_pipeline
+from am_pipeline.order import peak_live, read_order, schedule_order, simulate
+from am_pipeline.schedule import SCHEDULES
+from am_pipeline.timeline import plot_timeline, text_timeline
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m am_pipeline", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="the stages of a model as a table")
+    plan.add_argument("model", help="a folder with a config.json, or a model type of transformers such as llama")
+    plan.add_argument("--layers-per-stage", type=int)
+    plan.add_argument("--microbatch-size", type=int, default=1)
+    plan.add_argument("--seq-len", type=int, default=2048)
+    plan.add_argument("--balance", choices=[b for b in BALANCES if b != "time"], default="flops")
+    plan.set_defaults(run=_plan)
+
+    timeline = commands.add_parser("timeline", help="when each rank of a schedule would do what")
+    timeline.add_argument("--csv", help="a schedule file instead of a name")
+    timeline.add_argument("--stages-per-rank", type=int)
+    timeline.add_argument("--out", help="draw to this file (.svg, .png, .pdf); needs matplotlib")
+    timeline.add_argument("--width", type=int, default=0, help="columns; the terminal's if not given")
+    timeline.set_defaults(run=_timeline)
+
+    for command in (plan, timeline):
+        command.add_argument("--ranks", type=int, default=4)
+        command.add_argument("--schedule", choices=SCHEDULES, default="1F1B")
+        command.add_argument("--microbatches", type=int, default=8)
+    options = parser.parse_args(arguments)
+    try:
+        print(options.run(options))
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> str:
+    made = plan_pipeline(
+        model_on_meta(options.model),
+        options.ranks,
+        options.schedule,
+        microbatches=options.microbatches,
+        microbatch_size=options.microbatch_size,
+        seq_len=options.seq_len,
+        layers_per_stage=options.layers_per_stage,
+        balance=options.balance,
+    )
+    return str(made)
+
+
+def _timeline(options: argparse.Namespace) -> str:
+    if options.csv:
+        order = read_order(options.csv, options.ranks)
+    else:
+        order = schedule_order(options.schedule, options.ranks, options.microbatches, options.stages_per_rank)
+    events = simulate(order)
+    name = options.csv or options.schedule
+    if options.out:
+        plot_timeline(events, options.out, name, unit="units of a forward")
+    width = options.width or max(20, shutil.get_terminal_size((108, 20)).columns - 9)
+    live = ", ".join(map(str, peak_live(order)))
+    return f"{name}\n{text_timeline(events, width)}\npeak live activations by rank: {live}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Stages of about equal cost, and the table that says so."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from am_pipeline import Costs, plan_cut, plan_pipeline
+from am_pipeline.__main__ import main
+from am_pipeline.anatomy import Anatomy
+from am_pipeline.balance import balanced, costs_of
+from am_testkit.models import tiny
+
+cost = st.integers(0, 20).map(float)
+
+
+@given(layers=st.lists(cost, min_size=1, max_size=8), before=cost, after=cost, data=st.data())
+def test_no_other_cut_has_a_cheaper_costliest_stage(layers, before, after, data):
+    stages = data.draw(st.integers(1, len(layers)))
+    costs = Costs(before, tuple(layers), after)
+
+    def worst(edges):
+        sums = [sum(layers[a:b]) for a, b in itertools.pairwise(edges)]
+        sums[0] += before
+        sums[-1] += after
+        return max(sums)
+
+    ranges = balanced(costs, stages)
+    assert [i for r in ranges for i in r] == list(range(len(layers)))
+    assert all(len(r) for r in ranges)
+    assert len(ranges) == stages
+    every = itertools.combinations(range(1, len(layers)), stages - 1)
+    best = min(worst((0, *inner, len(layers))) for inner in every)
+    assert worst((0, *(r.stop for r in ranges))) == best
+
+
+def test_a_large_head_makes_the_last_stage_shorter():
+    model = tiny("llama", layers=8, vocab_size=800)
+    by_flops = plan_cut(model, 2)
+    assert len(by_flops.layers_of(0)) > len(by_flops.layers_of(1))
+    assert len(plan_cut(model, 2, balance="layers").layers_of(0)) == 4
+    assert len(plan_cut(model, 2, balance=Costs(100.0, (1.0,) * 8, 0.0)).layers_of(0)) == 1
+
+
+def test_costs_count_the_weights_that_a_token_goes_through():
+    model = tiny("mixtral", layers=2)
+    anatomy = plan_cut(model, 2).anatomy
+    costs = costs_of(model, anatomy, "flops")
+    layer = model.model.layers[0]
+    experts = 3 * 32 * 48 * 2  # two of eight
+    attention = sum(p.numel() for p in layer.self_attn.parameters())
+    assert costs.layers[0] == 2 * (attention + 32 * 8 + experts)
+    assert costs.before == 0, "an embedding is looked up"
+    assert costs.after == 2 * 32 * 96
+    parameters = costs_of(model, anatomy, "parameters")
+    assert parameters.before + sum(parameters.layers) + parameters.after == sum(p.numel() for p in model.parameters())
+
+
+def test_measured_time_is_a_balance_too():
+    model = tiny("llama", layers=4, dtype=torch.float32)
+    costs = costs_of(model, plan_cut(model, 2).anatomy, "time")
+    assert len(costs.layers) == 4
+    assert all(seconds > 0 for seconds in (costs.before, *costs.layers, costs.after))
+    assert len(plan_cut(model, 2, balance="time").stages) == 2
+    with pytest.raises(ValueError, match="meta device"):
+        plan_cut(model.to("meta"), 2, balance="time")
+
+
+def test_wrong_balances_are_refused():
+    with pytest.raises(ValueError, match="balance must be one of flops, parameters, time, layers, got 'weight'"):
+        plan_cut(tiny("llama"), 2, balance="weight")
+    with pytest.raises(ValueError, match="between 1 and the number of layers, 2"):
+        balanced(Costs(0, (1, 1), 0), 3)
+    assert Anatomy("layers", 2, (), ()).layer(1) == "layers.1"
+
+
+def test_a_plan_is_a_table_before_anything_is_built():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny("qwen3", layers=8, tied=True).config)
+    plan = plan_pipeline(model, 2, "Interleaved1F1B", microbatches=4, seq_len=128)
+    assert [s.rank for s in plan.stages] == [0, 1, 0, 1]
+    assert sum(s.flops_share for s in plan.stages) == pytest.approx(1)
+    tied = model.lm_head.weight.numel()
+    assert sum(s.parameters for s in plan.stages) == sum(p.numel() for p in model.parameters()) + tied
+    assert all(s.peak_bytes > 0 for s in plan.stages)
+    text = str(plan)
+    assert "model.embed_tokens" in text
+    assert "idle" in text
+    assert "shared: model.embed_tokens.weight (stage 0) = lm_head.weight (stage 3)" in text
+    v = plan_pipeline(model, 2, "ZBVZeroBubble", microbatches=4, seq_len=128)
+    assert [s.rank for s in v.stages] == [0, 1, 1, 0]
+
+
+def test_the_command_line_plans_and_draws(tmp_path, capsys):
+    tiny("llama").config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--ranks", "2"]) == 0
+    assert "model.layers.0-1  model.embed_tokens" in capsys.readouterr().out
+    assert main(["timeline", "--ranks", "2", "--microbatches", "4", "--width", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "rank  0  00011......aaaaa222" in printed
+    assert "idle 20.0 %" in printed
+    assert main(["plan", str(tmp_path / "nothing")]) == 2
+    assert "neither a folder with a config.json nor a model type" in capsys.readouterr().err
