@@ -11,7 +11,8 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_pipeline import (
     build_pipeline_schedule,
@@ -57,6 +58,25 @@ def run(built, ids, labels):
     arguments = (ids,) if first else ()
     logits = schedule.step(*arguments, target=labels if last else None, losses=losses)
     return logits, torch.stack(losses).mean() if last else None
+
+
+class Counted(TorchDispatchMode):
+    """The names of the operators that ran; torch's CommDebugMode loses its place when microbatches interleave."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+def shard_layers(model, world_mesh, moe_mesh, **axes):
+    for layer in model.model.layers:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=world_mesh["dp"])
+    fully_shard(model, mesh=world_mesh["dp"])
 
 
 def one_process(model, ids, labels):
@@ -219,19 +239,118 @@ def test_parts_sharded_over_data_ranks_equal_one_process_with_tied_weights(sched
     whole = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
 
-    def shard(model, world_mesh, moe_mesh, **axes):
-        for layer in model.model.layers:
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, mesh=world_mesh["dp"])
-        fully_shard(model, mesh=world_mesh["dp"])
-
     ids, labels = token_batch(16, 12)
     one_process(whole, ids, labels)
-    built = build(model, schedule, mesh=mesh, parallelize_fn=shard, dp_axis_names=("dp",))
+    built = build(model, schedule, mesh=mesh, parallelize_fn=shard_layers, dp_axis_names=("dp",))
     share = slice(8 * mesh.get_local_rank("dp"), 8 * mesh.get_local_rank("dp") + 8)
     run(built, ids[share], labels[share])
     for part in built[1]:
         assert_same(gradients(part), gradients(whole), 1e-10, "gradients")
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"])
+@pytest.mark.ranks(4)
+def test_gradients_reduced_after_every_microbatch_are_the_same(schedule):
+    model = tiny("qwen3", tied=True)
+    whole = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    ids, labels = token_batch(16, 12)
+    one_process(whole, ids, labels)
+    built = build(model, schedule, mesh=mesh, parallelize_fn=shard_layers, reduce_grads="microbatch")
+    share = slice(8 * mesh.get_local_rank("dp"), 8 * mesh.get_local_rank("dp") + 8)
+    for _ in range(2):
+        for part in built[1]:
+            part.zero_grad()
+        with Counted() as counted:
+            run(built, ids[share], labels[share])
+    for part in built[1]:
+        assert_same(gradients(part), gradients(whole), 1e-10, "gradients")
+    layers = sum(1 for part in built[1] for m in part.model.layers if isinstance(m, FSDPModule))
+    units = layers + sum(stage.is_first or stage.is_last for stage in built[4])  # those have more than layers
+    assert counted.names.count("c10d::_reduce_scatter_base_") == 8 * units
+
+
+@pytest.mark.ranks(2)
+def test_what_cannot_run_with_a_split_backward_is_refused_on_every_rank():
+    with pytest.raises(ValueError, match="splits the backward reduces gradients once"):
+        build(tiny("llama"), "ZBVZeroBubble", reduce_grads="microbatch")
+    with pytest.raises(ValueError, match="reduce_grads must be 'step' or 'microbatch'"):
+        build(tiny("llama"), "1F1B", reduce_grads="layer")
+
+    def compile_layers(model, *args, **axes):
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
+
+    with pytest.raises(ValueError, match=r"torch cannot do through compiled modules \(model\.layers"):
+        build(tiny("llama"), "DualPipeV", parallelize_fn=compile_layers)
+
+
+@pytest.mark.ranks(2)
+def test_compiled_layers_train():
+    def compile_layers(model, *args, **axes):
+        for layer in model.model.layers:
+            if any(True for _ in layer.parameters()):
+                layer.compile(backend="aot_eager")
+
+    model = tiny("llama")
+    whole = copy.deepcopy(model)
+    ids, labels = token_batch(8, 12)
+    one_process(whole, ids, labels)
+    built = build(model, "1F1B", parallelize_fn=compile_layers)
+    run(built, ids, labels)
+    assert_same(gradients(built[1][0]), gradients(whole), 1e-9, "gradients")
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+@pytest.mark.ranks(2)
+def test_a_frozen_tied_embedding_stays_as_it_is(schedule):
+    model = tiny("qwen3", tied=True)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    whole = copy.deepcopy(model)
+    ids, labels = token_batch(8, 12)
+    one_process(whole, ids, labels)
+    built = build(model, schedule)
+    run(built, ids, labels)
+    for part in built[1]:
+        mine = gradients(part)
+        assert not any("embed_tokens" in name or "lm_head" in name for name in mine)
+        assert_same(mine, gradients(whole), 1e-10, "gradients")
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
+@pytest.mark.ranks(2)
+def test_adapters_train_on_a_frozen_model_with_tied_embeddings(schedule):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted():
+        model = tiny("qwen3", tied=True)
+        settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], init_lora_weights=False)
+        torch.manual_seed(1)
+        return get_peft_model(model, settings).base_model.model
+
+    model, whole = adapted(), adapted()
+    ids, labels = token_batch(8, 12)
+    one_process(whole, ids, labels)
+    built = build(model, schedule)
+    run(built, ids, labels)
+    expected = gradients(whole)
+    assert any("lora_embedding_A" in name for name in expected)
+    for part in built[1]:
+        assert_same(gradients(part), expected, 1e-10, "gradients")
+
+
+@pytest.mark.ranks(2)
+def test_a_checkpoint_of_all_stages_has_one_copy_of_a_tied_weight():
+    model = tiny("qwen3", tied=True)
+    names = set(model.state_dict())
+    built = build(model, "1F1B")
+    mine = {id(p): name for name, p in built[1][0].named_parameters()}
+    owned = set(mine.values()) - {mine[id(p)] for p in duplicate_parameters(built[4])}
+    everyone: list = [None, None]
+    dist.all_gather_object(everyone, sorted(owned))
+    saved = [name for names in everyone for name in names]
+    assert len(saved) == len(set(saved))
+    assert set(saved) == names - {"lm_head.weight"}
 
 
 @pytest.mark.ranks(2)

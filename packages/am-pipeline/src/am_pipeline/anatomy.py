@@ -74,7 +74,9 @@ def modules_beside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Modul
 
 def owners(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules at or below `module` that have parameters of their own: what a stand-in replaces."""
-    if next(module.parameters(recurse=False), None) is not None:
+    containers = (nn.ParameterDict, nn.ParameterList)
+    holders = (module, *(child for child in module.children() if isinstance(child, containers)))
+    if any(next(holder.parameters(recurse=False), None) is not None for holder in holders):
         yield name, module
         return
     for child_name, child in module.named_children():

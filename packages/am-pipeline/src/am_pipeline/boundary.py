@@ -125,7 +125,10 @@ class Boundary:
         """Whether this is not what the stand-in of the layer `index` returned, if that was the last to run."""
         if self.last is None or self.last[0] != index:
             return False
-        return hidden is not self.last[1] or hidden._version != self.last[2]
+        # Backward hooks on modules hand on another tensor over the same memory.
+        before = self.last[1]
+        moved = hidden.data_ptr() != before.data_ptr() or hidden.shape != before.shape
+        return moved or hidden._version != self.last[2]
 
     @staticmethod
     def _as_agreed(sent: torch.Tensor, expected: tuple[tuple[int, ...], torch.dtype]) -> torch.Tensor:
@@ -243,6 +246,8 @@ class AbsentModule(_Absent):
         width = self.__dict__.get("out_features", self.__dict__.get("nf"))
         if self._embeds:
             shape = (*shape, self.embedding_dim)
+        elif width is not None and value is not None and not value.is_floating_point():
+            shape = (*shape, width)  # an embedding with an adapter
         elif width is not None:
             shape = (*shape[:-1], width)
         device = value.device if value is not None else received.device if received is not None else "cpu"
