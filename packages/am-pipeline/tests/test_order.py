@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def test_every_schedule_is_complete_in_order_and_free_of_deadlock(name, ranks, r
     assert len(events) == sum(map(len, order))
     for rank in range(ranks):
         mine = [e for e in events if e.rank == rank]
-        assert all(a.end <= b.start for a, b in zip(mine, mine[1:], strict=False)), "a rank does one thing at a time"
+        assert all(a.end <= b.start for a, b in itertools.pairwise(mine)), "a rank does one thing at a time"
 
 
 @given(ranks=st.integers(2, 8), microbatches=st.integers(1, 40))
@@ -110,5 +112,5 @@ def test_a_file_may_leave_cells_empty_and_overlap_actions(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named():
-    with pytest.raises(FileNotFoundError, match="nowhere.csv"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
         read_order("nowhere.csv", 2)

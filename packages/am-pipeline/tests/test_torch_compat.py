@@ -47,3 +47,36 @@ def test_the_compute_dtype_of_a_part_follows_its_mixed_precision_policy():
     assert compat.compute_dtype(plain) is torch.bfloat16
     other = fully_shard(nn.Linear(4, 4), mesh=mesh)
     assert compat.compute_dtype(other) is torch.float32
+
+
+@pytest.mark.ranks(2)
+def test_a_schedule_splits_its_inputs_as_it_is_told():
+    class Backwards(compat.SplitsInputs, ScheduleGPipe):
+        def split_inputs(self, args, kwargs):
+            return [tuple(a.chunk(2)[1 - i] for a in args) for i in range(2)], [{}, {}]
+
+    rank = dist.get_rank()
+    schedule = Backwards(PipelineStage(nn.Identity(), rank, 2, torch.device("cpu")), 2)
+    with torch.no_grad():
+        out = schedule.eval(*((torch.arange(4.0)[:, None],) if rank == 0 else ()))
+    if rank:
+        assert out.flatten().tolist() == [2, 3, 0, 1]
+
+
+def test_the_order_of_a_schedule_is_known_without_processes():
+    rows = compat.order_of("Interleaved1F1B", 2, 2, 2)
+    assert [len([cell for cell in row if cell]) for row in rows] == [8, 8]
+    assert rows[0][:2] == ["0F0", "0F1"]
+    assert rows == compat.order_of("Interleaved1F1B", 2, 2, 2)
+
+
+def test_views_and_compiled_modules_are_recognised():
+    base = torch.zeros(2, 2, requires_grad=True) * 1
+    assert compat.is_view(base.view(4))
+    assert not compat.is_view(base.clone())
+    module = nn.Linear(2, 2)
+    assert not compat.is_compiled(module)
+    module.compile(backend="eager")
+    assert compat.is_compiled(module)
+    assert compat.is_compiled(torch.compile(nn.Linear(2, 2), backend="eager"))
+    assert compat.element_size(nn.Linear(2, 2, dtype=torch.bfloat16)) == 2

@@ -78,7 +78,7 @@ def balanced(costs: Costs, num_stages: int) -> list[range]:
     best: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {0: ((0.0, 0.0), ())}
     for stage in range(num_stages):
         ends = [count] if stage == num_stages - 1 else range(stage + 1, count - (num_stages - stage - 1) + 1)
-        following = {}
+        following: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {}
         for end in ends:
             options = []
             for start, ((worst, squares), path) in best.items():

@@ -150,8 +150,8 @@ class _Received(torch.autograd.Function):
         return received.view_as(received)
 
     @staticmethod
-    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.contiguous()
+    def backward(_ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        return grad_outputs[0].contiguous()
 
 
 class _Absent(nn.Module):
@@ -175,7 +175,7 @@ class _Absent(nn.Module):
         if name in tensors:
             return self._poison(name, *tensors[name])
         inherited = getattr(self.__dict__.get("_kind"), name, None)
-        if isinstance(inherited, property):
+        if isinstance(inherited, property) and inherited.fget is not None:
             return inherited.fget(self)
         if inherited is not None and not callable(inherited):
             return inherited

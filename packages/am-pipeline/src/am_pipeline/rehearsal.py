@@ -150,8 +150,8 @@ class _Rehearsal:
                 continue
             if plain.calls.count(name) > 1:
                 raise _CannotCutError(f"what {name} returns reaches later layers or the head, but it runs twice")
-            shapes = (self._true_shape(name, run.calls_with[name]) for run in (plain, larger))
-            traveling.append((name, _shape(*shapes, f"the output of {name}")))
+            small, large = (self._true_shape(name, run.calls_with[name]) for run in (plain, larger))
+            traveling.append((name, _shape(small, large, f"the output of {name}")))
         hidden = _shape(plain.hidden[0].shape, larger.hidden[0].shape, "the hidden state between layers")
         if (hidden.dims.count("batch"), hidden.dims.count("sequence")) != (1, 1):
             raise _CannotCutError(
@@ -176,11 +176,10 @@ class _Rehearsal:
             self.boundary.returned = returned
             try:
                 run = self._run(3, 8)
-                why_not = self._why_not(run)
+                if not (why_not := self._why_not(run)):
+                    return run
             except Exception as error:  # whatever the model's own code raises is the reason it cannot be cut
                 why_not = _failed(error)
-            if not why_not:
-                return run
             reason = reason if reason and not reason.startswith(_FAILED) else why_not
         raise _CannotCutError(reason)
 
