@@ -153,6 +153,19 @@ def test_what_layers_take_beside_the_hidden_state_is_found(beside, traveling, ne
     assert residual.needs_ids is needs_ids
 
 
+def test_dropout_does_not_confuse_the_rehearsal():
+    residual = plan_cut(tiny("gpt2").train(), 2).residual
+    assert not residual.traveling
+    assert not residual.needs_ids
+
+
+def test_layers_skipped_at_random_are_refused():
+    model = small("opt", layerdrop=0.1)
+    assert len(plan_cut(model, 2).stages) == 2
+    with pytest.raises(ValueError, match=r"skips layers at random in training \(layerdrop 0\.1\)"):
+        plan_cut(model.train(), 2)
+
+
 def test_a_part_that_needs_the_ids_says_so():
     model = _llama_with(lambda ids, hidden: {"tokens": ids})
     part, _ = build_part(model, plan_cut(model, 2), 1)

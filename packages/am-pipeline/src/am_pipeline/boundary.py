@@ -146,11 +146,11 @@ class _Received(torch.autograd.Function):
     """The same values; the gradient is contiguous, as messages have to be."""
 
     @staticmethod
-    def forward(_ctx: Any, received: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, received: torch.Tensor) -> torch.Tensor:
         return received.view_as(received)
 
     @staticmethod
-    def backward(_ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
         return grad_outputs[0].contiguous()
 
 

@@ -74,6 +74,11 @@ def rehearse(model: nn.Module, stack: str | None = None) -> tuple[Anatomy, Resid
     Raises:
         ValueError: the model cannot be cut between its layers, and why; or it could be cut at several stacks.
     """
+    if model.training and (rate := _layer_drop(model)):
+        raise ValueError(
+            f"{type(model).__name__} skips layers at random in training (layerdrop {rate}), on every stage others; "
+            "set it to 0 in its config"
+        )
     names = [stack] if stack else candidate_stacks(model)
     found: list[tuple[Anatomy, Residual]] = []
     reasons: list[str] = []
@@ -92,6 +97,12 @@ def rehearse(model: nn.Module, stack: str | None = None) -> tuple[Anatomy, Resid
             "name the modules of each stage yourself with module_names_per_stage"
         )
     return found[sizes.index(max(sizes))]
+
+
+def _layer_drop(model: nn.Module) -> float:
+    config = getattr(model, "config", None)
+    rates = (getattr(config, name, 0.0) for name in ("layerdrop", "decoder_layerdrop"))
+    return max((rate for rate in rates if isinstance(rate, float)), default=0.0)
 
 
 class _CannotCutError(Exception):
@@ -120,7 +131,7 @@ class _Rehearsal:
         self.stack = stack
         self.boundary = Boundary(True, True)
         self.boundary.calls = []
-        self.skeleton = copy_without(model, stack, set(), self.boundary)
+        self.skeleton = copy_without(model, stack, set(), self.boundary).eval()  # no dropout: runs are compared
         _fill_tensors(self.skeleton)
         self.boundary.install(self.skeleton)
         self.last_hidden: torch.Tensor | None = None
