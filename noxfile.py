@@ -76,13 +76,14 @@ def integration(session: nox.Session, ranks: int) -> None:
 
 @nox.session(venv_backend="none", requires=["together"])
 def sweep(session: nox.Session) -> None:
-    """Every architecture of transformers through a pipeline; writes the table in `docs/coverage/`."""
+    """Every architecture of transformers in pipelines and tensor plans; writes the tables in `docs/coverage/`."""
     folder = ROOT / "build" / "sweep"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     session.env["AM_SWEEP"] = str(folder)
-    pytest(session, "sweep", "packages/am-pipeline/tests/test_sweep.py", *session.posargs)
-    run(session, "python", "docs/coverage/table.py", str(folder))
+    for package in ("am-pipeline", "am-tp-plans"):
+        pytest(session, f"sweep-{package}", f"packages/{package}/tests/test_sweep.py", *session.posargs)
+    run(session, "python", "docs/coverage/tables.py", str(folder))
 
 
 @nox.session

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import pipeline_model, plan_cut
-from am_testkit.zoo import model_types, small
+from am_testkit.zoo import NOT_BUILT, model_types, small
 
 # Why a model cannot be cut exactly, in the words of the error.
 REFUSED = {
@@ -36,15 +36,6 @@ REFUSED = {
     "xlnet": "between the layers of transformer.layer",
     "xmod": "between the layers of roberta.encoder.layer",
     "zaya": "takes more from the layer before it than the hidden state",
-}
-# Not a decoder of text by itself, or not to be had small.
-NOT_BUILT = {
-    "dots3_note": "the vision and audio parts of its default config contradict each other when small",
-    "gemma3n": "its vision tower needs the timm library (gemma3n_text is its decoder)",
-    "gemma4_assistant": "a draft model that runs on another model's keys and values",
-    "gemma4_unified_assistant": "a draft model that runs on another model's keys and values",
-    "musicgen": "takes audio codes of shape (B * codebooks, S)",
-    "musicgen_melody": "takes audio codes of shape (B * codebooks, S)",
 }
 SWEEP = os.environ.get("AM_SWEEP")
 BATCH, LENGTH, MICROBATCH = 4, 16, 2
@@ -146,4 +137,4 @@ def loss_fn(logits, labels):
 
 def record(model_type, **measured):
     if SWEEP and dist.get_rank() == 0:
-        pathlib.Path(SWEEP, f"{model_type}.json").write_text(json.dumps(measured))
+        pathlib.Path(SWEEP, f"pipeline-{model_type}.json").write_text(json.dumps(measured))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import sys
 
+import torch
+from torch import nn
+
 from am_pipeline.balance import BALANCES
-from am_pipeline.estimate import model_on_meta, plan_pipeline
+from am_pipeline.estimate import plan_pipeline
 from am_pipeline.order import peak_live, read_order, schedule_order, simulate
 from am_pipeline.schedule import SCHEDULES
 from am_pipeline.timeline import plot_timeline, text_timeline
@@ -47,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _plan(options: argparse.Namespace) -> str:
     made = plan_pipeline(
-        model_on_meta(options.model),
+        _model_on_meta(options.model),
         options.ranks,
         options.schedule,
         microbatches=options.microbatches,
@@ -71,6 +75,26 @@ def _timeline(options: argparse.Namespace) -> str:
     width = options.width or max(20, shutil.get_terminal_size((108, 20)).columns - 9)
     live = ", ".join(map(str, peak_live(order)))
     return f"{name}\n{text_timeline(events, width)}\npeak live activations by rank: {live}"
+
+
+def _model_on_meta(name: str) -> nn.Module:
+    """A transformers causal LM on the meta device, from a folder or file with its config or a model type.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: neither a config nor a known type.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError("planning a model by its config needs transformers: pip install transformers") from error
+    kinds = transformers.CONFIG_MAPPING
+    try:
+        config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
@@ -154,22 +153,3 @@ def _human(number: float, base: int, unit: str) -> str:
             return f"{number:.0f} {prefix}{unit}".strip() if prefix == "" else f"{number:.2f} {prefix}{unit}"
         number /= base
     raise AssertionError
-
-
-def model_on_meta(name: str) -> nn.Module:
-    """A transformers causal LM on the meta device, from a folder or file with its config or a model type.
-
-    Raises:
-        ImportError: transformers is not installed.
-        ValueError: neither a config nor a known type.
-    """
-    try:
-        from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise ImportError("planning a model by its config needs transformers: pip install transformers") from error
-    try:
-        config = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

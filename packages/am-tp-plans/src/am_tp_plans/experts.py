@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+
+from am_tp_plans.local import SumGradients, local_parameters, sum_over_ranks
 
 
 class ExpertsOverTensorAxis(ParallelStyle):
@@ -42,13 +41,18 @@ class ExpertsOverTensorAxis(ParallelStyle):
 
 
 def _forward(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor | None = None,
+    top_k_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     group = module.tensor_mesh.get_group()
-    hidden_states, top_k_weights = _SumGradients.apply(group, hidden_states, top_k_weights)
+    if top_k_index is None or top_k_weights is None:
+        return _forward_in_blocks(module, hidden_states)
+    hidden_states, top_k_weights = SumGradients.apply(group, hidden_states, top_k_weights)
     ids = top_k_index - module.tensor_mesh.get_local_rank() * module.num_experts
     elsewhere = (ids < 0) | (ids >= module.num_experts)
-    with _local_parameters(module) as local:
+    with local_parameters(module) as local:
         out = type(module).forward(
             module,
             hidden_states,
@@ -58,44 +62,16 @@ def _forward(
     # A rank whose experts nobody chose still has a graph through everything, so that every rank reduces the same.
     for tensor in (hidden_states, top_k_weights, *local):
         out = out + tensor.flatten()[:0].sum()
-    return _SumOutputs.apply(group, out)
+    return sum_over_ranks(out, group)
 
 
-@contextmanager
-def _local_parameters(module: Any) -> Iterator[list[torch.Tensor]]:
-    distributed = module._parameters
-    local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in distributed.items() if p is not None}
-    module._parameters = {**distributed, **local}
-    try:
-        yield list(local.values())
-    finally:
-        module._parameters = distributed
-
-
-class _SumGradients(torch.autograd.Function):
-    """Identity; backward sums over the ranks, in one node so that the collectives have one order."""
-
-    @staticmethod
-    def forward(ctx, group, *tensors):
-        ctx.group = group
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return None, *(_sum(g, ctx.group) for g in gradients)
-
-
-class _SumOutputs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group, tensor):
-        return _sum(tensor, group)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return None, gradients[0]
-
-
-def _sum(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+def _forward_in_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Experts that take `(E * T, D)`, every expert's own T rows in order, and return the same: run this rank's rows."""
+    group = module.tensor_mesh.get_group()
+    (hidden_states,) = SumGradients.apply(group, hidden_states)
+    rank, ranks = module.tensor_mesh.get_local_rank(), module.tensor_mesh.size()
+    blocks = hidden_states.unflatten(0, (ranks, -1))
+    with local_parameters(module):
+        mine = type(module).forward(module, blocks[rank].clone())
+    rows = torch.zeros_like(hidden_states).unflatten(0, (ranks, -1))
+    return sum_over_ranks(rows.index_copy(0, torch.tensor([rank], device=rows.device), mine[None]).flatten(0, 1), group)

@@ -44,6 +44,17 @@ class VocabParallelEmbedding(RowwiseParallel):
         return super()._apply(module, device_mesh)
 
 
+class RowwiseParallelNewOutput(RowwiseParallel):
+    """`RowwiseParallel` whose output may be modified in place, as some models do: torch's is a view that may not."""
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, device_mesh: Any
+    ) -> Any:
+        outputs = RowwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh)
+        return outputs.clone()
+
+
 class NormOnShard(SequenceParallelLora):
     """`SequenceParallel` whose gradients of replicated parameters are whole when `backward()` returns.
 

@@ -37,6 +37,15 @@ _SIZES: dict[int, str] = {
     1: "n_group topk_group num_expert_group mamba_n_groups n_groups mamba_ngroups",
 }
 _MEANS = {name: size for size, names in _SIZES.items() for name in names.split()}
+# Not a decoder of text by itself, or not to be had small.
+NOT_BUILT = {
+    "dots3_note": "the vision and audio parts of its default config contradict each other when small",
+    "gemma3n": "its vision tower needs the timm library (gemma3n_text is its decoder)",
+    "gemma4_assistant": "a draft model that runs on another model's keys and values",
+    "gemma4_unified_assistant": "a draft model that runs on another model's keys and values",
+    "musicgen": "takes audio codes of shape (B * codebooks, S)",
+    "musicgen_melody": "takes audio codes of shape (B * codebooks, S)",
+}
 _UNSET = ["head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"]
 _LAYERS = [
     "num_hidden_layers",
@@ -169,6 +178,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "inkling2_text": {"n_layers_per_attn_res_block": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "mamba2": {"head_dim": 16},
     "reformer": {"attn_layers": ["local", "lsh", "local", "lsh"], "axial_pos_embds": False, "num_buckets": 4},

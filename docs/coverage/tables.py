@@ -1,0 +1,96 @@
+"""Write pipeline.md and tensor.md from what `nox -s sweep` measured: a row for every causal language model type."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+
+import torch
+import transformers
+
+from am_testkit.zoo import NOT_BUILT, model_types
+
+HERE = pathlib.Path(__file__).parent
+VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+
+
+def main(folder: str) -> None:
+    for name, write in (("pipeline", pipeline), ("tensor", tensor)):
+        files = pathlib.Path(folder).glob(f"{name}-*.json")
+        measured = {file.stem.removeprefix(f"{name}-"): json.loads(file.read_text()) for file in files}
+        lines = write(measured)
+        (HERE / f"{name}.md").write_text("\n".join(lines) + "\n")
+        print(lines[2])
+
+
+def pipeline(measured: dict[str, dict]) -> list[str]:
+    exact, refused = count(measured)
+    rows = []
+    for name in model_types():
+        result = measured.get(name)
+        if result and "refused" not in result:
+            travels = ", ".join(f"`{n}`" for n in result["traveling"]) + (" ids" if result["needs_ids"] else "")
+            two, four = (f"{result['errors'][n]:.0e}" for n in ("2", "4"))
+            rows.append(f"| {name} | {result['kind']} | {two} | {four} | {result['dtype']} | {travels} |")
+        else:
+            rows.append(f"| {name} | | | | {why_not(name, result)} | |")
+    return [
+        "# Pipelining: every causal language model of transformers",
+        "",
+        f"Of {len(rows)} model types, **{exact} train exactly** on two and on four stages, {refused} are refused,",
+        f"and {len(NOT_BUILT)} are not decoders of text by themselves or need more than transformers.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. Each is a four-layer model of the type with sizes derived from its config",
+        "class, cut and run over two processes: two stages under 1F1B, four under Interleaved1F1B, four sequences in",
+        "two microbatches. The numbers are the largest relative differences from one process among the logits and",
+        "all gradients, in float64, or in float32 where the model's own code mixes the two. *Travels* names the",
+        "modules whose outputs go along with the hidden state because later layers take them; *ids* says that",
+        "later stages get the ids.",
+        "",
+        "| model type | class | 2 stages | 4 stages | | travels |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def tensor(measured: dict[str, dict]) -> list[str]:
+    exact, refused = count(measured)
+    rows = []
+    for name in model_types():
+        result = measured.get(name)
+        if result and "refused" not in result:
+            held = f"{100 * result['held']:.0f} %"
+            rows.append(f"| {name} | {result['kind']} | {result['error']:.0e} | {result['dtype']} | {held} |")
+        else:
+            rows.append(f"| {name} | | | {why_not(name, result or {'refused': 'transformers brings no plan'})} | |")
+    return [
+        "# Tensor parallelism with the plans that transformers brings",
+        "",
+        f"Of {len(rows)} model types, {exact + refused} bring a plan; **{exact} of them are exact** at two ranks,",
+        f"{refused} are refused before the first collective.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `get_hf_tp_shard_plan` of a four-layer model of the type, applied over two",
+        "processes, against one process. The number is the largest relative difference among the logits and all",
+        "gradients when `backward()` returns, in float64 (where parts of most models still compute in float32), or in",
+        "float32 where the model's own code mixes the two. *Held* is the share of the parameters on each rank.",
+        "",
+        "| model type | class | 2 ranks | | held |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def count(measured: dict[str, dict]) -> tuple[int, int]:
+    refused = sum("refused" in result for result in measured.values())
+    return len(measured) - refused, refused
+
+
+def why_not(name: str, result: dict | None) -> str:
+    if name in NOT_BUILT:
+        return f"not built: {NOT_BUILT[name]}"
+    return f"refused: {result['refused'].splitlines()[0]}" if result else "**failed**"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

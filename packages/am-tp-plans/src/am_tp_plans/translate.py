@@ -1,0 +1,207 @@
+"""transformers' own tensor-parallel plans, in real parallel styles."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from am_tp_plans.apply import expand_plan
+from am_tp_plans.experts import ExpertsOverTensorAxis
+from am_tp_plans.local import (
+    DividedInput,
+    LocalShards,
+    MlaKvAProjection,
+    Replicated,
+    ReplicatedWithGradAllReduce,
+)
+from am_tp_plans.rehearsal import ReadDirectlyError, rehearse
+from am_tp_plans.styles import NormOnShard, RowwiseParallelNewOutput, VocabParallelEmbedding
+
+_STYLES = {
+    "colwise": lambda: ColwiseParallel(),
+    "rowwise": lambda: RowwiseParallel(),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "rowwise_rep": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "embedding_rowwise": lambda: VocabParallelEmbedding(),
+    "embedding_colwise": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "sequence_parallel": lambda: NormOnShard(use_local_output=True),
+    "replicated_with_grad_allreduce": lambda: ReplicatedWithGradAllReduce(),
+    "mla_kv_a_proj": lambda: MlaKvAProjection(),
+    "all_reduce": lambda: LocalShards(sum_input_gradients=True, sum_output=True),
+    "local_params": lambda: LocalShards(),
+    "moe_tp_experts": lambda: ExpertsOverTensorAxis(),
+    "moe_identity_expert": lambda: DividedInput(),
+    "replicate": lambda: Replicated(),
+}
+# What these say of a parameter is part of the style of the module that owns it.
+_OF_PARAMETERS = ("packed_colwise", "packed_rowwise")
+
+
+def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
+    """The parallel style that one of transformers' style names stands for; a new one at every call.
+
+    `packed_colwise` and `packed_rowwise` lay out a fused parameter inside the style of its owner; for a module of
+    stacked experts that is `ExpertsOverTensorAxis`, which keeps each expert's fused projections whole.
+
+    Raises:
+        ValueError: an unknown name; lists those there are.
+        TypeError: not a string.
+    """
+    if not isinstance(style, str):
+        raise TypeError(f"a style is named by a string, got {type(style).__name__}")
+    if style in _OF_PARAMETERS:
+        return ExpertsOverTensorAxis()
+    if style not in _STYLES:
+        known = ", ".join(sorted((*_STYLES, *_OF_PARAMETERS)))
+        raise ValueError(f"{style!r} is not a tensor-parallel style of transformers; there are {known}")
+    return _STYLES[style]()
+
+
+def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """The tensor-parallel plan that a transformers model brings, collected from its class, itself and its inner models.
+
+    Keys that match nothing in this model are left out (the plans list alternatives, such as dense and sparse layers),
+    and so is a style for one of two tied weights where the other one has none. What names a parameter becomes part
+    of the style of the module that owns it.
+
+    Args:
+        model: any transformers model; anything with `_tp_plan` dicts of style names.
+
+    Returns:
+        A plan for `apply_plan`, with full module names (`*` for one level) as keys.
+
+    Raises:
+        ValueError: the model brings no plan, one with an unknown style, one whose parts contradict each other or that
+            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`);
+            or the model is a pipeline part.
+    """
+    named = _collect(model)
+    if _is_part(model):
+        raise ValueError(
+            f"this {type(model).__name__} is a part of a cut model, on which its plan cannot be checked; make the plan "
+            "of the whole model before the cut and apply that to the parts"
+        )
+    if not named:
+        raise ValueError(f"{type(model).__name__} brings no tensor-parallel plan")
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    plan: dict[str, ParallelStyle] = {}
+    layouts: dict[str, dict[str, Placement]] = {}
+    widths: dict[str, set[int]] = {}
+    for key, style in named.items():
+        translated = translate_to_torch_parallel_style(style)
+        if any(_matches(key, name) for name in modules):
+            plan[key] = translated
+        elif matched := [name for name in parameters if _matches(key, name)]:
+            owner, _, leaf = key.rpartition(".")
+            shape = parameters[matched[0]].shape
+            dim = _sharded_dim(style, len(shape))
+            layouts.setdefault(owner, {})[leaf] = Shard(dim)
+            widths.setdefault(owner, set()).add(shape[dim])
+    for owner, its in layouts.items():
+        _lay_out(plan, owner, its, fused=len(widths[owner]) > 1)
+    for key in [key for key, style in plan.items() if isinstance(style, MlaKvAProjection)]:
+        del plan[key]
+        for name in filter(lambda name: _matches(key, name), modules):
+            owner = modules[name.rpartition(".")[0]]
+            plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", _text_config(model, "qk_rope_head_dim")))
+    return _completed(model, _without_half_ties(model, plan))
+
+
+def _completed(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The plan with what a rehearsal finds missing: whole parameters that meet a rank's share of the activations."""
+    while True:
+        try:
+            partial, modified = rehearse(model, expand_plan(model, plan), 2)
+        except ValueError as error:
+            if not isinstance(error.__cause__, ReadDirectlyError):
+                raise
+            owner = error.__cause__.parameter.rpartition(".")[0]
+            plan = _without_half_ties(model, {k: style for k, style in plan.items() if not _matches(k, owner)})
+            continue
+        break
+    owners: dict[str, set[str]] = {}
+    for name in sorted(partial):
+        owner, _, leaf = name.rpartition(".")
+        owners.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", owner), set()).add(leaf)
+    for owner, names in owners.items():
+        style = plan.setdefault(owner, ReplicatedWithGradAllReduce(names))
+        if isinstance(style, LocalShards):
+            style.partial |= names
+        elif not isinstance(style, ReplicatedWithGradAllReduce):
+            raise ValueError(f"{owner} has {type(style).__name__}, but its {sorted(names)} meet sharded activations")
+    for key, style in plan.items():
+        if type(style) is RowwiseParallel and any(_matches(key, name) for name in modified):
+            plan[key] = RowwiseParallelNewOutput(input_layouts=style.input_layouts[0])
+    return plan
+
+
+def _is_part(model: nn.Module) -> bool:
+    """Whether a pipeline cut left layers out: some of a list have parameters, others have nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            empty = [not any(True for _ in layer.parameters()) for layer in module]
+            if any(empty) and not all(empty):
+                return True
+    return False
+
+
+def _collect(model: nn.Module) -> dict[str, str]:
+    """Outer plans go before inner ones; an inner model's keys are relative to it."""
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        for source in (getattr(module, "_tp_plan", None), getattr(type(module), "_tp_plan", None)):
+            for key, style in (source or {}).items():
+                found.setdefault(f"{prefix}.{key}" if prefix else key, style)
+    return found
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.fullmatch(key.replace(".", r"\.").replace("*", r"[^.]+"), name) is not None
+
+
+def _sharded_dim(style: str, dims: int) -> int:
+    if style in ("colwise", "packed_colwise"):
+        return max(dims - 2, 0)
+    return dims - 1
+
+
+def _lay_out(plan: dict[str, ParallelStyle], owner: str, layouts: dict[str, Placement], fused: bool) -> None:
+    style = plan.get(owner)
+    if isinstance(style, ExpertsOverTensorAxis) and fused:  # a slice of gate and up side by side is neither
+        return
+    if isinstance(style, ExpertsOverTensorAxis):  # nothing fused: every expert's features over the ranks
+        plan[owner] = LocalShards(layouts, sum_input_gradients=True, sum_output=True)
+        return
+    if not isinstance(style, LocalShards):
+        raise ValueError(f"the plan lays out {sorted(layouts)} of {owner}, but has no style for {owner} that uses them")
+    style.layouts |= layouts
+
+
+def _without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    dropped = set()
+    for owners in names.values():
+        keys = {owner: [key for key in plan if _matches(key, owner)] for owner in owners}
+        if len(owners) > 1 and not all(keys.values()):
+            dropped |= {key for matched in keys.values() for key in matched}
+    # An embedding with modules of its own in it (a norm) is left whole.
+    nested = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and any(True for _ in m.children())}
+    dropped |= {key for key in plan if any(_matches(key, name) for name in nested)}
+    return {key: style for key, style in plan.items() if key not in dropped}
+
+
+def _text_config(model: nn.Module, name: str) -> Any:
+    config = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    try:
+        return getattr(config, name, None)
+    except Exception:  # some configs have it per layer, and say so in their own way
+        return None

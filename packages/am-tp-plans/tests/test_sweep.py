@@ -1,0 +1,113 @@
+"""transformers' own tensor-parallel plans in our styles, for every causal language model that brings one, at two ranks.
+
+With `AM_SWEEP=folder` they leave there what they measured; `nox -s sweep` makes `docs/coverage/tensor.md` of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from am_testkit.exact import whole
+from am_testkit.zoo import NOT_BUILT, model_types, small, small_config
+from am_tp_plans import apply_plan, get_hf_tp_shard_plan
+
+# Why a plan that transformers brings is not applied, in the words of the error.
+REFUSED = {
+    "doge": "on one rank's share its forward fails",
+    "gemma3n_text": "it takes the mean over features of which each rank has a share",
+    "longcat_flash": "no module of stacked experts",
+}
+SWEEP = os.environ.get("AM_SWEEP")
+# transformers computes softmax, norms and some routers in float32 even in a float64 model.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+
+
+def brings_a_plan(model_type: str) -> bool:
+    config = small_config(model_type)
+    return bool(getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None))
+
+
+@pytest.mark.parametrize("model_type", [t for t in model_types() if t not in NOT_BUILT and brings_a_plan(t)])
+@pytest.mark.ranks(2, timeout=120)
+def test_a_plan_that_transformers_brings_is_exact_or_refused(model_type):
+    model, dtype = runnable(model_type)
+    if model_type in REFUSED:
+        with pytest.raises((ValueError, TypeError), match=REFUSED[model_type]) as refusal:
+            apply_plan(model, init_device_mesh("cpu", (2,)), get_hf_tp_shard_plan(model))
+        record(model_type, refused=str(refusal.value))
+        return
+    ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(2))
+    expected = call(model, ids)
+    loss_fn(expected, labels).backward()
+    wanted = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    sharded = small(model_type, dtype=dtype)
+    plan = get_hf_tp_shard_plan(sharded)
+    apply_plan(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan)
+    logits = call(sharded, ids)
+    loss_fn(logits, labels).backward()
+    largest = max(grad.abs().max().item() for grad in wanted.values())
+    errors = [difference(whole(logits), expected, 0.0)]
+    parameters = dict(sharded.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        missing = parameter.grad is None and name in wanted and wanted[name].abs().max() > 0
+        assert not missing, f"{name} has no gradient"
+        if parameter.grad is not None:
+            target = wanted.get(name, torch.zeros(parameter.shape, dtype=dtype))
+            error = difference(whole(parameter.grad), target, 1e-6 * largest)
+            assert error < TOLERANCE[dtype], f"the gradient of {name} is off by {error:.1e}"
+            errors.append(error)
+    worst = torch.tensor(max(errors), dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in sharded.parameters())
+    record(
+        model_type,
+        error=worst.item(),
+        dtype=str(dtype).removeprefix("torch."),
+        kind=type(sharded).__name__,
+        held=held / sum(p.numel() for p in model.parameters()),
+    )
+    assert worst.item() < TOLERANCE[dtype]
+
+
+def difference(actual, expected, floor):
+    assert actual.shape == expected.shape
+    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
+
+
+def runnable(model_type):
+    """The model in float64, or in float32 where its own code mixes the two."""
+    for dtype in (torch.float64, torch.float32):
+        model = small(model_type, dtype=dtype)
+        try:
+            with torch.no_grad():
+                call(model, torch.ones(1, 16, dtype=torch.int64))
+        except RuntimeError:
+            continue
+        return model, dtype
+    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
+
+
+def call(model, ids):
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=ids, **settings)
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+def loss_fn(logits, labels):
+    return nn.functional.cross_entropy(whole(logits).flatten(0, 1), labels.flatten())
+
+
+def record(model_type, **measured):
+    if SWEEP and dist.get_rank() == 0:
+        pathlib.Path(SWEEP, f"tensor-{model_type}.json").write_text(json.dumps(measured))
