@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 
 
@@ -102,11 +103,8 @@ def _shards_attention(key: str, style: ParallelStyle) -> bool:
 
 
 def _check_heads(model: nn.Module, size: int) -> None:
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
+        heads = config_value(model, name)
         if isinstance(heads, int) and heads % size:
             raise ValueError(f"{name}={heads} does not divide over {size} tensor-parallel ranks; {_divisors(heads)}")
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from am_tp_plans.apply import expand_plan
+from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.local import (
     DividedInput,
@@ -109,7 +109,7 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         del plan[key]
         for name in filter(lambda name: _matches(key, name), modules):
             owner = modules[name.rpartition(".")[0]]
-            plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", _text_config(model, "qk_rope_head_dim")))
+            plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
     return _completed(model, _without_half_ties(model, plan))
 
 
@@ -196,12 +196,3 @@ def _without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict
     nested = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and any(True for _ in m.children())}
     dropped |= {key for key in plan if any(_matches(key, name) for name in nested)}
     return {key: style for key, style in plan.items() if key not in dropped}
-
-
-def _text_config(model: nn.Module, name: str) -> Any:
-    config = getattr(model, "config", None)
-    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    try:
-        return getattr(config, name, None)
-    except Exception:  # some configs have it per layer, and say so in their own way
-        return None
