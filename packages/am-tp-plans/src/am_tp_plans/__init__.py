@@ -7,6 +7,7 @@ from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.families.llama import _parallelize_llama
 from am_tp_plans.families.qwen import _parallelize_qwen
 from am_tp_plans.families.qwen3_moe import _parallelize_qwen3_moe
+from am_tp_plans.infer import infer_plan
 from am_tp_plans.local import DividedInput, LocalShards, MlaKvAProjection, Replicated, ReplicatedWithGradAllReduce
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
 from am_tp_plans.resolve import resolve_plan
@@ -40,6 +41,7 @@ __all__ = [
     "apply_plan",
     "expand_plan",
     "get_hf_tp_shard_plan",
+    "infer_plan",
     "resolve_plan",
     "translate_to_torch_parallel_style",
 ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,23 @@ from am_tp_plans.local import LocalShards, MlaKvAProjection, ReplicatedWithGradA
 _REDUCTIONS = ("mean", "sum", "var", "std", "amax", "amin", "max", "min", "_softmax", "norm", "topk", "sort", "cumsum")
 
 
-def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> tuple[set[str], set[str]]:
+@dataclass(frozen=True)
+class Findings:
+    """What a rehearsal saw.
+
+    Attributes:
+        partial: parameters that no style covers and that meet sharded activations, so that each rank has a part of
+            their gradients.
+        modified: modules with a style whose output the model modifies in place.
+        ran: modules with a style that ran at all.
+    """
+
+    partial: frozenset[str]
+    modified: frozenset[str]
+    ran: frozenset[str]
+
+
+def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> Findings:
     """What a plan lacks to be right. No device, no collective, no real weight.
 
     Args:
@@ -38,13 +55,22 @@ def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> tu
         plan: concrete, without `*`: from `expand_plan`.
         ranks: size of the axis.
 
-    Returns:
-        Full names of parameters that no style of the plan covers and that meet sharded activations, so that each
-        rank has a part of their gradients; and of modules with a style whose output the model modifies in place.
-
     Raises:
         ValueError: the plan would give wrong results, and where.
     """
+    watch, whole = _run(model, plan, ranks), _run(model, plan, 1)
+    for (had, has), (had_whole, has_whole) in zip(watch.reshaped, whole.reshaped, strict=False):
+        if has != has_whole and (had, had_whole) != (has, has_whole):
+            raise ValueError(
+                f"the plan does not fit {type(model).__name__}: on one rank's share it would cut heads of {has_whole} "
+                f"features into {has}"
+            )
+    covered = {name for name, style in plan.items() if not isinstance(style, LocalShards)}
+    partial = {name for name in watch.partial if not any(name.startswith(f"{owner}.") for owner in covered)}
+    return Findings(frozenset(partial), frozenset(watch.modified), frozenset(watch.ran))
+
+
+def _run(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> _Watch:
     twin = _weightless(model)
     watch = _Watch(dict(twin.named_parameters()))
     for name, module in list(twin.named_modules()):
@@ -52,7 +78,7 @@ def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> tu
         if isinstance(style, (ColwiseParallel, RowwiseParallel)):
             watch.sharded |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
         if isinstance(style, RowwiseParallel) and isinstance(module, nn.Embedding):
-            _looked_up(watch, module)
+            _looked_up(watch, name, module)
         elif isinstance(style, ColwiseParallel):
             _colwise(watch, name, module, style, ranks)
         elif isinstance(style, RowwiseParallel) and isinstance(module, nn.Linear):
@@ -85,9 +111,7 @@ def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> tu
     for tensor in _tensors(output):
         if watch.is_sharded(tensor):
             raise ValueError(f"the plan does not fit {type(model).__name__}: its output would be one rank's share")
-    covered = {name for name, style in plan.items() if not isinstance(style, LocalShards)}
-    partial = {name for name in watch.partial if not any(name.startswith(f"{owner}.") for owner in covered)}
-    return partial, watch.modified
+    return watch
 
 
 class ReadDirectlyError(Exception):
@@ -113,8 +137,10 @@ class _Watch(TorchDispatchMode):
         self.parameters = parameters  # held, so that no other tensor gets the identity of one
         self.names = {id(parameter): name for name, parameter in parameters.items()}
         self.trained: Any = WeakIdKeyDictionary()  # tensors that a gradient goes through
+        self.ran: set[str] = set()  # modules with a style that ran
         self.modified: set[str] = set()  # modules with a style whose output is modified in place
         self.outputs: Any = WeakIdKeyDictionary()
+        self.reshaped: list[tuple[int, int]] = []  # last dims of sharded features before and after a change of shape
         self.marks: Any = WeakIdKeyDictionary()
         self.sources: Any = WeakIdKeyDictionary()  # a tensor made of parameters and constants -> the parameters' names
         self.active: Any = WeakIdKeyDictionary()  # tensors that depend on the batch
@@ -137,6 +163,8 @@ class _Watch(TorchDispatchMode):
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func._schema.is_mutable and args and id(args[0]) in self.names:
+            return args[0]  # a model that rescales its own weights; here they share one number
         function, output = func, func(*args, **(kwargs or {}))
         inputs = list(_tensors((args, kwargs or {})))
         names = set().union(*(self._sources(tensor) for tensor in inputs)) if inputs else set()
@@ -148,11 +176,14 @@ class _Watch(TorchDispatchMode):
         if marked:
             self.partial |= names
             self._refuse_reduction(function, args, marked[0])
+            self._refuse_taking_apart(function, args, marked[0])
             if whole := [t for t in inputs if t not in self.marks and t in self.trained and t.is_floating_point()]:
                 raise _WrongError(
                     f"it computes {function._schema.name.removeprefix('aten::')} of one rank's share and a whole "
                     f"activation of shape {tuple(whole[0].shape)}, whose gradient would be a part of a sum"
                 )
+        if marked and self.marks[marked[0]] and function._schema.name.removeprefix("aten::") in _RESHAPES:
+            self.reshaped.append((marked[0].shape[-1], output.shape[-1]))
         trained = bool(names - self.summed) or any(tensor in self.trained for tensor in inputs)
         widths = {self.marks[tensor] for tensor in marked}
         depends = marked or any(tensor in self.active for tensor in inputs)
@@ -167,6 +198,15 @@ class _Watch(TorchDispatchMode):
             elif names:
                 self.sources[tensor] = names
         return output
+
+    def _refuse_taking_apart(self, function: Any, args: tuple, tensor: torch.Tensor) -> None:
+        """A rank's share of fused features is not the same share of each of them."""
+        name = function._schema.name.removeprefix("aten::")
+        if name not in _TAKES_APART or not self.marks[tensor] or args[0] is not tensor:
+            return
+        dim = args[_TAKES_APART[name]] if len(args) > _TAKES_APART[name] else 0
+        if dim % tensor.dim() == tensor.dim() - 1 and not (name == "slice" and _takes_all(args, tensor)):
+            raise _WrongError(f"it takes apart ({name}) features of which each rank has a share {tuple(tensor.shape)}")
 
     def _sources(self, tensor: torch.Tensor) -> set[str]:
         return {self.names[id(tensor)]} if id(tensor) in self.names else self.sources.get(tensor, set())
@@ -185,6 +225,17 @@ class _Watch(TorchDispatchMode):
             raise _WrongError(
                 f"it takes the {name} over features of which each rank has a share ({tuple(tensor.shape)})"
             )
+
+
+_RESHAPES = ("view", "reshape", "_unsafe_view")
+# The position of the dim among the arguments of operators that split a tensor.
+_TAKES_APART = {"split": 2, "split_with_sizes": 2, "chunk": 2, "slice": 1, "select": 1, "unbind": 1}
+
+
+def _takes_all(args: tuple, tensor: torch.Tensor) -> bool:
+    start = args[2] if len(args) > 2 and args[2] is not None else 0
+    end = args[3] if len(args) > 3 and args[3] is not None else tensor.shape[-1]
+    return start == 0 and end >= tensor.shape[-1] and (len(args) < 5 or args[4] == 1)
 
 
 def _keeps_places(function: Any) -> bool:
@@ -208,6 +259,7 @@ def _colwise(watch: _Watch, name: str, module: Any, style: ColwiseParallel, rank
     gathered = style.output_layouts[0] == Replicate()
 
     def share(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
         if watch.is_sharded(hidden):
             raise _WrongError(f"{name} wants all features, but gets one rank's share")
         if isinstance(module, nn.Embedding):
@@ -223,6 +275,7 @@ def _rowwise(watch: _Watch, name: str, module: Any, style: RowwiseParallel, rank
     splits = style.input_layouts[0] == Replicate()
 
     def summed(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
         wanted = module.in_features if splits else module.in_features // ranks
         if splits == watch.is_sharded(hidden) or hidden.shape[-1] != wanted:
             has = "one rank's share" if watch.is_sharded(hidden) else "all features"
@@ -232,8 +285,12 @@ def _rowwise(watch: _Watch, name: str, module: Any, style: RowwiseParallel, rank
     module.forward = summed
 
 
-def _looked_up(watch: _Watch, module: Any) -> None:
-    module.forward = lambda ids, *args, **kwargs: watch.activate(torch.ones(*ids.shape, module.embedding_dim))
+def _looked_up(watch: _Watch, name: str, module: Any) -> None:
+    def rows(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
+        return watch.activate(torch.ones(*ids.shape, module.embedding_dim), name)
+
+    module.forward = rows
 
 
 def _whole(watch: _Watch, name: str, module: nn.Module) -> None:

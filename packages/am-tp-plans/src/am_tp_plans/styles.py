@@ -55,6 +55,10 @@ class RowwiseParallelNewOutput(RowwiseParallel):
         return outputs.clone()
 
 
+class VocabParallelEmbeddingNewOutput(VocabParallelEmbedding, RowwiseParallelNewOutput):
+    """`VocabParallelEmbedding` whose output may be modified in place."""
+
+
 class NormOnShard(SequenceParallelLora):
     """`SequenceParallel` whose gradients of replicated parameters are whole when `backward()` returns.
 

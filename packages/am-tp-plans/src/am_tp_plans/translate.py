@@ -19,7 +19,12 @@ from am_tp_plans.local import (
     ReplicatedWithGradAllReduce,
 )
 from am_tp_plans.rehearsal import ReadDirectlyError, rehearse
-from am_tp_plans.styles import NormOnShard, RowwiseParallelNewOutput, VocabParallelEmbedding
+from am_tp_plans.styles import (
+    NormOnShard,
+    RowwiseParallelNewOutput,
+    VocabParallelEmbedding,
+    VocabParallelEmbeddingNewOutput,
+)
 
 _STYLES = {
     "colwise": lambda: ColwiseParallel(),
@@ -110,23 +115,23 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         for name in filter(lambda name: _matches(key, name), modules):
             owner = modules[name.rpartition(".")[0]]
             plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
-    return _completed(model, _without_half_ties(model, plan))
+    return complete(model, without_half_ties(model, plan))
 
 
-def _completed(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     """The plan with what a rehearsal finds missing: whole parameters that meet a rank's share of the activations."""
     while True:
         try:
-            partial, modified = rehearse(model, expand_plan(model, plan), 2)
+            found = rehearse(model, expand_plan(model, plan), 2)
         except ValueError as error:
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise
             owner = error.__cause__.parameter.rpartition(".")[0]
-            plan = _without_half_ties(model, {k: style for k, style in plan.items() if not _matches(k, owner)})
+            plan = without_half_ties(model, {k: style for k, style in plan.items() if not _matches(k, owner)})
             continue
         break
     owners: dict[str, set[str]] = {}
-    for name in sorted(partial):
+    for name in sorted(found.partial):
         owner, _, leaf = name.rpartition(".")
         owners.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", owner), set()).add(leaf)
     for owner, names in owners.items():
@@ -136,8 +141,12 @@ def _completed(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Pa
         elif not isinstance(style, ReplicatedWithGradAllReduce):
             raise ValueError(f"{owner} has {type(style).__name__}, but its {sorted(names)} meet sharded activations")
     for key, style in plan.items():
-        if type(style) is RowwiseParallel and any(_matches(key, name) for name in modified):
+        if not any(_matches(key, name) for name in found.modified):
+            continue
+        if type(style) is RowwiseParallel:
             plan[key] = RowwiseParallelNewOutput(input_layouts=style.input_layouts[0])
+        elif type(style) is VocabParallelEmbedding:
+            plan[key] = VocabParallelEmbeddingNewOutput()
     return plan
 
 
@@ -183,7 +192,7 @@ def _lay_out(plan: dict[str, ParallelStyle], owner: str, layouts: dict[str, Plac
     style.layouts |= layouts
 
 
-def _without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
