@@ -7,19 +7,30 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+import transformers.models.gemma3.modeling_gemma3
 import transformers.models.llama.modeling_llama
+import transformers.models.ministral3.modeling_ministral3
+import transformers.models.phi3.modeling_phi3
 import transformers.models.qwen2.modeling_qwen2
 import transformers.models.qwen3.modeling_qwen3
-import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+import transformers.models.qwen3_moe.modeling_qwen3_moe
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
-from am_tp_plans import PARALLELIZE_FUNCTIONS, VocabParallelEmbedding, apply_plan, resolve_plan
+from am_tp_plans import (
+    PARALLELIZE_FUNCTIONS,
+    RotaryEmbedParallel,
+    VocabParallelEmbedding,
+    apply_plan,
+    phi3_with_whole_attention,
+    resolve_plan,
+)
 from am_tp_styles import translate_to_lora
 
 FAMILIES = [
@@ -30,6 +41,10 @@ FAMILIES = [
     ("qwen3", {"tied": True}),
     ("qwen3_moe", {}),
     ("qwen3_moe", {"tied": True, "mlp_only_layers": [1]}),
+    ("gemma3_text", {"sliding_window": 4, "query_pre_attn_scalar": 8}),
+    ("gemma3_text", {"tied": True, "final_logit_softcapping": 5.0}),
+    ("ministral3", {}),
+    ("phi3", {"sliding_window": None}),
 ]
 SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
 
@@ -43,6 +58,7 @@ def sharded(model, sequence_parallel):
 
 
 def compare(family, settings, sequence_parallel):
+    exact = 1e-6 if family == "gemma3_text" else 1e-10  # Gemma3 has float32 in its norms whatever the model's dtype
     model = tiny(family, num_key_value_heads=4, **settings)
     whole, names = copy.deepcopy(model), list(model.state_dict())
     sharded(model, sequence_parallel)
@@ -54,13 +70,13 @@ def compare(family, settings, sequence_parallel):
         for each in (model, whole):
             outputs.append(each(ids, use_cache=False).logits)
             next_token_loss(outputs[-1], labels).backward()
-        assert_same(*outputs, 1e-10, f"logits of step {step}")
-        assert_same(gradients(model), gradients(whole), 1e-10, f"gradients of step {step}")
+        assert_same(*outputs, exact, f"logits of step {step}")
+        assert_same(gradients(model), gradients(whole), exact, f"gradients of step {step}")
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     weights = dict(whole.named_parameters(remove_duplicate=False))
-    assert_same(dict(model.named_parameters(remove_duplicate=False)), weights, 1e-8, "weights")
+    assert_same(dict(model.named_parameters(remove_duplicate=False)), weights, 100 * exact, "weights")
 
 
 @pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=str)
@@ -70,11 +86,79 @@ def test_logits_gradients_and_steps_equal_one_process_on_two_ranks(family, setti
     compare(family, settings, sequence_parallel)
 
 
-@pytest.mark.parametrize(("family", "settings"), [FAMILIES[0], FAMILIES[4], FAMILIES[5]], ids=str)
+@pytest.mark.parametrize(("family", "settings"), [FAMILIES[i] for i in (0, 4, 5, 7, 10)], ids=str)
 @SEQUENCE
 @pytest.mark.ranks(4)
 def test_logits_gradients_and_steps_equal_one_process_on_four_ranks(family, settings, sequence_parallel):
     compare(family, settings, sequence_parallel)
+
+
+@SEQUENCE
+@pytest.mark.ranks(2)
+def test_a_classifier_and_a_multimodal_model_equal_one_process(sequence_parallel):
+    classifier, multimodal = tiny_classifier(), tiny_multimodal()
+    ids, _ = token_batch(2, 12)
+    image = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with_image = torch.cat([torch.full((2, 4), 90), ids.clamp(1, 80)], dim=1)
+    kinds = torch.cat([torch.ones(2, 4, dtype=torch.int64), torch.zeros_like(ids)], dim=1)
+    for model, inputs, exact in (
+        (classifier, {"input_ids": ids.clamp(min=1)}, 1e-10),
+        (multimodal, {"input_ids": with_image, "pixel_values": image, "token_type_ids": kinds}, 1e-6),
+    ):
+        whole = copy.deepcopy(model)
+        sharded(model, sequence_parallel)
+        outputs = [each(**inputs, use_cache=False).logits for each in (model, whole)]
+        assert_same(*outputs, exact, "logits")
+        for output in outputs:
+            output.square().mean().backward()
+        assert_same(gradients(model), gradients(whole), exact, "gradients")
+
+
+def tiny_classifier():
+    model = tiny("qwen3")
+    torch.manual_seed(0)
+    return transformers.Qwen3ForSequenceClassification(model.config).double()
+
+
+def tiny_multimodal():
+    text = tiny("gemma3_text", sliding_window=4).config
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4, "vision_use_head": False}
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_id=90
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return transformers.Gemma3ForConditionalGeneration(config).double()
+
+
+@pytest.mark.ranks(2)
+def test_phi3_is_sharded_more_than_with_whole_attention_which_gives_the_same():
+    model = tiny("phi3")
+    whole, other = copy.deepcopy(model), copy.deepcopy(model)
+    apply_plan(other, axis(), phi3_with_whole_attention(other))
+    sharded(model, False)
+    assert model.model.layers[0].self_attn.qkv_proj.weight.to_local().shape == (32, 32)
+    assert model.config.num_attention_heads == 4
+    ids, labels = token_batch(2, 12)
+    for each in (model, other, whole):
+        next_token_loss(each(ids, use_cache=False).logits, labels).backward()
+    for each in (model, other):
+        assert_same(gradients(each), gradients(whole), 1e-10, "gradients")
+    with pytest.raises(ValueError, match="phi3_with_whole_attention has no sequence parallelism"):
+        phi3_with_whole_attention(whole, True)
+
+
+@pytest.mark.ranks(2)
+def test_rotary_tables_are_of_the_whole_sequence_though_the_hidden_state_is_a_shard():
+    model = tiny("llama")
+    hidden, positions = torch.randn(2, 12, 32, dtype=torch.float64), torch.arange(12)[None]
+    expected = model.model.rotary_emb(hidden, positions)
+    apply_plan(model, axis(), {"model.rotary_emb": RotaryEmbedParallel(use_local_output=True)})
+    tables = model.model.rotary_emb(hidden.chunk(2, 1)[dist.get_rank()], positions)
+    assert_same(dict(enumerate(tables)), dict(enumerate(expected)), 0.0)
+    apply_plan(model, axis(), {"model.rotary_emb": RotaryEmbedParallel(use_local_output=False)})
+    assert all(isinstance(table, DTensor) for table in model.model.rotary_emb(hidden, positions))
 
 
 @SEQUENCE

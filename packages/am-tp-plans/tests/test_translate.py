@@ -77,7 +77,8 @@ def test_a_model_without_a_plan_and_a_part_of_a_model_are_refused():
     with pytest.raises(ValueError, match="is a part of a cut model"):
         get_hf_tp_shard_plan(part)
     with pytest.raises(ValueError, match="there is no sequence-parallel plan"):
-        resolve_plan(small("mistral"), sequence_parallel=True)
+        resolve_plan(small("opt"), sequence_parallel=True)
+    assert "model.layers.0" in resolve_plan(small("mistral"), sequence_parallel=True)
     assert "model.layers.*.self_attn.q_proj" in resolve_plan(small("mistral"))
 
 
@@ -86,7 +87,8 @@ def test_a_model_without_a_plan_and_a_part_of_a_model_are_refused():
     [
         ({"model.layers.*.self_attn.o_proj": None}, "would be|wants|gets|fails with"),
         ({"model.layers.*.mlp.down_proj": None}, "fails with RuntimeError"),
-        ({"model.layers.*.mlp.gate_proj": None}, "must match the size"),
+        ({"model.layers.*.mlp.gate_proj": None, "model.layers.*.mlp": None}, "must match the size"),
+        ({"model.layers.*.mlp.gate_proj": None}, "mlp.gate_proj reads the input that the projections of .*mlp share"),
         ({"lm_head": RowwiseParallel()}, "lm_head gets all features in 32 columns, but wants 16"),
     ],
 )

@@ -13,6 +13,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
+from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
+from am_tp_plans.styles import each
 
 
 def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> nn.Module:
@@ -40,19 +42,32 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     """
     if tp_mesh.ndim != 1:
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
-    concrete = expand_plan(model, plan)
-    if any(_shards_attention(key, style) for key, style in plan.items()):
-        _check_heads(model, tp_mesh.size())
-    for name, style in concrete.items():
-        _check_features(name, model.get_submodule(name), style, tp_mesh.size())
+    concrete = check_plan(model, plan, tp_mesh.size())
     tied = _tied_weights(model)
-    _check_ties(model, tied, concrete)
     for name, style in concrete.items():
         # a copy, because torch writes src_data_rank into the style, and the plan is the caller's
         parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(style))
     _tie_again(model, tied)
-    model.sequence_shards = tp_mesh.size() if any(getattr(s, "shards_sequence", False) for s in plan.values()) else 1
+    shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+    model.sequence_shards = tp_mesh.size() if shards else 1
     return model
+
+
+def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
+    """The expanded plan, if it fits the model and an axis of so many ranks.
+
+    Raises:
+        ValueError: as `apply_plan`.
+        TypeError: as `apply_plan`.
+    """
+    concrete = expand_plan(model, plan)
+    if any(_shards_attention(key, style) for key, style in plan.items()):
+        _check_heads(model, ranks)
+    for name, styles in concrete.items():
+        for style in each(styles):
+            _check_features(name, model.get_submodule(name), style, ranks)
+    _check_ties(model, _tied_weights(model), concrete)
+    return concrete
 
 
 def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
@@ -127,6 +142,13 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
         number = module.weight.shape[_sharded_dim(module, style) or 0]
         if isinstance(module, nn.Embedding):
             what = "columns" if colwise else "rows"
+    elif isinstance(style, (PackedColwiseParallel, Conv1DRowwiseParallel)):
+        widths = features(module)
+        if widths is None:
+            raise TypeError(f"{name} is a {type(module).__name__}, but {type(style).__name__} is for linears")
+        what = "output features" if isinstance(style, PackedColwiseParallel) else "input features"
+        parts = style.widths(widths[1]) if isinstance(style, PackedColwiseParallel) else [widths[0]]
+        number = next((part for part in parts if part % size), size)
     else:
         return
     if number % size:

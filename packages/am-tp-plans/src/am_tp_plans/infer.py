@@ -9,10 +9,12 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import expand_plan
+from am_tp_plans.apply import check_plan
+from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, is_conv1d
 from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import VocabParallelEmbedding
-from am_tp_plans.translate import complete, without_half_ties
+from am_tp_plans.translate import complete, matches, without_half_ties
 
 # Projections of one input that a block may have before the one that leads back: query, key, value, gates.
 _MOST = 5
@@ -37,25 +39,26 @@ def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
         ValueError: nothing in the model could be sharded.
     """
     plan: dict[str, ParallelStyle] = {}
-    for candidate in (*_vocabulary(model), *_blocks(model, ranks)):
-        if set(candidate) & set(plan):
-            continue
-        trial = without_half_ties(model, plan | candidate)
-        if len(trial) == len(plan):
-            continue
-        try:
-            concrete = expand_plan(model, trial)
-            ran = rehearse(model, concrete, ranks).ran
-        except ValueError:
-            continue
-        if ran == set(concrete):  # nothing is shown of what did not run
-            plan = trial
+    for alternatives in (*_vocabulary(model), *_blocks(model, ranks)):
+        for candidate in alternatives:
+            trial = without_half_ties(model, plan | candidate)
+            if not set(candidate) & set(plan) and len(trial) > len(plan) and _fits(model, trial, ranks):
+                plan = trial
+                break
     if not plan:
         raise ValueError(f"nothing in {type(model).__name__} was found that can be sharded over {ranks} ranks")
-    return complete(model, plan)
+    return share_inputs(model, complete(model, plan))
 
 
-def _vocabulary(model: nn.Module) -> Iterator[dict[str, ParallelStyle]]:
+def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> bool:
+    try:
+        concrete = check_plan(model, plan, ranks)
+        return rehearse(model, concrete, ranks).ran == set(concrete)  # nothing is shown of what did not run
+    except (ValueError, TypeError):
+        return False
+
+
+def _vocabulary(model: nn.Module) -> Iterator[list[dict[str, ParallelStyle]]]:
     config = getattr(model, "config", None)
     size = getattr(config, "vocab_size", None)
     both: dict[str, ParallelStyle] = {}
@@ -68,33 +71,70 @@ def _vocabulary(model: nn.Module) -> Iterator[dict[str, ParallelStyle]]:
         elif type(module) is nn.Linear and module.out_features == size:
             both[name] = ColwiseParallel(output_layouts=Replicate())
     if both:
-        yield both
+        yield [both]
 
 
-def _blocks(model: nn.Module, ranks: int) -> Iterator[dict[str, ParallelStyle]]:
-    """Candidates in the order of registration, more projections before fewer."""
+def _blocks(model: nn.Module, ranks: int) -> Iterator[list[dict[str, ParallelStyle]]]:
+    """Candidates in the order of registration, more projections before fewer, each with its alternatives."""
     for linears in _by_kind_of_layer(model):
-        for place, (back, (wide, out)) in enumerate(linears):
+        for place, (back, (wide, out, module)) in enumerate(linears):
             for count in range(min(_MOST, place), 0, -1):
                 group = linears[place - count : place]
-                if any(width != out for _, (width, _) in group) or wide % ranks:
+                if any(its[0] != out for _, its in group) or wide % ranks:
                     continue
-                if any(features % ranks for _, (_, features) in group):
+                if any(its[1] % ranks for _, its in group):
                     continue
-                yield {name: ColwiseParallel() for name, _ in group} | {back: RowwiseParallel()}
+                rowwise = {back: Conv1DRowwiseParallel() if is_conv1d(module) else RowwiseParallel()}
+                yield [
+                    colwise | rowwise | numbers
+                    for colwise in _colwise(group, wide)
+                    for numbers in _numbers(model, [name for name, _ in group], (wide, *(its[1] for _, its in group)))
+                ]
 
 
-def _by_kind_of_layer(model: nn.Module) -> list[list[tuple[str, tuple[int, int]]]]:
+def _colwise(group: list[tuple[str, _Linear]], wide: int) -> Iterator[dict[str, ParallelStyle]]:
+    if not any(is_conv1d(module) for _, (_, _, module) in group):
+        yield {name: ColwiseParallel() for name, _ in group}
+    else:
+        yield {name: PackedColwiseParallel(1) for name, _ in group}
+    if len(group) == 1:
+        ((name, (_, out, _)),) = group
+        if out > wide and out % wide == 0:
+            yield {name: PackedColwiseParallel(out // wide)}
+        elif out > wide and (out - wide) % 2 == 0:  # fewer heads for keys and values than for queries
+            yield {name: PackedColwiseParallel((wide, (out - wide) // 2, (out - wide) // 2))}
+
+
+def _numbers(model: nn.Module, names: list[str], widths: tuple[int, ...]) -> Iterator[dict[str, ParallelStyle]]:
+    """Nothing, then what the modules around the projections may say of heads, then of widths, divided over ranks."""
+    yield {}
+    owner = names[0].rpartition(".")[0]
+    module = next((m for n, m in model.named_modules() if matches(owner, n)), None)
+    integers = {n: v for n, v in vars(module).items() if type(v) is int} if module is not None else {}
+    heads = [n for n in integers if "head" in n and "dim" not in n and "size" not in n and "group" not in n]
+    wide = [n for n, value in integers.items() if value in widths and n not in heads and value > 1]
+    if heads:
+        yield {owner: HeadsPerRank(heads)}
+    if wide:
+        yield {owner: HeadsPerRank(heads + wide)}
+
+
+_Linear = tuple[int, int, nn.Module]
+
+
+def _by_kind_of_layer(model: nn.Module) -> list[list[tuple[str, _Linear]]]:
     """For each list of layers, its linears with their widths by wildcard name, where all layers agree on them."""
     kinds = []
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for stack in lists:
         if any(stack.startswith(f"{other}.") for other in lists if other != stack):
             continue
-        widths: dict[str, set[tuple[int, int]]] = {}
+        found: dict[str, dict[tuple[int, int], nn.Module]] = {}
         for name, module in model.get_submodule(stack).named_modules():
-            if type(module) is nn.Linear:
+            if widths := features(module):
                 key = f"{stack}." + re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
-                widths.setdefault(key, set()).add((module.in_features, module.out_features))
-        kinds.append([(key, next(iter(its))) for key, its in widths.items() if len(its) == 1])
+                found.setdefault(key, {}).setdefault(widths, module)
+        kinds.append(
+            [(key, (*next(iter(its)), next(iter(its.values())))) for key, its in found.items() if len(its) == 1]
+        )
     return kinds

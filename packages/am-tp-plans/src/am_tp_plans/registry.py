@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from am_tp_plans.families.gemma3 import _parallelize_gemma3
 from am_tp_plans.families.llama import _parallelize_llama
-from am_tp_plans.families.qwen import _parallelize_qwen
+from am_tp_plans.families.ministral3 import _parallelize_ministral3
+from am_tp_plans.families.phi3 import _parallelize_phi3
+from am_tp_plans.families.qwen import _parallelize_qwen, _parallelize_qwen_classification
 from am_tp_plans.families.qwen3_moe import _parallelize_qwen3_moe
 
 PlanFunction = Callable[..., dict[str, ParallelStyle]]
@@ -44,9 +47,14 @@ class PlanRegistry(Mapping[str, PlanFunction]):
 
 PARALLELIZE_FUNCTIONS = PlanRegistry(
     {
+        "transformers.models.gemma3.modeling_gemma3.Gemma3ForCausalLM": _parallelize_gemma3,
+        "transformers.models.gemma3.modeling_gemma3.Gemma3ForConditionalGeneration": _parallelize_gemma3,
         "transformers.models.llama.modeling_llama.LlamaForCausalLM": _parallelize_llama,
+        "transformers.models.ministral3.modeling_ministral3.Ministral3ForCausalLM": _parallelize_ministral3,
+        "transformers.models.phi3.modeling_phi3.Phi3ForCausalLM": _parallelize_phi3,
         "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM": _parallelize_qwen,
         "transformers.models.qwen3.modeling_qwen3.Qwen3ForCausalLM": _parallelize_qwen,
+        "transformers.models.qwen3.modeling_qwen3.Qwen3ForSequenceClassification": _parallelize_qwen_classification,
         "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeForCausalLM": _parallelize_qwen3_moe,
     }
 )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
+from am_tp_plans.sequence import add_sequence_parallelism
 from am_tp_plans.translate import get_hf_tp_shard_plan
 
 
@@ -18,7 +19,8 @@ def resolve_plan(
 
     In this order: `plan` itself if it is a dict; what the import path `plan` names, a dict or a function of
     `(model, sequence_parallel)`; the function that `PARALLELIZE_FUNCTIONS` has for the model's class; the plan that
-    the model brings itself (`get_hf_tp_shard_plan`), which has no sequence parallelism.
+    the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. A plan is never inferred here:
+    see `infer_plan`.
 
     Raises:
         ValueError: the path does not lead to a plan, or the model's class has none; names what there is.
@@ -30,14 +32,15 @@ def resolve_plan(
         return _checked(_from_path(plan, model, sequence_parallel), plan)
     if plan is not None:
         raise TypeError(f"plan must be a dict, an import path or None, got {type(plan).__name__}")
-    if type(model) not in PARALLELIZE_FUNCTIONS and not sequence_parallel and getattr(model, "_tp_plan", None):
-        return get_hf_tp_shard_plan(model)
+    if type(model) not in PARALLELIZE_FUNCTIONS and getattr(model, "_tp_plan", None):
+        brought = get_hf_tp_shard_plan(model)
+        return add_sequence_parallelism(model, brought) if sequence_parallel else brought
     if type(model) not in PARALLELIZE_FUNCTIONS:
         kind = "sequence-parallel" if sequence_parallel else "tensor-parallel"
         known = "\n  ".join(PARALLELIZE_FUNCTIONS)
         raise ValueError(
             f"there is no {kind} plan for {type(model).__module__}.{type(model).__qualname__}; "
-            f"pass one as a dict or an import path. Known are\n  {known}"
+            f"pass one as a dict or an import path (infer_plan may find one). Known are\n  {known}"
         )
     return PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
 

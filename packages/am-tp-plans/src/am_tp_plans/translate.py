@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterable
 
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
@@ -18,13 +20,17 @@ from am_tp_plans.local import (
     Replicated,
     ReplicatedWithGradAllReduce,
 )
-from am_tp_plans.rehearsal import ReadDirectlyError, rehearse
+from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import (
     NormOnShard,
     RowwiseParallelNewOutput,
+    Several,
     VocabParallelEmbedding,
     VocabParallelEmbeddingNewOutput,
+    each,
 )
+from am_tp_plans.watch import ReadDirectlyError
 
 _STYLES = {
     "colwise": lambda: ColwiseParallel(),
@@ -86,7 +92,7 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
             would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`);
             or the model is a pipeline part.
     """
-    named = _collect(model)
+    named = named_styles(model)
     if _is_part(model):
         raise ValueError(
             f"this {type(model).__name__} is a part of a cut model, on which its plan cannot be checked; make the plan "
@@ -100,9 +106,9 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     widths: dict[str, set[int]] = {}
     for key, style in named.items():
         translated = translate_to_torch_parallel_style(style)
-        if any(_matches(key, name) for name in modules):
+        if any(matches(key, name) for name in modules):
             plan[key] = translated
-        elif matched := [name for name in parameters if _matches(key, name)]:
+        elif matched := [name for name in parameters if matches(key, name)]:
             owner, _, leaf = key.rpartition(".")
             shape = parameters[matched[0]].shape
             dim = _sharded_dim(style, len(shape))
@@ -112,10 +118,10 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         _lay_out(plan, owner, its, fused=len(widths[owner]) > 1)
     for key in [key for key, style in plan.items() if isinstance(style, MlaKvAProjection)]:
         del plan[key]
-        for name in filter(lambda name: _matches(key, name), modules):
+        for name in filter(lambda name: matches(key, name), modules):
             owner = modules[name.rpartition(".")[0]]
             plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
-    return complete(model, without_half_ties(model, plan))
+    return share_inputs(model, complete(model, without_half_ties(model, plan)))
 
 
 def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
@@ -127,27 +133,52 @@ def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Para
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise
             owner = error.__cause__.parameter.rpartition(".")[0]
-            plan = without_half_ties(model, {k: style for k, style in plan.items() if not _matches(k, owner)})
+            plan = without_half_ties(model, {k: style for k, style in plan.items() if not matches(k, owner)})
             continue
         break
-    owners: dict[str, set[str]] = {}
-    for name in sorted(found.partial):
-        owner, _, leaf = name.rpartition(".")
-        owners.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", owner), set()).add(leaf)
-    for owner, names in owners.items():
-        style = plan.setdefault(owner, ReplicatedWithGradAllReduce(names))
-        if isinstance(style, LocalShards):
-            style.partial |= names
-        elif not isinstance(style, ReplicatedWithGradAllReduce):
-            raise ValueError(f"{owner} has {type(style).__name__}, but its {sorted(names)} meet sharded activations")
+    plan = dict(plan)
+    for key, names in _by_key(model, found.partial).items():
+        style = plan.get(key, next((s for k, s in reversed(plan.items()) if matches(k, key)), None))
+        plan[key] = _summing(key, style, names)
+    new_output: dict[type, type] = {
+        RowwiseParallel: RowwiseParallelNewOutput,
+        VocabParallelEmbedding: VocabParallelEmbeddingNewOutput,
+    }
     for key, style in plan.items():
-        if not any(_matches(key, name) for name in found.modified):
-            continue
-        if type(style) is RowwiseParallel:
-            plan[key] = RowwiseParallelNewOutput(input_layouts=style.input_layouts[0])
-        elif type(style) is VocabParallelEmbedding:
-            plan[key] = VocabParallelEmbeddingNewOutput()
+        if type(style) in new_output and any(matches(key, name) for name in found.modified):
+            plan[key] = copy.copy(style)
+            plan[key].__class__ = new_output[type(style)]
     return plan
+
+
+def _by_key(model: nn.Module, parameters: Iterable[str]) -> dict[str, set[str]]:
+    """The parameters' names by the key of their owners, with `*` for the layers if it is so in all of them."""
+    leaves: dict[str, set[str]] = {}
+    for name in sorted(parameters):
+        owner, _, leaf = name.rpartition(".")
+        leaves.setdefault(owner, set()).add(leaf)
+    modules = [name for name, _ in model.named_modules()]
+    keys: dict[str, set[str]] = {}
+    for owner, names in leaves.items():
+        key = re.sub(r"\.\d+(?=\.|$)", ".*", owner)
+        alike = all(leaves.get(name) == names for name in modules if matches(key, name))
+        keys[key if alike else owner] = names
+    return keys
+
+
+def _summing(owner: str, style: ParallelStyle | None, names: set[str]) -> ParallelStyle:
+    """The style of a module, with the gradients of some of its parameters summed."""
+    if style is None:
+        return ReplicatedWithGradAllReduce(names)
+    if isinstance(style, ReplicatedWithGradAllReduce):
+        return style
+    if isinstance(style, LocalShards):
+        changed = copy.copy(style)
+        changed.partial = style.partial | names
+        return changed
+    if not all(getattr(part, "lora_neutral", False) for part in each(style)):
+        raise ValueError(f"{owner} has {type(style).__name__}, but its {sorted(names)} meet sharded activations")
+    return Several(*(part for part in each(style)), ReplicatedWithGradAllReduce(names))
 
 
 def _is_part(model: nn.Module) -> bool:
@@ -160,8 +191,8 @@ def _is_part(model: nn.Module) -> bool:
     return False
 
 
-def _collect(model: nn.Module) -> dict[str, str]:
-    """Outer plans go before inner ones; an inner model's keys are relative to it."""
+def named_styles(model: nn.Module) -> dict[str, str]:
+    """The names of styles that a model brings, by full key; outer plans go before inner ones."""
     found: dict[str, str] = {}
     for prefix, module in model.named_modules():
         for source in (getattr(module, "_tp_plan", None), getattr(type(module), "_tp_plan", None)):
@@ -170,7 +201,7 @@ def _collect(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _matches(key: str, name: str) -> bool:
+def matches(key: str, name: str) -> bool:
     return re.fullmatch(key.replace(".", r"\.").replace("*", r"[^.]+"), name) is not None
 
 
@@ -198,10 +229,10 @@ def without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[
         names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     dropped = set()
     for owners in names.values():
-        keys = {owner: [key for key in plan if _matches(key, owner)] for owner in owners}
+        keys = {owner: [key for key in plan if matches(key, owner)] for owner in owners}
         if len(owners) > 1 and not all(keys.values()):
             dropped |= {key for matched in keys.values() for key in matched}
     # An embedding with modules of its own in it (a norm) is left whole.
     nested = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and any(True for _ in m.children())}
-    dropped |= {key for key in plan if any(_matches(key, name) for name in nested)}
+    dropped |= {key for key in plan if any(matches(key, name) for name in nested)}
     return {key: style for key, style in plan.items() if key not in dropped}

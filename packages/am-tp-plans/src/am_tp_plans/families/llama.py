@@ -18,26 +18,28 @@ def _parallelize_llama(model: nn.Module, sequence_parallel: bool = False) -> dic
     return outside_of_layers(sequence_parallel) | attention("*", sequence_parallel) | dense_mlp("*", sequence_parallel)
 
 
-def outside_of_layers(sequence_parallel: bool) -> dict[str, ParallelStyle]:
+def outside_of_layers(sequence_parallel: bool, decoder: str = "model") -> dict[str, ParallelStyle]:
     """Embedding, the entry of the layer stack, final norm, head. Logits are whole and the same on every rank."""
     plan: dict[str, ParallelStyle] = {
-        "model.embed_tokens": VocabParallelEmbedding(),
+        f"{decoder}.embed_tokens": VocabParallelEmbedding(),
         "lm_head": ColwiseParallel(output_layouts=Replicate()),
     }
     if sequence_parallel:
-        plan["model.layers.0"] = SequenceShardInput()
-        plan["model.norm"] = SequenceParallelAllGatherActivation(use_local_output=False)
+        plan[f"{decoder}.layers.0"] = SequenceShardInput()
+        plan[f"{decoder}.norm"] = SequenceParallelAllGatherActivation(use_local_output=False)
     return plan
 
 
-def attention(layer: int | str, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+def attention(
+    layer: int | str, sequence_parallel: bool, decoder: str = "model", norm: str = "input_layernorm"
+) -> dict[str, ParallelStyle]:
     """Heads over the ranks; q, k and v read one replicated DTensor, so that their input gradients are summed once."""
-    prefix = f"model.layers.{layer}"
+    prefix = f"{decoder}.layers.{layer}"
     plan: dict[str, ParallelStyle] = {
         f"{prefix}.self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")
     }
     if sequence_parallel:
-        plan[f"{prefix}.input_layernorm"] = SequenceParallelAllGatherActivation(use_local_output=False)
+        plan[f"{prefix}.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=False)
         plan[f"{prefix}.self_attn.o_proj"] = RowwiseParallel(output_layouts=Shard(1))
     else:
         plan[f"{prefix}.self_attn"] = PrepareModuleInput(
@@ -49,15 +51,17 @@ def attention(layer: int | str, sequence_parallel: bool) -> dict[str, ParallelSt
     return plan
 
 
-def dense_mlp(layer: int | str, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+def dense_mlp(
+    layer: int | str, sequence_parallel: bool, decoder: str = "model", norm: str = "post_attention_layernorm"
+) -> dict[str, ParallelStyle]:
     """The inner dim over the ranks; gate and up share one gathered input, or one sum of input gradients."""
-    prefix = f"model.layers.{layer}"
+    prefix = f"{decoder}.layers.{layer}"
     plan: dict[str, ParallelStyle] = {
         f"{prefix}.mlp.gate_proj": ColwiseParallel(),
         f"{prefix}.mlp.up_proj": ColwiseParallel(),
     }
     if sequence_parallel:
-        plan[f"{prefix}.post_attention_layernorm"] = SequenceParallelAllGatherActivation(use_local_output=False)
+        plan[f"{prefix}.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=False)
         plan[f"{prefix}.mlp.down_proj"] = RowwiseParallel(output_layouts=Shard(1))
     else:
         plan[f"{prefix}.mlp"] = PrepareModuleInput(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.families.llama import _parallelize_llama
-from am_tp_plans.styles import NormOnShard
+from am_tp_plans.styles import NormOnShard, SequenceParallelAllGatherActivation
 
 
 def _parallelize_qwen(model: nn.Module, sequence_parallel: bool = False) -> dict[str, ParallelStyle]:
@@ -17,7 +17,16 @@ def _parallelize_qwen(model: nn.Module, sequence_parallel: bool = False) -> dict
     return plan
 
 
-def head_norms(layer: int | str) -> dict[str, ParallelStyle]:
+def _parallelize_qwen_classification(model: nn.Module, sequence_parallel: bool = False) -> dict[str, ParallelStyle]:
+    """The plan for a Qwen3 sequence classifier: its `score` has few columns and stays whole."""
+    plan = _parallelize_qwen(model, sequence_parallel)
+    del plan["lm_head"]
+    if sequence_parallel:
+        plan["model.norm"] = SequenceParallelAllGatherActivation(use_local_output=True)
+    return plan
+
+
+def head_norms(layer: int | str, decoder: str = "model") -> dict[str, ParallelStyle]:
     """q_norm and k_norm see `(B, S, heads, head_dim)` of their rank's heads; their gradients are summed over ranks."""
-    prefix = f"model.layers.{layer}.self_attn"
+    prefix = f"{decoder}.layers.{layer}.self_attn"
     return {f"{prefix}.{name}": NormOnShard(sequence_dim=2, use_local_output=True) for name in ("q_norm", "k_norm")}

@@ -1,0 +1,228 @@
+"""What a plan does to a model, as a table: styles, where they come from, parameters per rank, bytes on the wire."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from am_tp_plans.apply import check_plan
+from am_tp_plans.experts import ExpertsOverTensorAxis
+from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.local import LocalShards
+from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
+from am_tp_plans.rehearsal import Findings, rehearse
+from am_tp_plans.styles import each
+from am_tp_plans.translate import matches, named_styles
+
+_RING = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of a plan, over all the modules it names.
+
+    Attributes:
+        key: module name, `*` for the layers.
+        modules: how many there are.
+        style: the names of its styles.
+        source: who says so: the model's family here, transformers, or what was found missing.
+        parameters: of these modules, on one rank.
+        forward: bytes that one rank sends for them in a forward.
+        backward: in a backward.
+    """
+
+    key: str
+    modules: int
+    style: str
+    source: str
+    parameters: int
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan for one model and axis. Printing it gives a table.
+
+    Attributes:
+        rows: in the order of the model.
+        ranks: size of the axis.
+        batch: sequences in a step.
+        seq_len: tokens in a sequence.
+        parameters: of the whole model.
+        held: parameters on one rank.
+        whole: wildcard names of the parameters that every rank holds whole, with their numbers.
+        collectives: how many per step, by phase and kind.
+        hidden_bytes: of the hidden state between layers on one rank.
+        layer_bytes: what one rank sends for one layer, forward and backward, on average.
+    """
+
+    rows: tuple[Row, ...]
+    ranks: int
+    batch: int
+    seq_len: int
+    parameters: int
+    held: int
+    whole: dict[str, int]
+    collectives: dict[tuple[str, str], int]
+    hidden_bytes: int
+    layer_bytes: tuple[float, float]
+
+    def __str__(self) -> str:
+        rows = [("module", "", "style", "from", "parameters", "sends forward", "backward")]
+        for r in self.rows:
+            times = f"x{r.modules}" if r.modules > 1 else ""
+            sent = (_bytes(r.forward), _bytes(r.backward))
+            rows.append((r.key, times, r.style, r.source, f"{r.parameters:,}", *sent))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = []
+        for row in rows:
+            left = [cell.ljust(width) for cell, width in zip(row[:4], widths[:4], strict=True)]
+            right = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:], strict=True)]
+            lines.append("  ".join([*left, *right]).rstrip())
+        forward, backward = self.layer_bytes
+        counts = ", ".join(f"{n} {kind} {phase}" for (phase, kind), n in sorted(self.collectives.items(), reverse=True))
+        whole = ", ".join(f"{name} ({number:,})" for name, number in self.whole.items()) or "nothing"
+        lines += [
+            "",
+            f"{self.ranks} ranks, {self.batch} x {self.seq_len} tokens; bytes are what one rank sends in a ring",
+            f"parameters on each rank: {self.held:,} of {self.parameters:,} ({self.held / self.parameters:.1%})",
+            f"whole on each rank: {whole}",
+            f"hidden state between layers: {_bytes(self.hidden_bytes)} on each rank",
+            f"a layer sends {_bytes(forward)} forward and {_bytes(backward)} backward",
+            f"collectives in a step: {counts or 'none'}",
+        ]
+        return "\n".join(lines)
+
+
+def explain_plan(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, *, batch: int = 1, seq_len: int = 2048
+) -> PlanReport:
+    """Which module gets which style, what each rank holds and sends; without devices and without real weights.
+
+    Args:
+        model: takes ids `(B, S)`; real or on meta.
+        plan: for it, from `resolve_plan`, `infer_plan`, or your own.
+        ranks: size of the tensor-parallel axis.
+        batch: sequences in a step, for the bytes.
+        seq_len: tokens in a sequence, for the bytes.
+
+    Raises:
+        ValueError: the plan does not fit the model or the axis.
+    """
+    if ranks < 1 or batch < 1 or seq_len < 1:
+        raise ValueError(f"ranks={ranks}, batch={batch} and seq_len={seq_len} must be positive")
+    concrete = check_plan(model, plan, ranks)
+    found = rehearse(model, concrete, ranks)
+    parameters = dict(model.named_parameters())
+    held = {name: _held(name, parameter.numel(), concrete, ranks) for name, parameter in parameters.items()}
+    size = next(iter(parameters.values())).element_size()
+    per_token = batch * seq_len / (2 * found.tokens)
+
+    def sent(modules: set[str] | None, phase: str) -> float:
+        total = 0.0
+        for c in found.traffic:
+            if c.phase == phase and (modules is None or c.module in modules):
+                total += _RING[c.kind] * c.elements * (per_token if c.of_tokens else 1) * size
+        return total * (ranks - 1) / ranks
+
+    rows = []
+    for (key, style), modules in _by_entry(concrete).items():
+        own = sum(number for name, number in held.items() if name.rpartition(".")[0] in modules)
+        forward, backward = sent(set(modules), "forward"), sent(set(modules), "backward")
+        rows.append(Row(key, len(modules), style, _source(model, key, plan), own, forward, backward))
+    whole: dict[str, int] = {}
+    for name, parameter in parameters.items():
+        if ranks > 1 and held[name] == parameter.numel():
+            key = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            whole[key] = whole.get(key, 0) + parameter.numel()
+    counts: dict[tuple[str, str], int] = {}
+    for c in found.traffic:
+        counts[c.phase, c.kind] = counts.get((c.phase, c.kind), 0) + 1
+    return PlanReport(
+        tuple(rows),
+        ranks,
+        batch,
+        seq_len,
+        sum(p.numel() for p in parameters.values()),
+        sum(held.values()),
+        whole,
+        counts,
+        _hidden_bytes(model, plan, ranks) * batch * seq_len * size,
+        _per_layer(model, found, sent),
+    )
+
+
+def _held(name: str, number: int, concrete: dict[str, ParallelStyle], ranks: int) -> int:
+    owner, _, leaf = name.rpartition(".")
+    for style in each(concrete.get(owner)):
+        if isinstance(style, (ColwiseParallel, PackedColwiseParallel, ExpertsOverTensorAxis)):
+            return number // ranks
+        if isinstance(style, (RowwiseParallel, Conv1DRowwiseParallel)) and leaf == "weight":
+            return number // ranks
+        if isinstance(style, LocalShards) and leaf in style.layouts:
+            return number // ranks
+    return number
+
+
+def _by_entry(concrete: dict[str, ParallelStyle]) -> dict[tuple[str, str], list[str]]:
+    """Modules of one name in all layers that have the same style."""
+    entries: dict[tuple[str, str], list[str]] = {}
+    for name, style in concrete.items():
+        key = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        entries.setdefault((key, " + ".join(_label(part) for part in each(style))), []).append(name)
+    return {(k if len(names) > 1 else names[0], style): names for (k, style), names in entries.items()}
+
+
+def _label(style: ParallelStyle) -> str:
+    kind = type(style).__name__.removesuffix("Parallel")
+    layouts = []
+    for which in ("input_layouts", "output_layouts"):
+        layout = getattr(style, which, None)
+        layout = layout[0] if isinstance(layout, tuple) else layout
+        if layout == Shard(1):
+            layouts.append(f"{which.split('_')[0]} by tokens")
+    return f"{kind} ({', '.join(layouts)})" if layouts else kind
+
+
+def _source(model: nn.Module, key: str, plan: dict[str, ParallelStyle]) -> str:
+    if type(model) in PARALLELIZE_FUNCTIONS:
+        function = PARALLELIZE_FUNCTIONS[type(model)]
+        if plan.keys() <= function(model, any(getattr(s, "shards_sequence", False) for s in plan.values())).keys():
+            return f"family {function.__module__.rpartition('.')[2]}"
+    if named_styles(model):
+        said = any(matches(theirs, key) or theirs == key for theirs in named_styles(model))
+        return "transformers" if said else "rehearsal"
+    return "given"
+
+
+def _hidden_bytes(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> int:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    width = getattr(embedding, "embedding_dim", 0)
+    sharded = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+    return width // ranks if sharded else width
+
+
+def _per_layer(model: nn.Module, found: Findings, sent) -> tuple[float, float]:
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stack = max(lists, key=lambda name: sum(c.module.startswith(f"{name}.") for c in found.traffic), default=None)
+    if stack is None:
+        return 0.0, 0.0
+    edges = {f"{stack}.0", f"{stack}.{len(model.get_submodule(stack)) - 1}"}  # the entry and the exit of the stack
+    inside = {c.module for c in found.traffic if c.module.startswith(f"{stack}.")} - edges
+    layers = len({module.split(".")[stack.count(".") + 1] for module in inside}) or 1
+    return sent(inside, "forward") / layers, sent(inside, "backward") / layers
+
+
+def _bytes(number: float) -> str:
+    if number == 0:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:.1f} GiB"

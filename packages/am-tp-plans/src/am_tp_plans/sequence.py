@@ -1,0 +1,166 @@
+"""Sequence parallelism derived from a tensor-parallel plan: the residual stream sharded along the sequence."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from am_tp_plans.apply import expand_plan
+from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.shared import is_open_colwise, with_style
+from am_tp_plans.styles import (
+    SequenceGatherInput,
+    SequenceGatherOutput,
+    SequenceShardInput,
+    SequenceWholeBlock,
+    Several,
+    SharedInput,
+    each,
+)
+from am_tp_plans.translate import complete
+
+Plan = dict[str, ParallelStyle]
+
+
+def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Plan:
+    """A tensor-parallel plan with the sequence sharded between the blocks of the layers.
+
+    The layers take and return `(B, S / n, D)`. Each module of a layer is placed in the cheapest way that a rehearsal
+    without devices shows to be right: on the shard (norms, dropout); gathering once for all its colwise projections and
+    scattering what its rowwise ones sum; or, what mixes tokens in another way, seeing the whole sequence and splitting
+    its result. The gradients of parameters on a shard are summed over the ranks during backward.
+
+    Args:
+        model: takes ids `(B, S)`; real or on meta, whole (before a pipeline cut).
+        plan: a tensor-parallel plan for it, without sequence parallelism.
+        ranks: how many to rehearse with, 2, 4 or 8.
+
+    Returns:
+        A new plan. With it, S must divide over the axis.
+
+    Raises:
+        ValueError: the plan has several stacks of layers, or what the layers do between their modules needs other
+            tokens; names it.
+    """
+    plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
+    concrete = expand_plan(model, plan)
+    stack, length = _stack(model, concrete)
+    entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
+    if length == 1:
+        entry = {f"{stack}.0": Several(SequenceShardInput(), SequenceGatherOutput())}
+    blocks = _blocks(model, stack, plan)
+    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
+    try:
+        _rehearse(model, plan, entry, chosen, ranks)
+    except ValueError as error:
+        raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
+    for block, inner in blocks.items():
+        for placement in list(_placements(block, inner, plan))[:-1]:
+            try:
+                _rehearse(model, plan, entry, chosen | {block: placement}, ranks)
+            except ValueError:
+                continue
+            chosen[block] = placement
+            break
+    return complete(model, _merged(plan, entry, chosen))
+
+
+def _stack(model: nn.Module, concrete: Plan) -> tuple[str, int]:
+    """The outermost list of layers that holds sharded linears, and its length."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
+    stacks = [stack for stack in outer if any(name.startswith(f"{stack}.") for name in concrete)]
+    if len(stacks) != 1:
+        shards = f"shards {len(stacks)} of them: {stacks}" if stacks else "shards nothing in any"
+        raise ValueError(f"a sequence is sharded between the layers of one stack, but the plan {shards}")
+    return stacks[0], len(model.get_submodule(stacks[0]))  # type: ignore[arg-type]
+
+
+def _blocks(model: nn.Module, stack: str, plan: Plan) -> dict[str, Plan]:
+    """The modules directly in the layers, by wildcard name, and what the plan says of each and inside it."""
+    names: dict[str, None] = {}
+    for layer in model.get_submodule(stack):  # type: ignore[union-attr]
+        names |= {f"{stack}.*.{name}": None for name, _ in layer.named_children()}
+    inside: dict[str, Plan] = {name: {} for name in names}
+    for key, style in plan.items():
+        block = re.sub(r"\.\d+(?=\.|$)", ".*", ".".join(key.split(".")[: stack.count(".") + 3]))
+        if block in inside:
+            inside[block][key] = style
+    return inside
+
+
+def _placements(block: str, inner: Plan, plan: Plan) -> Iterator[Plan]:
+    """What may be added for one block, best first; the last one is right whenever any is."""
+    colwise = [key for key, style in inner.items() if isinstance(style, _COLWISE)]
+    rowwise = [key for key, style in inner.items() if isinstance(style, _ROWWISE)]
+    scattered = {key: _scattering(plan[key]) for key in rowwise}
+    gathered = {key: _gathering(plan[key]) for key in colwise}
+    if any(is_open_colwise(plan[key]) for key in colwise) != any(_is_rowwise(plan[key]) for key in rowwise):
+        # half of a pair: its linears gather or scatter themselves
+        yield gathered | scattered
+        return
+    if not inner:
+        yield {}
+    if colwise and all(is_open_colwise(plan[key]) for key in colwise):
+        parents = dict.fromkeys(key.rpartition(".")[0] for key in colwise)
+        yield {
+            parent: with_style(plan.get(parent), SharedInput(input_layouts=Shard(1))) for parent in parents
+        } | scattered
+        yield gathered | scattered
+        yield {parent: with_style(plan.get(parent), SequenceGatherInput()) for parent in parents} | scattered
+    try:
+        yield {block: with_style(plan.get(block), SequenceWholeBlock())}
+    except TypeError:
+        yield {}
+
+
+def _without_shared_input(style: ParallelStyle) -> ParallelStyle | None:
+    left = [part for part in each(style) if not isinstance(part, SharedInput)]
+    if len(left) == len(each(style)):
+        return style
+    return Several(*left) if left else None
+
+
+def _rehearse(model: nn.Module, plan: Plan, entry: Plan, chosen: dict[str, Plan], ranks: int) -> None:
+    rehearse(model, expand_plan(model, _merged(plan, entry, chosen)), ranks)
+
+
+def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
+    merged = dict(plan)
+    for placement in chosen.values():
+        merged |= placement
+    return merged | {key: with_style(merged.get(key), style) for key, style in entry.items()}
+
+
+_COLWISE = (ColwiseParallel, PackedColwiseParallel)
+_ROWWISE = (RowwiseParallel, Conv1DRowwiseParallel)
+
+
+def _is_rowwise(style: ParallelStyle) -> bool:
+    return isinstance(style, Conv1DRowwiseParallel) or (
+        isinstance(style, RowwiseParallel) and style.input_layouts[0] != Replicate()
+    )
+
+
+def _gathering(style: ParallelStyle) -> ParallelStyle:
+    changed = copy.copy(style)
+    if isinstance(changed, ColwiseParallel):
+        changed.input_layouts = (Shard(1),)
+    elif isinstance(changed, PackedColwiseParallel):
+        changed.input_layouts = Shard(1)
+    return changed
+
+
+def _scattering(style: ParallelStyle) -> ParallelStyle:
+    changed = copy.copy(style)
+    if isinstance(changed, RowwiseParallel):
+        changed.output_layouts = (Shard(1),)
+    elif isinstance(changed, Conv1DRowwiseParallel):
+        changed.output_layouts = Shard(1)
+    return changed

@@ -1,0 +1,280 @@
+"""What a rank's modules would return under each style, without devices: shapes, and which share they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
+
+from am_tp_plans.experts import ExpertsOverTensorAxis
+from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features
+from am_tp_plans.local import LocalShards, MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.styles import (
+    SequenceGatherInput,
+    SequenceGatherOutput,
+    SequenceParallelAllGatherActivation,
+    SequenceShardInput,
+    SequenceShardOutput,
+    SequenceWholeBlock,
+    SharedInput,
+    each,
+)
+from am_tp_plans.watch import Watch, WrongError, tensors
+from am_tp_styles import SequenceParallelLora
+
+
+def stand_in(watch: Watch, name: str, module: Any, style: ParallelStyle | None, ranks: int) -> None:
+    """Make a module of the weightless twin behave as on one of `ranks` ranks under its style; no style has its own."""
+    if style is None and _routes(module):
+        _whole(watch, name, module)
+    elif style is None and features(module):
+        _plain(watch, name, module)
+    for part in each(style):
+        _one(watch, name, module, part, ranks)
+
+
+def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int) -> None:
+    if isinstance(style, (ColwiseParallel, RowwiseParallel, PackedColwiseParallel, Conv1DRowwiseParallel)):
+        watch.sharded |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+    if isinstance(style, RowwiseParallel) and isinstance(module, nn.Embedding):
+        module.forward = _summed(watch, name, module.embedding_dim, None, style.output_layouts[0], ranks)
+    elif isinstance(style, RowwiseParallel):
+        splits = style.input_layouts[0] == Replicate()
+        wanted = module.in_features if splits else module.in_features // ranks
+        module.forward = _summed(watch, name, module.out_features, (wanted, splits), style.output_layouts[0], ranks)
+    elif isinstance(style, Conv1DRowwiseParallel):
+        in_features, out_features = features(module)  # type: ignore[misc]
+        if style.output_layouts == Shard(1):
+            watch.sends(name, "backward", "all-reduce", out_features, of_tokens=False)  # the bias's gradient
+        module.forward = _summed(watch, name, out_features, (in_features // ranks, False), style.output_layouts, ranks)
+    elif isinstance(style, ColwiseParallel):
+        whole = style.output_layouts[0] == Replicate()
+        width = module.embedding_dim if isinstance(module, nn.Embedding) else module.out_features
+        widths = [width if whole else width // ranks]
+        module.forward = _shares(watch, name, widths, style.input_layouts[0], ranks, whole)
+    elif isinstance(style, PackedColwiseParallel):
+        widths = [width // ranks for width in style.widths(features(module)[1])]  # type: ignore[index]
+        if len(widths) > 1:
+            for parameter in module.parameters():
+                for phase in ("forward", "backward"):
+                    watch.sends(name, phase, "all-to-all", parameter.numel(), of_tokens=False)
+        module.forward = _shares(watch, name, widths, style.input_layouts, ranks, whole=False)
+    elif isinstance(style, ExpertsOverTensorAxis):
+        _whole(watch, name, module, sums_inputs=True, sums_output=True)
+    elif isinstance(style, LocalShards):
+        _local(watch, name, module, style, ranks)
+    elif isinstance(style, (ReplicatedWithGradAllReduce, SequenceParallelLora)):
+        watch.summed |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        only = getattr(style, "names", None)
+        for leaf, parameter in module.named_parameters():
+            if only is None or leaf in only:
+                watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+        if isinstance(style, SequenceParallelAllGatherActivation):
+            backward = None if style.use_local_output else "reduce-scatter"
+            _around(module, None, lambda output: _gathered(watch, name, output, ranks, backward))
+    elif isinstance(style, MlaKvAProjection):
+        _summed_in_backward(watch, name, module, style.rope_dim or 0)
+    elif isinstance(style, HeadsPerRank):
+        watch.ran.add(name)
+        style.divide(module, ranks)
+    elif isinstance(style, SharedInput):
+        if style.input_layouts == Shard(1):
+            _around(module, lambda h: _share(watch, name, _gathered(watch, name, h, ranks, "reduce-scatter")))
+        else:
+            _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
+    elif isinstance(style, PrepareModuleInput):
+        _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
+    elif isinstance(style, SequenceShardInput):
+        _around(module, lambda hidden: _split(watch, name, hidden, ranks))
+    elif isinstance(style, SequenceGatherInput):
+        _around(module, lambda hidden: _gathered(watch, name, hidden, ranks))
+    elif isinstance(style, SequenceGatherOutput):
+        _around(module, None, lambda output: _gathered(watch, name, output, ranks))
+    elif isinstance(style, SequenceShardOutput):
+        _around(module, None, lambda output: _split(watch, name, output, ranks))
+    elif isinstance(style, SequenceWholeBlock):
+        _around(
+            module,
+            lambda hidden: _gathered(watch, name, hidden, ranks),
+            lambda output: _split(watch, name, output, ranks),
+        )
+
+
+def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int, whole: bool) -> Callable:
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
+        if watch.is_sharded(hidden):
+            raise WrongError(f"{name} wants all features, but gets one rank's share")
+        rows = _rows(watch, name, hidden, layout, ranks)
+        output = torch.ones(*rows, sum(widths), dtype=hidden.dtype if hidden.is_floating_point() else None)
+        if layout == Shard(1):
+            watch.sends(name, "forward", "all-gather", hidden.numel() * ranks)
+            watch.sends(name, "backward", "reduce-scatter", hidden.numel() * ranks)
+        elif hidden.is_floating_point() and hidden not in watch.shared and hidden not in watch.placed:
+            watch.sends(name, "backward", "all-reduce", hidden.numel())
+        if whole:
+            watch.sends(name, "forward", "all-gather", output.numel())
+            return watch.activate(output)
+        if len(widths) > 1:
+            watch.packed[output] = widths
+        return watch.mark(output)
+
+    return forward
+
+
+def _rows(watch: Watch, name: str, hidden: torch.Tensor, layout: Any, ranks: int) -> list[int]:
+    """The shape before the features, after what a colwise layer does to its input's layout."""
+    rows = list(hidden.shape[:-1]) if hidden.is_floating_point() else list(hidden.shape)
+    if (hidden in watch.tokens) != (layout == Shard(1)):
+        has = "one rank's tokens" if hidden in watch.tokens else "all tokens"
+        raise WrongError(f"{name} gets {has}, but its input layout is {layout}")
+    if layout == Shard(1):
+        rows[watch.tokens[hidden]] *= ranks
+    return rows
+
+
+def _summed(watch: Watch, name: str, width: int, wants: tuple[int, bool] | None, layout: Any, ranks: int) -> Callable:
+    """What a rowwise layer or embedding returns; `wants` is the width of its input and whether it is a whole one."""
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
+        rows = list(hidden.shape) if wants is None else list(hidden.shape[:-1])
+        if wants is not None and (wants[1] == watch.is_sharded(hidden) or hidden.shape[-1] != wants[0]):
+            has = "one rank's share" if watch.is_sharded(hidden) else "all features"
+            raise WrongError(f"{name} gets {has} in {hidden.shape[-1]} columns, but wants {wants[0]}")
+        if hidden in watch.tokens:
+            raise WrongError(f"{name} gets one rank's tokens and would sum different ones")
+        dtype = hidden.dtype if hidden.is_floating_point() else None
+        elements = math.prod(rows) * width
+        watch.sends(name, "forward", "reduce-scatter" if layout == Shard(1) else "all-reduce", elements)
+        if layout == Shard(1):
+            watch.sends(name, "backward", "all-gather", elements)
+        if wants is not None and wants[1]:  # a whole input, of which each rank takes its part
+            watch.sends(name, "backward", "all-gather", hidden.numel())
+        if layout != Shard(1):
+            return watch.activate(torch.ones(*rows, width, dtype=dtype), name)
+        if len(rows) != 2:
+            raise WrongError(f"{name} would split dim 1 of {(*rows, width)}, which is not the sequence")
+        rows[1] //= ranks
+        output = watch.part(torch.ones(*rows, width, dtype=dtype))
+        watch.outputs[output] = name
+        return output
+
+    return forward
+
+
+def _around(module: Any, before: Callable | None, after: Callable | None = None) -> None:
+    forward = module.forward
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        if before and args:
+            args = (before(args[0]), *args[1:])
+        elif before:
+            kwargs = kwargs | {"hidden_states": before(kwargs["hidden_states"])}
+        output = forward(*args, **kwargs)
+        if after and isinstance(output, tuple):
+            return (after(output[0]), *output[1:])
+        return after(output) if after else output
+
+    module.forward = around
+
+
+def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backward: str | None = None) -> torch.Tensor:
+    if watch.tokens.get(hidden) != 1 or hidden.dim() < 3:
+        raise WrongError(f"a block that gathers the sequence gets {tuple(hidden.shape)}, which is no part of one")
+    whole = torch.ones(hidden.shape[0], hidden.shape[1] * ranks, *hidden.shape[2:], dtype=hidden.dtype)
+    watch.sends(name, "forward", "all-gather", whole.numel())
+    if backward:
+        watch.sends(name, "backward", backward, whole.numel())
+        watch.placed[whole] = True
+    return watch.activate(whole)
+
+
+def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    if hidden in watch.tokens or watch.is_sharded(hidden) or hidden.dim() < 3 or hidden.shape[1] % ranks:
+        raise WrongError(f"{name} would split {tuple(hidden.shape)}, which is no whole sequence, along dim 1")
+    watch.sends(name, "backward", "all-gather", hidden.numel())
+    return watch.part(torch.ones(hidden.shape[0], hidden.shape[1] // ranks, *hidden.shape[2:], dtype=hidden.dtype))
+
+
+def _share(watch: Watch, name: str, hidden: torch.Tensor, sums: bool = False) -> torch.Tensor:
+    if watch.is_sharded(hidden) or hidden in watch.tokens:
+        raise WrongError(f"{name} wants all features and tokens, but gets one rank's share")
+    if sums:
+        watch.sends(name, "backward", "all-reduce", hidden.numel())
+    watch.shared[hidden] = name
+    return hidden
+
+
+def _whole(watch: Watch, name: str, module: nn.Module, sums_inputs: bool = False, sums_output: bool = False) -> None:
+    """A module of experts: what it takes and returns is whole; what it does depends on values, so it is not run."""
+
+    def same(*args: Any, **kwargs: Any) -> Any:
+        inputs = list(tensors((args, kwargs)))
+        if any(watch.is_sharded(tensor) or tensor in watch.tokens for tensor in inputs):
+            raise WrongError(f"{name} wants all features and tokens, but gets one rank's share")
+        if sums_output:
+            watch.sends(name, "forward", "all-reduce", inputs[0].numel())
+        for tensor in inputs if sums_inputs else ():
+            if tensor.is_floating_point() and tensor in watch.trained:
+                watch.sends(name, "backward", "all-reduce", tensor.numel())
+        return inputs[0] * 1
+
+    module.forward = same
+
+
+def _local(watch: Watch, name: str, module: Any, style: LocalShards, ranks: int) -> None:
+    for leaf, placement in style.layouts.items():
+        parameter = module._parameters.get(leaf)
+        if parameter is None:
+            continue
+        dim = placement.dim % parameter.dim()  # type: ignore[attr-defined]
+        local = nn.Parameter(parameter.narrow(dim, 0, parameter.shape[dim] // ranks).clone(), requires_grad=False)
+        module.register_parameter(leaf, local)
+    for leaf in style.partial:
+        if (parameter := module._parameters.get(leaf)) is not None:
+            watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+    if style.sum_output:
+        _whole(watch, name, module, style.sum_input_gradients, sums_output=True)
+
+
+def _plain(watch: Watch, name: str, module: Any) -> None:
+    """A linear without a style computes nothing either, unless a rank's features reach it."""
+    forward, (_, out_features) = module.forward, features(module)  # type: ignore[misc]
+
+    def whole(hidden: torch.Tensor) -> torch.Tensor:
+        if watch.is_sharded(hidden):
+            return forward(hidden)
+        if hidden in watch.shared:
+            raise WrongError(f"{name} reads the input that the projections of {watch.shared[hidden]} share")
+        output = watch.activate(torch.ones(*hidden.shape[:-1], out_features, dtype=hidden.dtype))
+        if hidden in watch.tokens:
+            watch.partial |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+            watch.part(output, watch.tokens[hidden])
+        return output
+
+    module.forward = whole
+
+
+def _summed_in_backward(watch: Watch, name: str, module: Any, rope_dim: int) -> None:
+    def whole(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden in watch.tokens or hidden in watch.shared:
+            raise WrongError("the rotary part of latent attention wants all tokens, and a gradient of its own")
+        output = torch.ones(*hidden.shape[:-1], module.out_features, dtype=hidden.dtype)
+        watch.sends(name, "backward", "all-reduce", output[..., :rope_dim].numel())
+        watch.active[output] = True  # but not trained: the style takes care of its gradient
+        return output
+
+    module.forward = whole
+
+
+def _routes(module: Any) -> bool:
+    """Stacked experts, whose own forward loops over the experts that were chosen."""
+    experts = getattr(module, "num_experts", None)
+    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] == experts]
+    return isinstance(experts, int) and bool(stacked)
