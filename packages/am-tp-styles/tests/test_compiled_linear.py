@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from am_testkit.exact import assert_same, gradients
-from am_tp_styles import TPLinear
+from am_tp_styles import TPLinear, restore_classes, use_tp_linear
 
 
 class Mlp(nn.Module):
@@ -99,13 +99,49 @@ def test_it_compiles_with_dynamic_shapes_and_sharded_weights(sequence_parallel, 
 
 
 @pytest.mark.ranks(2, timeout=120)
-def test_nn_linear_still_needs_it_under_compile():
-    """When this fails, torch has learnt to compile a sharded `nn.Linear`, and `TPLinear` may retire."""
-    model = Mlp(bias=False)
+def test_a_sharded_nn_linear_recurses_under_compile_and_tp_linear_does_not():
+    """When the first part fails, torch has learnt to compile a sharded `nn.Linear`, and `TPLinear` may retire."""
+    reference = Mlp(bias=False)
+    model = copy.deepcopy(reference)
     parallelize_module(model, init_device_mesh("cpu", (2,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    x = torch.randn(2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with pytest.raises(Exception, match=r"(?i)recursion"):
-        compiled(torch.randn(2, 4, 8, dtype=torch.float64)).sum().backward()
+        torch.compile(model, backend="aot_eager", dynamic=True)(x).sum().backward()
+
+    torch._dynamo.reset()
+    use_tp_linear(model).zero_grad()
+    torch.compile(model, backend="aot_eager", dynamic=True)(x).sum().backward()
+    reference(x).sum().backward()
+    assert_same(gradients(model), gradients(reference), 1e-10)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_use_tp_linear_reaches_subclasses_keeps_what_they_are_and_is_undone():
+    torch.manual_seed(1)
+    own = nn.Linear(8, 8)
+    own.__class__ = TPLinear
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Doubled(8, 8)), own)
+    hooked = []
+    model[0].register_forward_hook(lambda *_: hooked.append(1))
+    names, before, x = list(model.state_dict()), [type(m) for m in model.modules()], torch.randn(2, 3, 8)
+    expected = model(x)
+
+    assert use_tp_linear(model) is model
+    assert use_tp_linear(model)  # twice is once
+    assert all(isinstance(model.get_submodule(name), TPLinear) for name in ("0", "1.0", "2"))
+    assert isinstance(model[1][0], Doubled)
+    assert [type(m).__name__ for m in model.modules()] == [cls.__name__ for cls in before]
+    assert list(model.state_dict()) == names
+    assert_same(model(x), expected, 1e-6)
+
+    assert restore_classes(model) is model
+    assert [type(m) for m in model.modules()] == before
+    assert_same(model(x), expected, 0.0)
+    assert len(hooked) == 3
 
 
 @pytest.mark.ranks(2)

@@ -174,6 +174,79 @@ def test_another_adapter_layout_is_refused_by_name():
         parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallelLora())
 
 
+@pytest.mark.ranks(2)
+def test_dropout_of_an_adapter_draws_the_masks_of_one_process():
+    reference = Block(LoraLinear, dropout=0.4)
+    model = copy.deepcopy(reference)
+    x, target = batch(2, 4)
+    plan = {"up": ColwiseParallelLora(), "down": RowwiseParallelLora()}
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    torch.manual_seed(5)
+    expected = one_step(reference, x, target)
+    torch.manual_seed(5)
+    assert_same(one_step(model, x, target), expected, TOLERANCE)
+    assert_same(gradients(model), gradients(reference), TOLERANCE)
+
+
+@pytest.mark.ranks(4)
+def test_uneven_features_and_vocabularies_are_exact_or_refused_before_any_collective():
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (4,))
+    reference = nn.Sequential(nn.Embedding(11, 10), nn.Linear(10, 13)).double()
+    ids = torch.randint(0, 11, (2, 4))
+    expected = reference(ids)
+    expected.square().sum().backward()
+    gathered = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    for embedding in (RowwiseParallelLora(**gathered), ColwiseParallelLora(**gathered)):
+        model = copy.deepcopy(reference)
+        model.zero_grad()
+        parallelize_module(model, mesh, {"0": embedding, "1": ColwiseParallelLora(output_layouts=Replicate())})
+        out = model(ids)
+        out.square().sum().backward()
+        assert_same(out, expected, TOLERANCE)
+        assert_same(gradients(model), gradients(reference), TOLERANCE)
+    if dist.get_rank() == 0:  # alone: a collective would hang
+        with pytest.raises(ValueError, match=r"in_features=13 does not divide over 4 ranks"):
+            parallelize_module(nn.Linear(13, 8), mesh, RowwiseParallelLora())
+        with pytest.raises(ValueError, match=r"out_features=5 leaves one of 4 ranks without a share"):
+            parallelize_module(nn.Linear(8, 5), mesh, ColwiseParallelLora())
+        packed = nn.Linear(8, 8)
+        packed.weight = nn.Parameter(torch.zeros(16, 4))
+        with pytest.raises(ValueError, match=r"weight has shape \(16, 4\), not \(8, 8\)"):
+            parallelize_module(packed, mesh, ColwiseParallelLora())
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(10, 8, padding_idx=7, dtype=torch.float64)
+        self.head = nn.Linear(8, 10, bias=False, dtype=torch.float64)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.tokens(ids)))
+
+
+@pytest.mark.ranks(2)
+def test_tied_weights_stay_one_parameter_or_are_refused():
+    reference, ids = Tied(), torch.tensor([[1, 7, 3], [9, 0, 7]])
+    model = copy.deepcopy(reference)
+    mesh = init_device_mesh("cpu", (2,))
+    tokens = RowwiseParallelLora(input_layouts=Replicate())
+    parallelize_module(model, mesh, {"tokens": tokens, "head": ColwiseParallelLora(output_layouts=Replicate())})
+    assert model.head.weight is model.tokens.weight
+    assert [name for name, _ in model.named_parameters()] == ["tokens.weight"]
+    for each in (reference, model):
+        each(ids).square().sum().backward()
+    assert_same(gradients(model), gradients(reference), TOLERANCE)
+
+    model = copy.deepcopy(reference)
+    parallelize_module(model, mesh, {"tokens": RowwiseParallelLora(input_layouts=Replicate())})
+    with pytest.raises(ValueError, match=r"Linear\.weight is tied to .* Shard\(dim=0\)|S\(0\) already"):
+        parallelize_module(model.head, mesh, RowwiseParallelLora())
+
+
 class _GatheredNorm(SequenceParallel):
     @staticmethod
     def _prepare_output_fn(use_local_output, mod, outputs, device_mesh):

@@ -2,14 +2,11 @@
 
 from importlib.metadata import version
 
-from am_tp_styles.compiled_linear import TPLinear
+from am_tp_styles.classes import restore_classes
+from am_tp_styles.compiled_linear import TPLinear, use_tp_linear
 from am_tp_styles.gradients import reduce_replicated_gradients
-from am_tp_styles.lora import (
-    ColwiseParallelLora,
-    RowwiseParallelLora,
-    SequenceParallelLora,
-    _distribute_param,  # noqa: F401  (named in the API this package answers to)
-)
+from am_tp_styles.lora import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora
+from am_tp_styles.parameters import _distribute_param  # noqa: F401  (named in the API this package answers to)
 from am_tp_styles.translate import translate_to_lora
 
 __all__ = [
@@ -18,7 +15,9 @@ __all__ = [
     "SequenceParallelLora",
     "TPLinear",
     "reduce_replicated_gradients",
+    "restore_classes",
     "translate_to_lora",
+    "use_tp_linear",
 ]
 
 __version__ = version("am-tp-styles")

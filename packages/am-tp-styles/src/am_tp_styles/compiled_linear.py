@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from am_tp_styles.classes import M, put_under
+
 
 class TPLinear(nn.Linear):
     """`nn.Linear` computed with `bmm`, for `torch.compile` with tensor-parallel weights.
@@ -17,6 +19,8 @@ class TPLinear(nn.Linear):
     Swap the class of a layer that already exists, before or after its weight is sharded; nothing else changes::
 
         linear.__class__ = TPLinear
+
+    or let `use_tp_linear` do it for a whole model, subclasses included, and `restore_classes` undo it.
 
     Works in eager mode too, with a plain weight or a DTensor one (colwise `Shard(0)`, rowwise `Shard(1)`).
     """
@@ -57,6 +61,25 @@ class TPLinear(nn.Linear):
         out = self._bmm(flat)
         back = [_from_flat(p, before, x.dim()) for p, before in zip(out.placements, x.placements, strict=True)]
         return DTensor.from_local(out.to_local().unflatten(0, local.shape[:-2]), x.device_mesh, back)
+
+
+def use_tp_linear(module: M) -> M:
+    """Let every `nn.Linear` under `module`, adapters included, compute as `TPLinear` does; `restore_classes` undoes it.
+
+    A subclass of `nn.Linear` keeps its forward: what it calls through `super().forward` is `TPLinear`'s then. One that
+    calls `nn.functional.linear` itself is not helped. Each layer's new class derives from its old one and bears its
+    name; names in `state_dict()`, parameters and hooks stay.
+
+    Args:
+        module: a model, a layer or a linear, before or after it is sharded.
+
+    Returns:
+        `module` itself. Issues no collective.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            put_under(child, TPLinear)
+    return module
 
 
 def _to_flat(placement: Placement, ndim: int) -> Placement:

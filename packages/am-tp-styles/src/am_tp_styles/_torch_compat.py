@@ -1,0 +1,55 @@
+"""The private parts of torch this package stands on; `tests/test_torch_compat.py` fails when they move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+
+@contextmanager
+def exchanged_tensors(module: nn.Module, view: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, every parameter and buffer under `module` is what `view(its dotted name, itself)` returned.
+
+    Reads as `_parameters` and `_buffers` because nothing public exchanges tensors for the length of a forward under
+    `torch.compile` and leaves no trace.
+    """
+    owners: list[Any] = list(module.modules())
+    names = [name for name, _ in module.named_modules()]
+    before = [(owner._parameters, owner._buffers) for owner in owners]
+
+    def viewed(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
+        dot = prefix + "." if prefix else ""
+        return {name: None if t is None else view(dot + name, t) for name, t in tensors.items()}
+
+    try:
+        for owner, name, (parameters, buffers) in zip(owners, names, before, strict=True):
+            owner._parameters = viewed(name, parameters)
+            owner._buffers = viewed(name, buffers)
+        yield
+    finally:
+        for owner, (parameters, buffers) in zip(owners, before, strict=True):
+            owner._parameters, owner._buffers = parameters, buffers
+
+
+def finished(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose collective may still run, as a plain tensor when it is done; others as they are.
+
+    A compiled region takes the tensor out of such a wrapper, and its backward then hands plain tensors to the DTensor
+    operations before it (`'Tensor' object has no attribute '_local_tensor'`).
+    """
+    return _Finished.apply(tensor) if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
+class _Finished(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Any) -> torch.Tensor:
+        return tensor.wait()
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]

@@ -1,0 +1,52 @@
+"""Classes exchanged under modules that already exist, and back again."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TypeVar
+
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+_FROM = "_am_tp_styles_exchanged_from"
+
+
+def put_over(module: nn.Module, behaviour: type) -> None:
+    """Give `module` a class that derives from `behaviour` first and its own class second."""
+    if not isinstance(module, behaviour):
+        module.__class__ = _combined(type(module), behaviour, over=True)
+
+
+def put_under(module: nn.Module, behaviour: type) -> None:
+    """Give `module` a class whose `super().forward` calls reach `behaviour` before the torch layer it derives from."""
+    if not isinstance(module, behaviour):
+        module.__class__ = _combined(type(module), behaviour, over=False)
+
+
+def restore_classes(module: M) -> M:
+    """Give every module under `module` the class it had before this package exchanged it.
+
+    Exchanged are the classes of layers given to `use_tp_linear`, and, by the styles, those of peft's wrappers, of
+    embeddings sharded along the vocabulary, and of an adapter's dropout. Each new class derives from the old one and
+    bears its name, so `isinstance` holds all the while; names, parameters, hooks and attributes are the same before
+    and after. Only `type(module)` differs.
+
+    A layer whose parameters are sharded needs the exchanged class to run: gather them first. Classes that you set
+    yourself (`linear.__class__ = TPLinear`), and those that FSDP2 put over ours, are left alone.
+
+    Returns:
+        `module` itself. Issues no collective.
+    """
+    for child in module.modules():
+        while _FROM in vars(type(child)):
+            child.__class__ = vars(type(child))[_FROM]
+    return module
+
+
+@cache
+def _combined(cls: type, behaviour: type, over: bool) -> type:
+    bases = (behaviour, cls) if over else ((behaviour,) if issubclass(behaviour, cls) else (cls, behaviour))
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, bases, {**names, _FROM: cls})

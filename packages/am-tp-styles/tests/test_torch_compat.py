@@ -1,0 +1,43 @@
+"""When one of these fails, torch has moved something private that `_torch_compat.py` stands on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from am_tp_styles._torch_compat import exchanged_tensors, finished
+
+
+def test_tensors_are_exchanged_for_the_length_of_a_block_even_when_it_raises():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, affine=False))
+    before, seen = dict(model.state_dict(keep_vars=True)), []
+
+    def view(name, tensor):
+        seen.append(name)
+        return torch.zeros_like(tensor)
+
+    with exchanged_tensors(model, view):
+        assert not model[0].weight.any()
+        assert not model(torch.ones(3, 2)).any()
+    with pytest.raises(RuntimeError), exchanged_tensors(model, view):
+        model(torch.ones(3, 5))
+    assert seen == [*before, *before]
+    assert all(model.state_dict(keep_vars=True)[name] is tensor for name, tensor in before.items())
+
+
+@pytest.mark.ranks(2)
+def test_a_running_collective_is_waited_for_and_its_gradient_passes():
+    mesh = init_device_mesh("cpu", (2,))
+    x = torch.ones(4, requires_grad=True)
+    summed = DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[Replicate()], async_op=True).to_local()
+    assert type(summed) is not torch.Tensor
+    done = finished(summed)
+    assert type(done) is torch.Tensor
+    (3 * done).sum().backward()
+    assert done.tolist() == [2.0] * 4
+    assert x.grad.tolist() == [3.0] * 4
+    assert finished(x) is x
