@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from am_tp_plans.apply import apply_plan, expand_plan
+from am_tp_plans.check import check_gradients
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.explain import PlanReport, explain_plan
 from am_tp_plans.families.gemma3 import _parallelize_gemma3
@@ -67,6 +68,7 @@ __all__ = [
     "_parallelize_qwen_classification",
     "add_sequence_parallelism",
     "apply_plan",
+    "check_gradients",
     "expand_plan",
     "explain_plan",
     "get_hf_tp_shard_plan",

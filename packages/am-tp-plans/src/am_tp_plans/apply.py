@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
@@ -37,12 +38,14 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
 
     Raises:
         ValueError: a key matches nothing, heads or features do not divide over the axis, tied weights would be sharded
-            differently, a module is sharded already; on every rank alike, before any collective.
+            differently, a module is sharded already, or the model has dropout and the ranks have different seeds; on
+            every rank alike, before anything is sharded.
         TypeError: a colwise or rowwise style is given to a module that is no linear and no embedding.
     """
     if tp_mesh.ndim != 1:
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
     concrete = check_plan(model, plan, tp_mesh.size())
+    check_seeds(model, tp_mesh)
     tied = _tied_weights(model)
     for name, style in concrete.items():
         # a copy, because torch writes src_data_rank into the style, and the plan is the caller's

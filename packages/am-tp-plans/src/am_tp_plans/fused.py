@@ -141,15 +141,9 @@ class RowExchange:
     """From a rank's contiguous rows of a fused weight to its share of each part, and for the gradient back."""
 
     def __init__(self, widths: Sequence[int], mesh: DeviceMesh) -> None:
-        ranks, rank = mesh.size(), mesh.get_local_rank()
+        order, self.sends, self.receives = plan_exchange(widths, mesh.size(), mesh.get_local_rank())
+        self.order = torch.tensor(order, device=mesh.device_type)
         self.group = mesh.get_group()
-        stored = [set(range(r * sum(widths) // ranks, (r + 1) * sum(widths) // ranks)) for r in range(ranks)]
-        needed = [_share(widths, ranks, r) for r in range(ranks)]
-        mine = min(stored[rank])
-        outgoing = [[row - mine for row in rows if row in stored[rank]] for rows in needed]
-        self.order = torch.tensor(list(chain.from_iterable(outgoing)), device=mesh.device_type)
-        self.sends = [len(rows) for rows in outgoing]
-        self.receives = [sum(row in rows for row in needed[rank]) for rows in stored]
 
     def __call__(self, stored: torch.Tensor) -> torch.Tensor:
         """Rows `(out / n, ...)` as stored to rows `(out / n, ...)` as used."""
@@ -172,12 +166,23 @@ class _Exchange(torch.autograd.Function):
         return torch.empty_like(gradient).index_copy_(0, rows.order, returned), None
 
 
+def plan_exchange(widths: Sequence[int], ranks: int, rank: int) -> tuple[list[int], list[int], list[int]]:
+    """Which of its rows a rank sends in which order, how many to each rank, and how many it gets from each.
+
+    Rows go from rank to rank in the order of the whole weight, which is also the order in which they are used.
+    """
+    rows = sum(widths) // ranks
+    needed = [_share(widths, ranks, other) for other in range(ranks)]
+    outgoing = [[row - rank * rows for row in of if row // rows == rank] for of in needed]
+    receives = [sum(row // rows == other for row in needed[rank]) for other in range(ranks)]
+    return list(chain.from_iterable(outgoing)), [len(part) for part in outgoing], receives
+
+
 def _share(widths: Sequence[int], ranks: int, rank: int) -> list[int]:
     """The rows that a rank uses, in order: its share of each part."""
-    starts = accumulate(widths, initial=0)
     return [
         row
-        for start, width in zip(starts, widths, strict=False)
+        for start, width in zip(accumulate(widths, initial=0), widths, strict=False)
         for row in range(start + rank * width // ranks, start + (rank + 1) * width // ranks)
     ]
 

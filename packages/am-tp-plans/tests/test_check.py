@@ -1,0 +1,81 @@
+"""The backstop, dropout, and the arithmetic of fused weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+
+from am_testkit.exact import assert_same, gradients
+from am_testkit.models import next_token_loss, tiny, token_batch
+from am_testkit.zoo import small
+from am_tp_plans import apply_plan, check_gradients, infer_plan, resolve_plan
+from am_tp_plans.fused import plan_exchange
+
+
+def axis():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.ranks(2)
+def test_a_gradient_that_nobody_sums_is_found_after_the_first_backward(sequence_parallel):
+    ids, labels = token_batch(2, 12)
+    for forgotten in (None, "model.layers.*.self_attn.q_norm"):
+        model, mesh = tiny("qwen3"), axis()
+        plan = resolve_plan(model, sequence_parallel=sequence_parallel)
+        plan = {key: style for key, style in plan.items() if key != forgotten}
+        apply_plan(model, mesh, plan)
+        # without its style, q_norm has a plain weight on a rank's own heads
+        next_token_loss(model(ids, use_cache=False).logits, labels).backward()
+        if forgotten is None:
+            check_gradients(model, mesh)
+            model.model.norm.weight.grad = None if dist.get_rank() else model.model.norm.weight.grad
+            with pytest.raises(RuntimeError, match=r"1 of \d+ .*model\.norm\.weight"):
+                check_gradients(model, mesh)
+        else:
+            with pytest.raises(RuntimeError, match=r"4 of \d+ parameters .*model\.layers\.0\.self_attn\.q_norm\.weight"):
+                check_gradients(model, mesh)
+
+
+@pytest.mark.ranks(2)
+def test_dropout_drops_alike_what_is_whole_and_other_seeds_are_refused():
+    """In training mode, with dropout on everything but attention, whose heads are on different ranks."""
+    model = small("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.0).train()
+    whole = copy.deepcopy(model)
+    other = copy.deepcopy(model)
+    torch.manual_seed(5)
+    apply_plan(model, axis(), infer_plan(model))
+    ids, labels = token_batch(2, 12, vocab_size=60)
+    for each in (model, whole):
+        torch.manual_seed(7)
+        next_token_loss(each(ids, use_cache=False).logits, labels).backward()
+    assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
+    plan = infer_plan(other)
+    torch.manual_seed(dist.get_rank())
+    with pytest.raises(ValueError, match="different random seeds; call torch.manual_seed"):
+        apply_plan(other, axis(), plan)
+
+
+@given(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_rows_of_a_fused_weight_reach_the_rank_that_uses_them_in_order(ranks, units):
+    widths = [ranks * unit for unit in units]
+    rows = sum(widths) // ranks
+    plans = [plan_exchange(widths, ranks, rank) for rank in range(ranks)]
+    received = [[] for _ in range(ranks)]
+    for rank, (order, sends, _) in enumerate(plans):
+        assert sorted(order) == list(range(rows))
+        start = 0
+        for other, count in enumerate(sends):
+            assert plans[other][2][rank] == count
+            received[other] += [rank * rows + row for row in order[start : start + count]]
+            start += count
+    starts = [sum(widths[:part]) for part in range(len(widths))]
+    for rank, got in enumerate(received):
+        share = [(start + rank * unit, unit) for start, unit in zip(starts, units, strict=True)]
+        assert got == [row for start, unit in share for row in range(start, start + unit)]
