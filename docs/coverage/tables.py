@@ -56,29 +56,47 @@ def pipeline(measured: dict[str, dict]) -> list[str]:
 
 def tensor(measured: dict[str, dict]) -> list[str]:
     exact, refused = count(measured)
+    brought = sum(result["source"] == "transformers" for result in measured.values() if "refused" not in result)
+    sequence = sum("sequence" in result for result in measured.values())
     rows = []
     for name in model_types():
         result = measured.get(name)
         if result and "refused" not in result:
-            held = f"{100 * result['held']:.0f} %"
-            rows.append(f"| {name} | {result['kind']} | {result['error']:.0e} | {result['dtype']} | {held} |")
+            split = (
+                f"{result['sequence']:.0e}" if "sequence" in result else f"refused: {why(result['sequence_refused'])}"
+            )
+            held = f"{result['held']:.0%}"
+            if result.get("nan"):
+                split += " (its own gradients have NaN)"
+            rows.append(
+                f"| {name} | {result['kind']} | {result['source']} | {result['error']:.0e} | {split} "
+                f"| {result['dtype']} | {held} |"
+            )
         else:
-            rows.append(f"| {name} | | | {why_not(name, result or {'refused': 'transformers brings no plan'})} | |")
+            rows.append(f"| {name} | | | {why_not(name, result)} | | | |")
     return [
-        "# Tensor parallelism with the plans that transformers brings",
+        "# Tensor and sequence parallelism: every causal language model of transformers",
         "",
-        f"Of {len(rows)} model types, {exact + refused} bring a plan; **{exact} of them are exact** at two ranks,",
-        f"{refused} are refused before the first collective.",
+        f"Of {len(rows)} model types, **{exact} are exact** at two ranks: {brought} with the plan of transformers",
+        f"itself, {exact - brought} with one inferred from their structure. {sequence} of them are exact with sequence",
+        f"parallelism too. {refused} are refused before the first collective, {len(NOT_BUILT)} are not decoders of text",
+        "by themselves or need more than transformers.",
         "",
-        f"`nox -s sweep`, {VERSIONS}. `get_hf_tp_shard_plan` of a four-layer model of the type, applied over two",
-        "processes, against one process. The number is the largest relative difference among the logits and all",
-        "gradients when `backward()` returns, in float64 (where parts of most models still compute in float32), or in",
-        "float32 where the model's own code mixes the two. *Held* is the share of the parameters on each rank.",
+        f"`nox -s sweep`, {VERSIONS}. The plan of `get_hf_tp_shard_plan` or `infer_plan`, and that of",
+        "`add_sequence_parallelism`, of a four-layer model of the type, over two processes against one. The numbers",
+        "are the largest relative differences among the logits and all gradients when `backward()` returns, in",
+        "float64 (where parts of most models still compute in float32), or in float32 where the model's own code",
+        "mixes the two. *Held* is the share of the parameters on each rank: 50 % and norms where all is sharded, more",
+        "where parts stay whole.",
         "",
-        "| model type | class | 2 ranks | | held |",
-        "|---|---|---|---|---|",
+        "| model type | class | plan | tensor | with sequence | | held |",
+        "|---|---|---|---|---|---|---|",
         *rows,
     ]
+
+
+def why(message: str) -> str:
+    return message.splitlines()[0].split(": ", 2)[-1].replace("|", "/")[:140]
 
 
 def count(measured: dict[str, dict]) -> tuple[int, int]:

@@ -39,7 +39,9 @@ def test_a_gradient_that_nobody_sums_is_found_after_the_first_backward(sequence_
             with pytest.raises(RuntimeError, match=r"1 of \d+ .*model\.norm\.weight"):
                 check_gradients(model, mesh)
         else:
-            with pytest.raises(RuntimeError, match=r"4 of \d+ parameters .*model\.layers\.0\.self_attn\.q_norm\.weight"):
+            with pytest.raises(
+                RuntimeError, match=r"4 of \d+ parameters .*model\.layers\.0\.self_attn\.q_norm\.weight"
+            ):
                 check_gradients(model, mesh)
 
 
@@ -58,7 +60,7 @@ def test_dropout_drops_alike_what_is_whole_and_other_seeds_are_refused():
     assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
     plan = infer_plan(other)
     torch.manual_seed(dist.get_rank())
-    with pytest.raises(ValueError, match="different random seeds; call torch.manual_seed"):
+    with pytest.raises(ValueError, match=r"different random seeds; call torch\.manual_seed"):
         apply_plan(other, axis(), plan)
 
 

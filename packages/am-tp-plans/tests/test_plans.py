@@ -254,6 +254,15 @@ def test_a_plan_translated_for_adapters_gives_the_same_on_a_model_without_them()
 
 
 @pytest.mark.ranks(2)
+def test_a_gradient_that_is_not_a_number_stays_in_the_rows_it_belongs_to():
+    model = sharded(tiny("llama"), False)
+    ids = torch.tensor([[3, 90]])
+    (model.model.embed_tokens(ids)[0, 1] * torch.tensor(float("nan"))).sum().backward()
+    broken = model.model.embed_tokens.weight.grad.full_tensor().isnan().any(dim=1)
+    assert broken.nonzero().tolist() == [[90]]
+
+
+@pytest.mark.ranks(2)
 def test_an_embedding_may_be_called_again_before_its_backward():
     model = sharded(tiny("llama"), False)
     whole = tiny("llama")

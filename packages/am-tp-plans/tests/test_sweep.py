@@ -66,7 +66,13 @@ def test_the_plan_of_every_model_is_exact_or_refused(model_type):
     wanted = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     fresh = small(model_type, dtype=dtype)  # some models change themselves in their first forward
     plans = {"error": make_plan(fresh)}
-    measured = {"dtype": str(dtype).removeprefix("torch."), "kind": type(model).__name__, "source": source}
+    nan = any(grad.isnan().any() for grad in wanted.values())
+    measured = {
+        "nan": bool(nan),
+        "dtype": str(dtype).removeprefix("torch."),
+        "kind": type(model).__name__,
+        "source": source,
+    }
     try:
         plans["sequence"] = add_sequence_parallelism(fresh, plans["error"])
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +16,8 @@ from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.styles import each
+from am_tp_styles import translate_to_lora
+from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
 
 
 def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> nn.Module:
@@ -26,7 +28,8 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
 
     Args:
         model: real, with the same weights on every rank, or on the meta device. It may be a pipeline part, whose absent
-            modules are leaves without parameters; keys for those are passed over.
+            modules are leaves without parameters; keys for those are passed over. Of a model that peft wraps, give
+            what `get_base_model()` returns; its linears may be wrapped.
         tp_mesh: one-dimensional.
         plan: from `resolve_plan`, or your own.
 
@@ -57,7 +60,7 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
 
 
 def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
-    """The expanded plan, if it fits the model and an axis of so many ranks.
+    """The expanded plan, if it fits the model and an axis of so many ranks; with LoRA styles where adapters are.
 
     Raises:
         ValueError: as `apply_plan`.
@@ -70,6 +73,9 @@ def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> 
         for style in each(styles):
             _check_features(name, model.get_submodule(name), style, ranks)
     _check_ties(model, _tied_weights(model), concrete)
+    modules = {name: model.get_submodule(name) for name in concrete}
+    adapted = {name: concrete[name] for name, m in modules.items() if is_wrapped(m) or has_own_adapter(m)}
+    concrete.update(cast(dict, translate_to_lora(adapted)))
     return concrete
 
 
@@ -128,6 +134,7 @@ def _check_heads(model: nn.Module, size: int) -> None:
 
 
 def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> None:
+    module = base_layer(module)
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
         raise ValueError(f"{name} is sharded already; a plan is applied once, to a model of plain tensors")
     if isinstance(style, ExpertsOverTensorAxis):
@@ -181,7 +188,7 @@ def _check_ties(model: nn.Module, tied: list[list[str]], plan: dict[str, Paralle
 def _sharded_dim(module: nn.Module, style: ParallelStyle | None) -> int | None:
     """The dim of `module.weight` that the style shards: an embedding is laid out the other way round than a linear."""
     if isinstance(style, (ColwiseParallel, RowwiseParallel)):
-        return int(isinstance(style, ColwiseParallel) == isinstance(module, nn.Embedding))
+        return int(isinstance(style, ColwiseParallel) == isinstance(base_layer(module), nn.Embedding))
     return None
 
 

@@ -36,7 +36,9 @@ def check_gradients(model: nn.Module, tp_mesh: DeviceMesh, tolerance: float = 1e
     # A sum may cancel: it is compared on the scale of the norm.
     scale[:, 2] = torch.maximum(scale[:, 2], scale[:, 3])
     off = ((most - least) / scale).nan_to_num(nan=float("inf")).amax(dim=1)
-    if wrong := [f"{name} (by {error:.1e})" for name, error in zip(whole, off.tolist(), strict=True) if error > tolerance]:
+    if wrong := [
+        f"{name} (by {error:.1e})" for name, error in zip(whole, off.tolist(), strict=True) if error > tolerance
+    ]:
         raise RuntimeError(
             f"{len(wrong)} of {len(whole)} parameters that every rank of the axis holds whole got different gradients: "
             f"{', '.join(wrong[:10])}. Their plan needs a style that sums them, such as ReplicatedWithGradAllReduce"
@@ -78,4 +80,6 @@ def _summary(gradient: torch.Tensor | None) -> torch.Tensor:
         return torch.zeros(4, dtype=torch.float64)
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
     local = local.detach().double()
-    return torch.stack([torch.ones((), dtype=torch.float64), local.abs().max().cpu(), local.sum().cpu(), local.norm().cpu()])
+    return torch.stack(
+        [torch.ones((), dtype=torch.float64), local.abs().max().cpu(), local.sum().cpu(), local.norm().cpu()]
+    )

@@ -17,8 +17,7 @@ from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
 from am_tp_plans.rehearsal import Findings, rehearse
 from am_tp_plans.styles import each
 from am_tp_plans.translate import matches, named_styles
-
-_RING = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 1.0}
+from am_tp_plans.watch import Collective
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def explain_plan(
         total = 0.0
         for c in found.traffic:
             if c.phase == phase and (modules is None or c.module in modules):
-                total += _RING[c.kind] * c.elements * (per_token if c.of_tokens else 1) * size
-        return total * (ranks - 1) / ranks
+                total += _sent_in_a_ring(c, ranks) * (per_token if c.of_tokens else 1) * size
+        return total
 
     rows = []
     for (key, style), modules in _by_entry(concrete).items():
@@ -155,6 +154,13 @@ def explain_plan(
         _hidden_bytes(model, plan, ranks) * batch * seq_len * size,
         _per_layer(model, found, sent),
     )
+
+
+def _sent_in_a_ring(collective: Collective, ranks: int) -> float:
+    """Elements that one rank sends."""
+    if collective.kind == "all-to-all":
+        return collective.elements
+    return (2 if collective.kind == "all-reduce" else 1) * collective.elements * (ranks - 1) / ranks
 
 
 def _held(name: str, number: int, concrete: dict[str, ParallelStyle], ranks: int) -> int:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
 
 from am_tp_plans.experts import ExpertsOverTensorAxis
-from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features
+from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, plan_exchange
 from am_tp_plans.local import LocalShards, MlaKvAProjection, ReplicatedWithGradAllReduce
 from am_tp_plans.styles import (
     SequenceGatherInput,
@@ -60,9 +60,13 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
     elif isinstance(style, PackedColwiseParallel):
         widths = [width // ranks for width in style.widths(features(module)[1])]  # type: ignore[index]
         if len(widths) > 1:
+            whole = style.widths(features(module)[1])  # type: ignore[index]
+            sent = max(
+                len(order) - sends[r] for r in range(ranks) for order, sends, _ in [plan_exchange(whole, ranks, r)]
+            )
             for parameter in module.parameters():
                 for phase in ("forward", "backward"):
-                    watch.sends(name, phase, "all-to-all", parameter.numel(), of_tokens=False)
+                    watch.sends(name, phase, "all-to-all", sent * parameter.numel() // sum(whole), of_tokens=False)
         module.forward = _shares(watch, name, widths, style.input_layouts, ranks, whole=False)
     elif isinstance(style, ExpertsOverTensorAxis):
         _whole(watch, name, module, sums_inputs=True, sums_output=True)

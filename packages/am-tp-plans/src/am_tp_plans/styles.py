@@ -19,11 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel
 
-from am_tp_styles import SequenceParallelLora
+from am_tp_styles import RowwiseParallelLora, SequenceParallelLora
+from am_tp_styles.layout import base_layer
 
 
-class VocabParallelEmbedding(RowwiseParallel):
+class VocabParallelEmbedding(RowwiseParallelLora):
     """An embedding whose rows, the vocabulary, are sharded: ids replicated, output replicated unless told otherwise.
+
+    With adapters or without, beside compiled layers or not.
 
     It keeps nothing on the module between calls, so a module may be called again before its backward, and it works
     where `padding_idx` lies on another rank's shard.
@@ -40,7 +43,7 @@ class VocabParallelEmbedding(RowwiseParallel):
         )
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, nn.Embedding):
+        if not isinstance(base_layer(module), nn.Embedding):
             raise TypeError(f"VocabParallelEmbedding is for nn.Embedding, got {type(module).__name__}")
         return super()._apply(module, device_mesh)
 

@@ -30,7 +30,11 @@ _FRESH = ("empty_like", "zeros_like", "ones_like", "full_like", "sym_size", "sym
 
 @dataclass(frozen=True)
 class Collective:
-    """What a style communicates once: `elements` of the whole tensor, before a scatter or after a gather."""
+    """What a style communicates once.
+
+    `elements` are those of the whole tensor, before a scatter or after a gather; of an all-to-all those that the
+    busiest rank sends to others.
+    """
 
     module: str
     phase: str  # forward or backward

@@ -22,7 +22,7 @@ class VocabularyRows(nn.Embedding):
             return super().forward(input)
         ids = input.to_local() if isinstance(input, DTensor) else input
         rows, here, padding = rows_here(ids, weight, self.padding_idx)
-        out = F.embedding(rows, weight.to_local(), padding) * here.unsqueeze(-1)
+        out = F.embedding(rows, weight.to_local(), padding).masked_fill(~here.unsqueeze(-1), 0)
         return DTensor.from_local(out, weight.device_mesh, [Partial()], run_check=False)
 
 

@@ -82,7 +82,8 @@ class _ShardedWrapper:
                 out = super().forward(rows, *args, **kwargs)
         finally:
             base.padding_idx = whole_padding
-        return DTensor.from_local(out * here.unsqueeze(-1), self._tp["mesh"], [Partial()], run_check=False)
+        out = out.masked_fill(~here.unsqueeze(-1), 0)
+        return DTensor.from_local(out, self._tp["mesh"], [Partial()], run_check=False)
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As peft's; with `safe_merge` every rank refuses when one finds a NaN. Collectives: then a sum of one flag."""

@@ -185,7 +185,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "mamba2": {"head_dim": 16},
-    "reformer": {"attn_layers": ["local", "lsh", "local", "lsh"], "axial_pos_embds": False, "num_buckets": 4, "hash_seed": 1},
+    "reformer": {
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        "axial_pos_embds": False,
+        "num_buckets": 4,
+        "hash_seed": 1,
+    },
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "mode": "train"},
     "xmod": {"default_language": "en_XX"},
     "zamba": _HYBRID | {"mamba_dt_rank": 2},
