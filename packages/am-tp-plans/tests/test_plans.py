@@ -86,7 +86,7 @@ def test_logits_gradients_and_steps_equal_one_process_on_two_ranks(family, setti
     compare(family, settings, sequence_parallel)
 
 
-@pytest.mark.parametrize(("family", "settings"), [FAMILIES[i] for i in (0, 4, 5, 7, 10)], ids=str)
+@pytest.mark.parametrize(("family", "settings"), [FAMILIES[i] for i in (0, 2, 4, 5, 7, 9, 10)], ids=str)
 @SEQUENCE
 @pytest.mark.ranks(4)
 def test_logits_gradients_and_steps_equal_one_process_on_four_ranks(family, settings, sequence_parallel):
@@ -95,7 +95,17 @@ def test_logits_gradients_and_steps_equal_one_process_on_four_ranks(family, sett
 
 @SEQUENCE
 @pytest.mark.ranks(2)
-def test_a_classifier_and_a_multimodal_model_equal_one_process(sequence_parallel):
+def test_a_classifier_and_a_multimodal_model_equal_one_process_on_two_ranks(sequence_parallel):
+    compare_classifier_and_multimodal(sequence_parallel)
+
+
+@SEQUENCE
+@pytest.mark.ranks(4)
+def test_a_classifier_and_a_multimodal_model_equal_one_process_on_four_ranks(sequence_parallel):
+    compare_classifier_and_multimodal(sequence_parallel)
+
+
+def compare_classifier_and_multimodal(sequence_parallel):
     classifier, multimodal = tiny_classifier(), tiny_multimodal()
     ids, _ = token_batch(2, 12)
     image = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -115,13 +125,13 @@ def test_a_classifier_and_a_multimodal_model_equal_one_process(sequence_parallel
 
 
 def tiny_classifier():
-    model = tiny("qwen3")
+    model = tiny("qwen3", num_key_value_heads=4)
     torch.manual_seed(0)
     return transformers.Qwen3ForSequenceClassification(model.config).double()
 
 
 def tiny_multimodal():
-    text = tiny("gemma3_text", sliding_window=4).config
+    text = tiny("gemma3_text", sliding_window=4, num_key_value_heads=4).config
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4, "vision_use_head": False}
     config = transformers.Gemma3Config(
