@@ -81,7 +81,7 @@ def sweep(session: nox.Session) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     session.env["AM_SWEEP"] = str(folder)
-    for package in ("am-pipeline", "am-tp-plans"):
+    for package in ("am-pipeline", "am-tp-plans", "am-fsdp"):
         pytest(session, f"sweep-{package}", f"packages/{package}/tests/test_sweep.py", *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder))
 

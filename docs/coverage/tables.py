@@ -1,4 +1,4 @@
-"""Write pipeline.md and tensor.md from what `nox -s sweep` measured: a row for every causal language model type."""
+"""Write the tables beside this file from what `nox -s sweep` measured: a row for every causal language model type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers
 
 
 def main(folder: str) -> None:
-    for name, write in (("pipeline", pipeline), ("tensor", tensor)):
+    for name, write in (("pipeline", pipeline), ("tensor", tensor), ("data", data)):
         files = pathlib.Path(folder).glob(f"{name}-*.json")
         measured = {file.stem.removeprefix(f"{name}-"): json.loads(file.read_text()) for file in files}
         lines = write(measured)
@@ -93,6 +93,45 @@ def tensor(measured: dict[str, dict]) -> list[str]:
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
+
+
+def data(measured: dict[str, dict]) -> list[str]:
+    layouts = {
+        "fsdp2": "two data ranks",
+        "hsdp2x2": "two replicas of two shards",
+        "fsdp2 x tp2": "two data by two tensor ranks with transformers' plan or an inferred one",
+    }
+    exact = {name: sum(isinstance(r.get(name), float) for r in measured.values()) for name in layouts}
+    shown = [name for name in layouts if exact[name]]
+    rows = []
+    for name in model_types():
+        result = measured.get(name)
+        cells = [cell(result[layout]) if result and layout in result else "" for layout in shown]
+        if not result:
+            cells[0] = why_not(name, None)
+        elif result["nan"]:
+            cells[0] += " (its own gradients have NaN)"
+        kind, dtype = (result["kind"], result["dtype"]) if result else ("", "")
+        rows.append(f"| {name} | {kind} | {' | '.join(cells)} | {dtype} |")
+    return [
+        "# Sharded data parallelism: every causal language model of transformers",
+        "",
+        f"Of {len(rows)} model types, "
+        + ", ".join(f"**{exact[name]} are exact** under {name}" for name in shown)
+        + ".",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `fsdp2_strategy_parallelize` of a four-layer model of the type over",
+        f"{', '.join(layouts[name] for name in shown)}; one step with gradient clipping against one process. The",
+        "numbers are the largest relative differences among logits, all gradients after clipping and the norm.",
+        "",
+        f"| model type | class | {' | '.join(shown)} | |",
+        f"|---|---|{'---|' * len(shown)}---|",
+        *rows,
+    ]
+
+
+def cell(result: float | str) -> str:
+    return result.splitlines()[0][:140] if isinstance(result, str) else f"{result:.0e}"
 
 
 def why(message: str) -> str:

@@ -199,8 +199,10 @@ def test_copies_of_a_tied_weight_count_once_and_pipeline_ranks_add_up():
 def test_a_norm_that_is_not_finite_is_an_error_on_every_rank():
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([1.0, math.nan if dist.get_rank() else 1.0])
-    with pytest.raises(RuntimeError, match="gradients \\[0\\]" if dist.get_rank() else "gradients none"):
-        clip_grad_norm_([parameter], 1.0, error_if_nonfinite=True)
+    for given, name in (([parameter], "parameter 0"), ([("up.weight", parameter)], r"up\.weight")):
+        with pytest.raises(RuntimeError, match=f"on this rank: {name if dist.get_rank() else 'none'}"):
+            clip_grad_norm_(given, 1.0, error_if_nonfinite=True)
+    assert parameter.grad[0] == 1.0, "nothing is scaled"
 
 
 @pytest.mark.parametrize(

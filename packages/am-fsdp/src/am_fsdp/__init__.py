@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from am_fsdp.checkpointing import checkpoint_layers
 from am_fsdp.clipping import clip_grad_norm_
 from am_fsdp.imports import import_class_from_path, import_classes_from_paths
 from am_fsdp.process_group import _destroy_dist_connection
@@ -14,6 +15,7 @@ __version__ = version("am-fsdp")
 __all__ = [
     "_destroy_dist_connection",
     "apply_fsdp_sharding_recursively",
+    "checkpoint_layers",
     "clip_grad_norm_",
     "fsdp2_strategy_parallelize",
     "import_class_from_path",

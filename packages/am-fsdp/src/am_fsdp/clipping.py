@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def clip_grad_norm_(
-    parameters: torch.Tensor | Iterable[torch.Tensor],
+    parameters: torch.Tensor | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
     max_norm: float,
     *,
     norm_type: float = 2.0,
@@ -29,14 +29,16 @@ def clip_grad_norm_(
     stages of a pipeline may hold different parameters.
 
     Args:
-        parameters: this rank's parameters; those without a gradient add nothing.
+        parameters: this rank's parameters, or `model.named_parameters()` so that errors name them; those without a
+            gradient add nothing.
         max_norm: the largest norm allowed.
         norm_type: 2.0 or `inf`.
         group: all ranks that train the model; the default group if None.
         pipeline_shards: how many ranks of `group` hold different stages: the size of the pipeline axis.
         duplicates: parameters of this rank that are counted elsewhere (copies of tied weights on another stage);
             scaled, not counted.
-        error_if_nonfinite: raise on every rank if the norm is not finite, naming this rank's gradients that are not.
+        error_if_nonfinite: raise on every rank if the norm is not finite, naming this rank's gradients that are not;
+            nothing is scaled then.
 
     Returns:
         The norm, a float32 scalar on the device of the gradients, bitwise the same on every rank.
@@ -52,13 +54,14 @@ def clip_grad_norm_(
     size = dist.get_world_size(group)
     if pipeline_shards < 1 or size % pipeline_shards:
         raise ValueError(f"pipeline_shards={pipeline_shards} must divide the {size} ranks of the group")
-    if isinstance(parameters, torch.Tensor):
-        parameters = [parameters]
+    given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    named = {f"parameter {i}" if isinstance(p, torch.Tensor) else p[0]: p for i, p in enumerate(given)}
+    tensors = {name: p if isinstance(p, torch.Tensor) else p[1] for name, p in named.items()}
     uncounted = {id(p) for p in duplicates}
-    trained = [p for p in parameters if p.grad is not None]
-    locals_ = [_local_shard(p) for p in trained]
+    trained = {name: p for name, p in tensors.items() if p.grad is not None}
+    locals_ = [_local_shard(p) for p in trained.values()]
     total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
-    for parameter, shard in zip(trained, locals_, strict=True):
+    for parameter, shard in zip(trained.values(), locals_, strict=True):
         if id(parameter) in uncounted or not shard.numel():
             continue
         if norm_type == math.inf:
@@ -69,8 +72,9 @@ def clip_grad_norm_(
     dist.all_reduce(total, dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM, group=group)
     norm = total if norm_type == math.inf else total.sqrt()
     if error_if_nonfinite and not torch.isfinite(norm):
-        bad = [i for i, shard in enumerate(locals_) if not bool(torch.isfinite(shard).all())]
-        raise RuntimeError(f"the gradient norm is {norm.item()}; not finite on this rank: gradients {bad or 'none'}")
+        bad = [name for name, shard in zip(trained, locals_, strict=True) if not bool(torch.isfinite(shard).all())]
+        where = ", ".join(bad) or "none"
+        raise RuntimeError(f"the gradient norm is {norm.item()}; gradients that are not finite on this rank: {where}")
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for shard in locals_:
         shard.mul_(scale.to(shard.dtype))

@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 import am_tp_plans
 from am_fsdp._torch_compat import axis
 from am_fsdp.checkpointing import checkpoint_layers
-from am_fsdp.units import apply_fsdp_sharding_recursively
+from am_fsdp.units import apply_fsdp_sharding_recursively, edges
 
 
 def fsdp2_strategy_parallelize(
@@ -22,10 +22,10 @@ def fsdp2_strategy_parallelize(
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: CPUOffloadPolicy | None = None,
     sequence_parallel: bool = False,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | str | int = False,
     cpu_offload: bool = False,
     tp_shard_plan: dict[str, ParallelStyle] | str | None = None,
-    dp_mesh_name: str = "data_parallel",
+    dp_mesh_name: str | tuple[str, str] = "data_parallel",
     tp_mesh_name: str = "tensor_parallel",
     dp_cp_mesh_name: str = "dp_cp",
 ) -> nn.Module:
@@ -41,9 +41,11 @@ def fsdp2_strategy_parallelize(
         mp_policy: FSDP2's own, instead.
         offload_policy: FSDP2's own; `cpu_offload=True` is short for `CPUOffloadPolicy()`.
         sequence_parallel: shard the sequence between layers over the tensor axis; sets `model.sequence_shards`.
-        activation_checkpointing: recompute each decoder layer in backward; sets `model.config.use_cache = False`.
-        tp_shard_plan: a plan or an import path of one, before the registry of `am_tp_plans`.
-        dp_mesh_name: the data axis.
+        activation_checkpointing: recompute in backward: True or "full" for each layer, n for every n-th, "selective" or
+            "mlp"; see `checkpoint_layers`. Sets `model.config.use_cache = False`.
+        tp_shard_plan: a plan, or the import path of a dict or of a function of `(model, sequence_parallel)`; else the
+            family's, else the one that transformers brings (`am_tp_plans.resolve_plan`).
+        dp_mesh_name: the data axis; or two for HSDP, whose first replicates and whose second shards.
         tp_mesh_name: the tensor axis; missing or of size 1 means no tensor parallelism.
         dp_cp_mesh_name: the flattened data and context axis; parameters are sharded over it where the mesh has it.
 
@@ -57,7 +59,7 @@ def fsdp2_strategy_parallelize(
         ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
             experts are already spread over the data ranks, or the plan does not fit; on every rank alike.
     """
-    dp_mesh = axis(device_mesh, dp_cp_mesh_name) or axis(device_mesh, dp_mesh_name)
+    dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
     tp_mesh = axis(device_mesh, tp_mesh_name)
     _check(model, device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
     offload = offload_policy or (CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
@@ -66,12 +68,24 @@ def fsdp2_strategy_parallelize(
     if tp_mesh is not None and tp_mesh.size() > 1:
         plan = am_tp_plans.resolve_plan(model, tp_shard_plan, sequence_parallel=sequence_parallel)
         am_tp_plans.apply_plan(model, tp_mesh, plan)
-    if activation_checkpointing:
-        checkpoint_layers(model)
+    checkpoint_layers(model, activation_checkpointing)
     apply_fsdp_sharding_recursively(model, dp_mesh, mixed, offload)
-    # The root holds what no layer does; tied embeddings and head stay one parameter in it.
+    for unit in edges(model):
+        whole = unit if len(unit) > 1 else unit[0]
+        fully_shard(whole, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+    # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     return model
+
+
+def data_axes(mesh: DeviceMesh, dp_name: str | tuple[str, str], dp_cp_name: str) -> DeviceMesh | None:
+    """The mesh to shard parameters over: data and context flattened where there is such an axis, two axes for HSDP."""
+    if isinstance(dp_name, str):
+        return axis(mesh, dp_cp_name) or axis(mesh, dp_name)
+    replicate, shard = dp_name
+    if axis(mesh, replicate) is None or axis(mesh, shard) is None:
+        return None
+    return mesh[replicate, shard]
 
 
 def default_mp_policy(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -84,7 +98,7 @@ def _check(
     mesh: DeviceMesh,
     dp_mesh: DeviceMesh | None,
     tp_mesh: DeviceMesh | None,
-    dp_name: str,
+    dp_name: str | tuple[str, str],
     tp_name: str,
     sequence_parallel: bool,
     plan: object,
@@ -92,8 +106,8 @@ def _check(
     axes = mesh.mesh_dim_names
     if dp_mesh is None:
         raise ValueError(f"device_mesh has no data axis {dp_name!r}; it has {axes}. Pass its name as dp_mesh_name")
-    if dp_mesh.ndim != 1:
-        raise ValueError(f"the data axis {dp_name!r} must be one-dimensional, got {dp_mesh.mesh_dim_names}")
+    if dp_mesh.ndim != (1 if isinstance(dp_name, str) else 2):
+        raise ValueError(f"the data axis {dp_name!r} must be one axis, or two for HSDP; got {dp_mesh.mesh_dim_names}")
     if tp_mesh is None and (sequence_parallel or plan is not None):
         asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
         raise ValueError(f"{asked} needs a tensor axis, but device_mesh has no {tp_name!r}; it has {axes}")

@@ -1,9 +1,11 @@
-"""Which modules become FSDP units: the layers of every stack, wherever they are."""
+"""Which modules become FSDP units: the layers of every stack wherever they are, and what stands before and after."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -18,16 +20,23 @@ def apply_fsdp_sharding_recursively(
     """Make every layer of every outermost `ModuleList` an FSDP2 unit; the caller shards what is left with the root.
 
     The last layer of a stack is not resharded after forward, because backward needs it at once. Layers without
-    parameters, which a pipeline leaves where another stage's layers were, are passed over.
+    parameters, which a pipeline leaves where another stage's layers were, are passed over; so are layers that share
+    parameters with each other, which stay with the root. A module whose parameters have another dtype than most, such
+    as a float32 router, becomes a unit of its own that keeps it.
 
     Args:
         module: the model or a part of it; changed in place.
-        mesh: the data axis, one-dimensional.
+        mesh: the data axis, one-dimensional, or two-dimensional for HSDP (replicate, shard).
         mp_policy: None for no mixed precision.
         offload_policy: None to keep shards on the device.
     """
+    odd = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for owner in _of_another_dtype(module):
+        fully_shard(owner, mesh=mesh, mp_policy=odd, offload_policy=offload_policy or OffloadPolicy())
     for stack in layer_stacks(module):
         layers = [layer for layer in stack if any(True for _ in layer.parameters())]
+        owned = Counter(id(p) for layer in layers for p in set(layer.parameters()))
+        layers = [layer for layer in layers if all(owned[id(p)] == 1 for p in layer.parameters())]
         for index, layer in enumerate(layers):
             fully_shard(
                 layer,
@@ -36,6 +45,66 @@ def apply_fsdp_sharding_recursively(
                 offload_policy=offload_policy or OffloadPolicy(),
                 reshard_after_forward=index < len(layers) - 1,
             )
+
+
+def _of_another_dtype(model: nn.Module) -> list[nn.Module]:
+    """The modules whose own parameters have another dtype than most of the model; FSDP2 wants one dtype in a unit.
+
+    Raises:
+        ValueError: one module holds parameters of two dtypes itself.
+    """
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        numbers[parameter.dtype] += parameter.numel()
+    usual = max(numbers, key=lambda dtype: numbers[dtype], default=None)
+    owners = []
+    for name, module in model.named_modules():
+        dtypes = {p.dtype for p in module.parameters(recurse=False)}
+        if len(dtypes) > 1:
+            raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
+        if dtypes and dtypes != {usual}:
+            owners.append(module)
+    return owners[::-1]  # inner ones first: a unit takes all below it that has none yet
+
+
+def edges(model: nn.Module) -> list[list[nn.Module]]:
+    """What becomes a unit of its own besides layers: the token embedding; the final norm together with the head.
+
+    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
+    does not say which modules they are, or where a pipeline left them on another stage.
+    """
+    embedding, head = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    if embedding is not None and head is not None:
+        shared = {id(p) for p in embedding.parameters()}
+        if any(id(p) in shared for p in head.parameters()):
+            return []
+    units = [[embedding]] if embedding is not None else []
+    if head is not None:
+        norm = _final_norm(model, head)
+        units.append([head] if norm is None else [norm, head])
+    return units
+
+
+def _held(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a method of the model returns, if there is one and it has parameters."""
+    found = getattr(model, getter, lambda: None)()
+    return found if isinstance(found, nn.Module) and any(True for _ in found.parameters()) else None
+
+
+def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The one module with parameters of its own between the last stack and the head."""
+    stacks = list(layer_stacks(model))
+    after: list[nn.Module] = []
+    for module in model.modules():
+        if stacks and module is stacks[-1]:
+            after = []
+        elif module is head:
+            break
+        elif any(True for _ in module.parameters(recurse=False)):
+            after.append(module)
+    inside = {id(module) for stack in stacks for module in stack.modules()}
+    after = [module for module in after if id(module) not in inside]
+    return after[0] if len(after) == 1 and "norm" in type(after[0]).__name__.lower() else None
 
 
 def layer_stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
