@@ -74,6 +74,15 @@ def integration(session: nox.Session, ranks: int) -> None:
     torchrun(session, ranks, "-m", "pytest", *arguments)
 
 
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """What only a GPU can show; without one every test says that it was skipped, and why."""
+    tools = sorted({r for p in PROJECTS for r in test_requirements(p)})
+    install(session, *editable(*PROJECTS), *tools, "numpy")
+    session.env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the parent of forked ranks must not start CUDA itself
+    pytest(session, "gpu", "-rs", *(session.posargs or sorted(map(str, ROOT.glob("packages/*/tests/test_gpu*.py")))))
+
+
 @nox.session(venv_backend="none", requires=["together"])
 def sweep(session: nox.Session) -> None:
     """Every architecture of transformers in pipelines and tensor plans; writes the tables in `docs/coverage/`."""

@@ -5,7 +5,8 @@ from importlib.metadata import version
 from am_fsdp.checkpointing import checkpoint_layers
 from am_fsdp.clipping import clip_grad_norm_
 from am_fsdp.imports import import_class_from_path, import_classes_from_paths
-from am_fsdp.process_group import _destroy_dist_connection
+from am_fsdp.nvfsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
+from am_fsdp.process_group import _destroy_dist_connection, stop_on_signal
 from am_fsdp.strategy import fsdp2_strategy_parallelize
 from am_fsdp.units import apply_fsdp_sharding_recursively
 from am_fsdp.unshard import unshard_fsdp2_model
@@ -13,6 +14,7 @@ from am_fsdp.unshard import unshard_fsdp2_model
 __version__ = version("am-fsdp")
 
 __all__ = [
+    "HAVE_NVFSDP",
     "_destroy_dist_connection",
     "apply_fsdp_sharding_recursively",
     "checkpoint_layers",
@@ -20,5 +22,7 @@ __all__ = [
     "fsdp2_strategy_parallelize",
     "import_class_from_path",
     "import_classes_from_paths",
+    "nvfsdp_strategy_parallelize",
+    "stop_on_signal",
     "unshard_fsdp2_model",
 ]
