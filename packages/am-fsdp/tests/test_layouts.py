@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -187,3 +188,75 @@ def test_axes_that_are_missing_are_named():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     with pytest.raises(ValueError, match=r"no data axis \('replicas', 'parts'\); it has"):
         fsdp2_strategy_parallelize(tiny("llama"), mesh, dp_mesh_name=("replicas", "parts"))
+
+
+@pytest.mark.ranks(4)
+def test_parameters_are_sharded_over_data_and_context_ranks_together():
+    model = tiny("llama")
+    whole = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "context_parallel"))
+    mesh._flatten("dp_cp")
+    fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    assert model.model.layers[0].mlp.up_proj.weight.to_local().shape == (12, 32)
+    step(model, whole, mesh, ("data_parallel", "context_parallel"))
+
+
+@pytest.mark.ranks(2)
+def test_shards_in_cpu_memory_train_the_same():
+    model = tiny("llama")
+    whole = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    fsdp2_strategy_parallelize(model, mesh, torch.float64, cpu_offload=True)
+    step(model, whole, mesh, "data_parallel")
+
+
+class Adapted(torch.nn.Module):
+    """A frozen linear layer with a float32 adapter beside it, as peft makes them over a bfloat16 model."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = torch.nn.Linear(base.in_features, 4, bias=False, dtype=torch.float32)
+        self.up = torch.nn.Linear(4, base.out_features, bias=False, dtype=torch.float32)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x.to(self.down.weight.dtype))).to(x.dtype)
+
+
+@pytest.mark.ranks(2)
+def test_adapters_over_a_frozen_model_share_its_units_and_keep_their_dtype():
+    model = tiny("llama", dtype=torch.bfloat16).requires_grad_(False)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+    whole = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    fsdp2_strategy_parallelize(model, mesh, torch.bfloat16)
+    units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    assert not any("mlp" in name or "self_attn" in name for name in units)
+    assert sum(p.grad is None for p in model.parameters()) == len(list(model.parameters()))
+    step(model, whole, mesh, "data_parallel", tolerance=1e-4)
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_a_layer_gathers_the_next_one_before_it_computes():
+    class Order(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in ("c10d::_allgather_base_", "aten::silu"):
+                self.seen.append(func._schema.name.rpartition(":")[2])
+            return func(*args, **(kwargs or {}))
+
+    model = tiny("llama")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    with Order() as order, torch.no_grad():
+        model(token_batch(2, 8)[0], use_cache=False)
+    gathers = [sum(s == "_allgather_base_" for s in order.seen[:i]) for i, s in enumerate(order.seen) if s == "silu"]
+    assert [later - earlier for earlier, later in itertools.pairwise(gathers)] == [1, 1, 0]
+    assert gathers[0] == 3, "the embedding and two layers"

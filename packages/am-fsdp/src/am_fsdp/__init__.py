@@ -5,8 +5,10 @@ from importlib.metadata import version
 from am_fsdp.checkpointing import checkpoint_layers
 from am_fsdp.clipping import clip_grad_norm_
 from am_fsdp.imports import import_class_from_path, import_classes_from_paths
+from am_fsdp.load import load_hf_weights
 from am_fsdp.nvfsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
 from am_fsdp.process_group import _destroy_dist_connection, stop_on_signal
+from am_fsdp.save import save_hf_weights
 from am_fsdp.strategy import fsdp2_strategy_parallelize
 from am_fsdp.units import apply_fsdp_sharding_recursively
 from am_fsdp.unshard import unshard_fsdp2_model
@@ -22,7 +24,9 @@ __all__ = [
     "fsdp2_strategy_parallelize",
     "import_class_from_path",
     "import_classes_from_paths",
+    "load_hf_weights",
     "nvfsdp_strategy_parallelize",
+    "save_hf_weights",
     "stop_on_signal",
     "unshard_fsdp2_model",
 ]

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def is_unsharded(module: FSDPModule) -> bool:
@@ -23,3 +30,52 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
         return mesh[name]
     except (KeyError, RuntimeError, ValueError):
         return None
+
+
+def local_box(tensor: DTensor) -> list[tuple[int, int]]:
+    """The index ranges of the whole tensor that this rank's shard is, [start, stop) per dim.
+
+    The offsets are those that `torch.distributed.checkpoint` writes by. They say where the first row of a strided
+    shard is; its rows are in one piece where the axes behind it divided the dim before, as under FSDP2 over tensor
+    parallelism.
+
+    Raises:
+        ValueError: the tensor is a partial sum, or its shard is not in one piece.
+    """
+    if any(p.is_partial() for p in tensor.placements):
+        raise ValueError(f"a partial sum, {tensor.placements}, is no part of a tensor")
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, _StridedShard):
+            later = range(axis + 1, tensor.device_mesh.ndim)
+            before = [tensor.device_mesh.size(a) for a in later if tensor.placements[a].is_shard(placement.dim)]
+            if math.prod(before) != placement.split_factor:
+                raise ValueError(f"shards under {tensor.placements} on {tensor.device_mesh} are not in one piece")
+    (chunk,) = tensor.__create_chunk_list__()
+    return [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether hooks were registered on a leaf, which memory of its own would lose."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def writes(tensor: torch.Tensor) -> int:
+    """How many operations have written to a tensor in place."""
+    return tensor._version
+
+
+def group_name_of(argument: Any) -> str | None:
+    """The name of the process group that an operator got as an argument, as an object or by its name."""
+    if isinstance(argument, torch.ScriptObject):
+        try:
+            return dist.ProcessGroup.unbox(argument).group_name
+        except RuntimeError:  # another object, such as the kind of a reduction
+            return None
+    return argument if isinstance(argument, str) else None
+
+
+def init_fake_process_group(world_size: int) -> None:
+    """A default group of that many ranks, of which this process is rank 0, whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from typing import Any
 
@@ -124,7 +123,8 @@ def nvfsdp_strategy_parallelize(
         am_tp_plans.apply_plan(model, tp_mesh, plan)
     mesh, shard_axis = sharding_mesh(device_mesh, dp_mesh_name, cp_mesh_name)
 
-    megatron_fsdp = importlib.import_module("megatron_fsdp")
+    import megatron_fsdp
+
     precision = megatron_fsdp.MixedPrecisionPolicy(**arguments.pop("mixed_precision_policy"))
     sharded = megatron_fsdp.fully_shard_model(
         model,

@@ -37,9 +37,9 @@ def fsdp2_strategy_parallelize(
             part whose absent modules are leaves without parameters.
         device_mesh: has the data axis (size 1 allowed) and, for tensor parallelism, the tensor axis.
         param_dtype: compute dtype of the default `mp_policy`; gradients are then reduced in float32, or in
-            `param_dtype` where that is wider.
+            `param_dtype` where that is wider. Adapters over a frozen model of this dtype compute in their own.
         mp_policy: FSDP2's own, instead.
-        offload_policy: FSDP2's own; `cpu_offload=True` is short for `CPUOffloadPolicy()`.
+        offload_policy: FSDP2's own; `cpu_offload=True` is short for `CPUOffloadPolicy`.
         sequence_parallel: shard the sequence between layers over the tensor axis; sets `model.sequence_shards`.
         activation_checkpointing: recompute in backward: True or "full" for each layer, n for every n-th, "selective" or
             "mlp"; see `checkpoint_layers`. Sets `model.config.use_cache = False`.
@@ -62,8 +62,8 @@ def fsdp2_strategy_parallelize(
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
     tp_mesh = axis(device_mesh, tp_mesh_name)
     _check(model, device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
-    offload = offload_policy or (CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
-    mixed = mp_policy or default_mp_policy(param_dtype)
+    offload = offload_policy or (offload_to_cpu() if cpu_offload else OffloadPolicy())
+    mixed = mp_policy or default_mp_policy(model, param_dtype)
 
     if tp_mesh is not None and tp_mesh.size() > 1:
         plan = am_tp_plans.resolve_plan(model, tp_shard_plan, sequence_parallel=sequence_parallel)
@@ -88,9 +88,20 @@ def data_axes(mesh: DeviceMesh, dp_name: str | tuple[str, str], dp_cp_name: str)
     return mesh[replicate, shard]
 
 
-def default_mp_policy(param_dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Compute in `param_dtype`, reduce gradients in float32 or wider."""
-    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.promote_types(param_dtype, torch.float32))
+def default_mp_policy(model: nn.Module, param_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Compute in `param_dtype`, reduce gradients in float32 or wider.
+
+    Over a frozen model that is in `param_dtype` already, adapters of another dtype keep computing in theirs.
+    """
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    kept = frozen == {param_dtype} and any(p.requires_grad for p in model.parameters())
+    reduced = torch.promote_types(param_dtype, torch.float32)
+    return MixedPrecisionPolicy(param_dtype=None if kept else param_dtype, reduce_dtype=reduced)
+
+
+def offload_to_cpu() -> CPUOffloadPolicy:
+    """Shards in CPU memory, pinned where there is a device that copies from it."""
+    return CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
 
 
 def _check(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,7 +24,9 @@ def apply_fsdp_sharding_recursively(
     The last layer of a stack is not resharded after forward, because backward needs it at once. Layers without
     parameters, which a pipeline leaves where another stage's layers were, are passed over; so are layers that share
     parameters with each other, which stay with the root. A module whose parameters have another dtype than most, such
-    as a float32 router, becomes a unit of its own that keeps it.
+    as a float32 router, becomes a unit of its own that keeps it; where parameters keep their dtypes anyhow and all
+    that are trained have the same, as adapters over a frozen model, there is no need. A layer gathers the next one
+    before it computes.
 
     Args:
         module: the model or a part of it; changed in place.
@@ -31,7 +35,9 @@ def apply_fsdp_sharding_recursively(
         offload_policy: None to keep shards on the device.
     """
     odd = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for owner in _of_another_dtype(module):
+    kept = mp_policy is None or mp_policy.param_dtype is None
+    trained = {p.dtype for p in module.parameters() if p.requires_grad}
+    for owner in [] if kept and len(trained) < 2 else _of_another_dtype(module):
         fully_shard(owner, mesh=mesh, mp_policy=odd, offload_policy=offload_policy or OffloadPolicy())
     for stack in layer_stacks(module):
         layers = [layer for layer in stack if any(True for _ in layer.parameters())]
@@ -45,6 +51,8 @@ def apply_fsdp_sharding_recursively(
                 offload_policy=offload_policy or OffloadPolicy(),
                 reshard_after_forward=index < len(layers) - 1,
             )
+        for layer, following in itertools.pairwise(cast(list[Any], layers)):
+            layer.set_modules_to_forward_prefetch([following])
 
 
 def _of_another_dtype(model: nn.Module) -> list[nn.Module]:
