@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
 from am_testkit.exact import whole
 from am_testkit.zoo import NOT_BUILT, model_types, small
-from am_tp_plans import get_hf_tp_shard_plan, infer_plan
+from am_tp_plans import explain_plan, get_hf_tp_shard_plan, infer_plan
 
 # Why a model is not laid out, in the words of the error.
 REFUSED = {
@@ -56,8 +56,10 @@ def on_four_ranks(model_type):
     model = small(model_type)
     for make in (get_hf_tp_shard_plan, infer_plan):
         try:
+            plan = make(model)
+            explain_plan(model, plan, 2, seq_len=8)  # refuses what tensor parallelism would
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES)
-            layouts["fsdp2 x tp2"] = (mesh, "data_parallel", make(model))
+            layouts["fsdp2 x tp2"] = (mesh, "data_parallel", plan)
             break
         except (ValueError, TypeError):
             continue

@@ -12,6 +12,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from am_testkit.forked import run_forked
+
 BAD = pathlib.Path(__file__).parents[1] / "bad_suite"
 MODES = ["forked", "lockstep", "lockstep on three"]
 
@@ -118,3 +120,11 @@ def test_it_ends_in_bounded_time_and_nothing_outlives_it(run):
     for note in folder.rglob("orphan"):
         status = pathlib.Path(f"/proc/{note.read_text()}/status")
         assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_a_test_over_ranks_leaves_no_open_file_behind():
+    run_forked(lambda: None, str, 2, 60.0)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert run_forked(lambda: None, str, 2, 60.0).status == "passed"
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -125,10 +125,7 @@ def fork_rank(
     """
     report_read, report_write = os.pipe()
     release_read, release_write = os.pipe()
-    folder = tempfile.gettempdir()
-    files = [
-        pathlib.Path(tempfile.mkstemp(prefix=f"rank{rank}-{kind}-", dir=folder)[1]) for kind in ("stack", "output")
-    ]
+    files = [_empty_file(f"rank{rank}-{kind}-") for kind in ("stack", "output")]
     pid = os.fork()
     if pid == 0:
         code = 70  # seen only if what follows ends without a report
@@ -156,6 +153,12 @@ def fork_rank(
     os.close(report_write)
     os.close(release_read)
     return Rank(rank, pid, report_read, release_write, *files)
+
+
+def _empty_file(prefix: str) -> pathlib.Path:
+    descriptor, name = tempfile.mkstemp(prefix=prefix)
+    os.close(descriptor)
+    return pathlib.Path(name)
 
 
 def without_harness(stack: str) -> str:
