@@ -81,6 +81,14 @@ def test_twenty_steps_agree_with_one_process(layout, tmp_path):
         assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_other_experts_agree_with_one_process_too(family, tmp_path):
+    arguments = [*LAYOUTS["pp2-ep2-dp2"], "--config", family, "--steps", 3, "--batch", 8, "--seq-len", 32]
+    code, output = finish(launch(4, *arguments, "--check", "--out", tmp_path))
+    assert code == 0, output
+    assert "check: the run agrees with one process" in output
+
+
 def test_a_check_that_should_fail_fails(tmp_path):
     code, output = finish(launch(2, *LAYOUTS["pp2"], "--steps", 3, "--check", "--tolerance", 0, "--out", tmp_path))
     assert code != 0

@@ -13,7 +13,18 @@ from training.text import VOCABULARY
 
 # Fields that `--size` multiplies, with what they are at size 1.
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-_EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_EXPERTS = {
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+# DeepSeek's attention through latent vectors, which has no fewer key heads than query heads.
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
 
 
 def build_config(name: str, size: int) -> Any:
@@ -44,6 +55,10 @@ def build_config(name: str, size: int) -> Any:
         for field, value in _EXPERTS.items():
             if isinstance(getattr(config, field, None), int):
                 setattr(config, field, size * value if field == "moe_intermediate_size" else value)
+        if hasattr(config, "kv_lora_rank"):
+            latent = {**_LATENT, "qk_head_dim": 32, "num_key_value_heads": config.num_attention_heads}
+            for field, value in latent.items():
+                setattr(config, field, value)
         small = {"num_hidden_layers": 4, "head_dim": 16, "vocab_size": VOCABULARY, "max_position_embeddings": 4096}
         for field, value in small.items():
             if hasattr(config, field):

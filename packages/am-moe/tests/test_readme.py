@@ -10,7 +10,7 @@ import sys
 import pytest
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```py(?:thon)?\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])

@@ -1,110 +1,124 @@
-"""Send tokens to the ranks that hold their experts, and the results back.
-
-A token travels once to each rank that holds at least one of its experts, with its weights there; that rank sums the
-weighted outputs of its experts before the row returns. With K choices over P ranks that is about `P (1 - (1 - 1/P)^K)`
-rows each way instead of K.
+"""How tokens reach their experts and come back: the contract of a dispatcher, and what all of them share.
 
     T tokens of this rank          D model dim         K choices per token      P ranks on the axis
     S rows this rank sends         R rows it receives  E experts, L = E / P of them local
+
+A dispatcher brings this rank the rows that need its experts, and takes the results back::
+
+    received = dispatcher.dispatch(x_TD, ids_TK, weights_TK, L, group)      every token, wherever it must go
+    out_RF   = experts of this rank, weighted and summed per row of received.rows_RD
+    y_TF     = dispatcher.combine(out_RF, received, group)                  summed over the ranks of each token
+
+Its obligations:
+
+* Every rank issues the same collectives in the same order, forward and backward, whatever it sends; ranks may have
+  different T, and T = 0.
+* No token is dropped. Ids of E and above go nowhere; an id may occur twice in a row.
+* Backward of `combine` brings the gradient of `y_TF` to each row of `out_RF` that was summed into it. Backward of
+  `dispatch` brings each token the sum of the gradients of its rows on all ranks, and each routing weight the gradient
+  of the one row that used it. Nothing is divided: whoever calls scales what must be averaged.
+* Sums have a fixed order, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """What a rank received, and what it needs to send the results back.
+class Received:
+    """What a rank received, and what its dispatcher needs to send the results back.
 
     Attributes:
         rows_RD: the tokens that need experts of this rank.
-        ids_RK: their local expert ids in `[0, L)`; `L` where the choice is another rank's.
-        weights_RK: their routing weights; 0 where the choice is another rank's.
-        token_S: which of this rank's tokens each sent row was.
-        num_tokens: T.
-        sent: rows sent to each rank.
-        received: rows received from each rank.
+        ids_RK: their local expert ids in `[0, L)`; `L` or above where the choice is another rank's or none.
+        weights_RK: their routing weights; anything where the choice is another rank's.
+        back: the dispatcher's own.
     """
 
     rows_RD: torch.Tensor
     ids_RK: torch.Tensor
     weights_RK: torch.Tensor
-    token_S: torch.Tensor
-    num_tokens: int
-    sent: list[int]
-    received: list[int]
+    back: Any
 
 
-def dispatch(
-    x_TD: torch.Tensor,
-    ids_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    num_local_experts: int,
-    group: dist.ProcessGroup,
-) -> Dispatched:
-    """Send every token once to each rank that holds one of its experts.
+class Dispatcher(Protocol):
+    """Brings tokens to the ranks of their experts and back; its obligations are those of this file."""
+
+    def dispatch(
+        self,
+        x_TD: torch.Tensor,
+        ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        num_local_experts: int,
+        group: dist.ProcessGroup,
+    ) -> Received:
+        """Bring every token to each rank that holds one of its experts.
+
+        Args:
+            x_TD: this rank's tokens, any float dtype.
+            ids_TK: global expert ids, int64.
+            weights_TK: routing weights, any float dtype.
+            num_local_experts: L, the same on every rank; rank p holds the experts from `p L` to `(p + 1) L - 1`.
+            group: the expert-parallel group.
+        """
+        ...
+
+    def combine(self, out_RF: torch.Tensor, received: Received, group: dist.ProcessGroup) -> torch.Tensor:
+        """Bring the results back to the tokens and add up what each got from its ranks: `(T, F)`."""
+        ...
+
+
+def get_dispatcher(name: str | Dispatcher, ranks: int) -> Dispatcher:
+    """The dispatcher of a name, or the given one itself.
 
     Args:
-        x_TD: this rank's tokens, any float dtype; T may differ between ranks and be 0.
-        ids_TK: global expert ids, int64. Ids of `E` and above mean no expert; an id may occur twice in a row.
-        weights_TK: routing weights, any float dtype.
-        num_local_experts: L, the same on every rank; rank p holds the experts from `p L` to `(p + 1) L - 1`.
-        group: the expert-parallel group.
+        name: `all_to_all`, `all_gather` or `local`, or an object that is a `Dispatcher`.
+        ranks: the size of the expert axis; on one rank nothing needs to move, and `local` takes the others' place.
 
-    Collectives (expert axis): forward an all-to-all each of counts (with a host sync), ids, rows and weights; backward
-    one each of rows and weights. Every rank issues them, whatever it sends.
+    Raises:
+        ValueError: an unknown name; `local` on several ranks; `deepep`, which is not on the package index and needs
+            devices on one fabric: wrap its `Buffer` in a `Dispatcher` of your own.
     """
-    ranks = dist.get_world_size(group)
-    owner_TK = torch.div(ids_TK, num_local_experts, rounding_mode="floor")
-    needs_PT = torch.stack([(owner_TK == p).any(-1) for p in range(ranks)])
-    owner_S, token_S = needs_PT.nonzero(as_tuple=True)
+    from am_moe.dispatchers import all_gather, all_to_all, local
 
-    sent_P = needs_PT.sum(-1)
-    received_P = torch.empty_like(sent_P)
-    dist.all_to_all_single(received_P, sent_P, group=group)
-    sent, received = sent_P.tolist(), received_P.tolist()
+    if not isinstance(name, str):
+        if callable(getattr(name, "dispatch", None)) and callable(getattr(name, "combine", None)):
+            return name
+        raise ValueError(f"dispatcher={name!r} has no dispatch and combine; see am_moe.dispatch.Dispatcher")
+    if name == "deepep":
+        raise ValueError(
+            "dispatcher='deepep' does not come with am-moe: DeepEP is not on the package index; build it, wrap its "
+            "Buffer in an object with the dispatch and combine of am_moe.dispatch.Dispatcher, and pass that"
+        )
+    known: dict[str, Dispatcher] = {
+        "all_to_all": all_to_all.AllToAll(),
+        "all_gather": all_gather.AllGather(),
+        "local": local.Local(),
+    }
+    if name not in known:
+        raise ValueError(f"dispatcher={name!r} is unknown; use one of {[*known]} or an object of your own")
+    if name == "local" and ranks > 1:
+        raise ValueError(f"dispatcher='local' moves nothing, but the experts are on {ranks} ranks; use 'all_to_all'")
+    return known["local"] if ranks == 1 else known[name]
 
-    here_SK = owner_TK[token_S] == owner_S[:, None]
-    ids_SK = torch.where(here_SK, ids_TK[token_S] - owner_S[:, None] * num_local_experts, num_local_experts)
-    weights_SK = torch.where(here_SK, weights_TK[token_S], 0)
-    ids_RK = ids_SK.new_empty(sum(received), ids_SK.shape[1])
-    dist.all_to_all_single(ids_RK, ids_SK.contiguous(), received, sent, group=group)
-    rows_RD, weights_RK = _Exchange.apply(sent, received, group, x_TD[token_S], weights_SK)
-    return Dispatched(rows_RD, ids_RK, weights_RK, token_S, x_TD.shape[0], sent, received)
 
+def sum_by_slices(rows_NF: torch.Tensor, index_N: torch.Tensor, counts: list[int], size: int) -> torch.Tensor:
+    """Add rows up by index, in order: `(size, F)`; rows of half precision are added in float32.
 
-def combine(out_RD: torch.Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> torch.Tensor:
-    """Return the results to the tokens' ranks and add up what each token got from its ranks: `(T, D)`.
-
-    Collectives (expert axis): one all-to-all of rows forward, one backward.
+    Args:
+        rows_NF: slices of rows, one after the other.
+        index_N: where each goes; the indices of one slice are all different, so that the order of the sum is that of
+            the slices and not that of the device's threads.
+        counts: how many rows each slice has.
+        size: how many sums there are.
     """
-    (back_SD,) = _Exchange.apply(dispatched.received, dispatched.sent, group, out_RD)
-    y_TD = back_SD.new_zeros(dispatched.num_tokens, back_SD.shape[1])
-    return y_TD.index_add(0, dispatched.token_S, back_SD)
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all of the rows of some tensors; backward sends the gradients the other way, in the same order.
-
-    One node for all tensors: ranks whose graphs differ, because one got no rows, still issue the same collectives in
-    the same order.
-    """
-
-    @staticmethod
-    def forward(ctx, sent, received, group, *tensors):
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return tuple(_all_to_all(t, sent, received, group) for t in tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return None, None, None, *(_all_to_all(g, ctx.received, ctx.sent, ctx.group) for g in gradients)
-
-
-def _all_to_all(tensor: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    out = tensor.new_empty(sum(received), *tensor.shape[1:])
-    dist.all_to_all_single(out, tensor.contiguous(), received, sent, group=group)
-    return out
+    exact = torch.float32 if rows_NF.dtype.itemsize < 4 else rows_NF.dtype
+    y = torch.zeros(size, rows_NF.shape[1], dtype=exact, device=rows_NF.device)
+    for rows, index in zip(rows_NF.split(counts), index_N.split(counts), strict=True):
+        y = y.index_add_(0, index, rows.to(exact))
+    return y.to(rows_NF.dtype)

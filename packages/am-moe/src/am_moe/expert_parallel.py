@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,50 +12,83 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from am_moe.dispatch import combine, dispatch
-from am_moe.experts import find_experts
+from am_moe.calls import CALLS
+from am_moe.dispatch import Dispatcher, get_dispatcher
+from am_moe.experts import Experts, describe, describe_experts
 
 
-def apply_ep(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None = None) -> nn.Module:
+def apply_ep(
+    model: nn.Module,
+    ep_mesh: DeviceMesh,
+    moe_mesh: DeviceMesh | None = None,
+    *,
+    dispatcher: str | Dispatcher = "all_to_all",
+    tp_mesh: DeviceMesh | None = None,
+) -> nn.Module:
     """Spread the experts of every layer over the ranks of an axis, in place.
 
     Names, routers and the experts' own forward stay; their parameters become DTensors sharded on the expert dim, and
-    each rank runs the forward on the tokens that need its slice. **Gradients are right when `backward()` returns**, by
+    each rank runs the forward on the rows that need its slice. **Gradients are right when `backward()` returns**, by
     the convention of data parallelism, of which the expert axis is a part: every rank's loss is the mean of its own
     tokens, and gradients are averages over the data-parallel ranks. The style divides expert gradients, to which the
-    tokens of all ranks contribute, by the axis's size; whoever does data parallelism averages the rest.
+    tokens of all ranks contribute, by the axis's size; whoever does data parallelism averages the rest. An auxiliary
+    loss over router logits is that of this rank's tokens, as under data parallelism.
 
     Args:
-        model: real, or on the meta device; any model in which `find_experts` finds something.
+        model: real, or on the meta device; any model in which `find_experts` finds something: experts that take their
+            routing (`routed`, all but two of transformers' classes), that take the same rows for every expert (`rows`,
+            Llama 4), or that are linear maps of sorted rows (`linear`, JetMoE). Of stacked parameters with rows beyond
+            the last expert, which no token ever reads (LongCat Flash), those rows are dropped.
         ep_mesh: one-dimensional; its size divides the number of experts.
         moe_mesh: the mesh that `ep_mesh` is an axis of, if there is one; only checked.
+        dispatcher: how tokens travel: `all_to_all`, `all_gather`, `local` or an object that is a `Dispatcher`.
+        tp_mesh: ranks that hold the same tokens, if the expert axis or its copies go across such ranks: each then
+            sends its share of the tokens and gathers the results, so that no token is computed twice.
 
     Returns:
         The model.
 
-    Collectives: with real weights, the experts are scattered from the axis's first rank; then those of `dispatch` and
-        `combine` in every layer.
+    Collectives: with real weights, the experts are scattered from the axis's first rank; then those of the dispatcher
+        in every layer, and with `tp_mesh` an all-gather of its rows forward, of their gradients backward.
 
     Raises:
         ValueError: no experts, experts that do not divide over the axis or are distributed already, a mesh with
-            several axes; on every rank alike.
+            several axes, an unknown dispatcher; on every rank alike.
     """
-    if ep_mesh.ndim != 1:
-        raise ValueError(f"ep_mesh must have one axis, got {ep_mesh.mesh_dim_names}; pass moe_mesh['ep'] or the like")
-    names = ep_mesh.mesh_dim_names
-    if moe_mesh is not None and names and not set(names) <= set(moe_mesh.mesh_dim_names or ()):
-        raise ValueError(f"ep_mesh is the axis {names}, but moe_mesh has {moe_mesh.mesh_dim_names}")
-    found = find_experts(model)
+    _check_meshes(ep_mesh, moe_mesh, tp_mesh)
+    found = describe_experts(model)
     if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no experts to spread: no module with stacked 3-D parameters, `num_experts` "
-            "and forward(hidden_states, top_k_index, top_k_weights)"
-        )
-    for name, module in found:
-        _check(name, module, ep_mesh.size())
-    for _, module in found:
-        ExpertParallel()._apply(module, ep_mesh)
+        raise ValueError(f"{type(model).__name__} has no experts to spread: {_why_none(model)}")
+    style = ExpertParallel(dispatcher=dispatcher, tp_mesh=tp_mesh)
+    for experts in found:
+        style.check(experts, model.get_submodule(experts.name), ep_mesh)
+    for experts in found:
+        style._apply(model.get_submodule(experts.name), ep_mesh)
     return model
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How an experts module is spread, kept at the module as `spread_experts`.
+
+    Attributes:
+        experts: what the module is.
+        mesh: the expert axis.
+        local: L, the experts of this rank.
+        dispatcher: how tokens travel.
+        tp_mesh: ranks that hold the same tokens, if the expert axis goes across those.
+    """
+
+    experts: Experts
+    mesh: DeviceMesh
+    local: int
+    dispatcher: Dispatcher
+    tp_mesh: DeviceMesh | None
+
+    @property
+    def gradient_scale(self) -> float:
+        """Tokens of all ranks of the axis contribute; those of ranks with the same tokens are one data rank's."""
+        return (self.tp_mesh.size() if self.tp_mesh else 1) / self.mesh.size()
 
 
 class ExpertParallel(ParallelStyle):
@@ -65,74 +97,90 @@ class ExpertParallel(ParallelStyle):
     Rank p of 4 with 8 experts holds::
 
         rank 0: 0 1    rank 1: 2 3    rank 2: 4 5    rank 3: 6 7
+
+    Args:
+        dispatcher, tp_mesh: as in `apply_ep`.
     """
+
+    def __init__(self, *, dispatcher: str | Dispatcher = "all_to_all", tp_mesh: DeviceMesh | None = None) -> None:
+        super().__init__()
+        self.dispatcher = dispatcher
+        self.tp_mesh = tp_mesh
+
+    def check(self, experts: Experts, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        """Refuse a module that cannot be spread over the mesh, before anything is sent."""
+        size = device_mesh.size()
+        get_dispatcher(self.dispatcher, size)
+        name = experts.name or experts.kind
+        if any(isinstance(module.get_parameter(path), DTensor) for path in experts.stacked):
+            raise ValueError(
+                f"the experts of {name} are distributed already; apply expert parallelism once, before FSDP"
+            )
+        if experts.num_experts % size:
+            fits = [d for d in range(1, experts.num_experts + 1) if experts.num_experts % d == 0]
+            raise ValueError(
+                f"the {experts.num_experts} experts of {name} do not divide over {size} ranks; an axis can have {fits}"
+            )
+        if any("." not in path for path in experts.shared):
+            raise ValueError(f"{experts.shared} of {name} have no expert dim; parameters all share go in a submodule")
 
     def _partition_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         source = getattr(self, "src_data_rank", 0)
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            local = distribute_tensor(parameter.detach(), device_mesh, [Shard(0)], src_data_rank=source)
-            module.register_parameter(leaf, nn.Parameter(local, requires_grad=parameter.requires_grad))
+        experts = _described(module)
+        for path, rows in experts.stacked.items():
+            prefix, _, leaf = path.rpartition(".")
+            owner = module.get_submodule(prefix)
+            parameter = owner.get_parameter(leaf)
+            used = parameter.detach()[: experts.num_experts * rows]
+            local = distribute_tensor(used, device_mesh, [Shard(0)], src_data_rank=source)
+            owner.register_parameter(leaf, nn.Parameter(local, requires_grad=parameter.requires_grad))
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        _check(type(module).__name__, module, device_mesh.size())
+        experts = _described(module)
+        self.check(experts, module, device_mesh)
         self._partition_fn("", module, device_mesh)
-        module.num_global_experts = module.num_experts
-        module.num_experts //= device_mesh.size()
-        # transformers' grouped and batched kernels handle the id that means "no expert" only if they see this.
-        module._is_expert_parallel = True
-        module.expert_mesh = device_mesh
+        module.spread_experts = Spread(
+            experts,
+            device_mesh,
+            experts.num_experts // device_mesh.size(),
+            get_dispatcher(self.dispatcher, device_mesh.size()),
+            self.tp_mesh,
+        )
         module.forward = types.MethodType(_forward, module)
         return module
 
 
-def _check(name: str, module: Any, size: int) -> None:
-    if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
-        raise ValueError(f"the experts of {name} are distributed already; apply expert parallelism once, before FSDP")
-    experts = module.num_experts
-    if experts % size:
-        fits = [d for d in range(1, experts + 1) if experts % d == 0]
-        raise ValueError(f"the {experts} experts of {name} do not divide over {size} ranks; an axis can have {fits}")
-
-
-def _forward(
-    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def _forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """What an experts module does instead of its own forward; runs that on the rows this rank received."""
-    group = module.expert_mesh.get_group()
-    sent = dispatch(hidden_states, top_k_index, top_k_weights, module.num_experts, group)
-    with _local_parameters(module, sent.rows_RD.dtype) as local:
-        if sent.rows_RD.shape[0]:
-            out_RD = type(module).forward(module, sent.rows_RD, sent.ids_RK, sent.weights_RK)
-        else:
-            # No rows: the parameters still get a gradient, of zeros, so that every rank reduces the same ones.
-            nothing = sum(p.flatten()[:0].sum() for p in local)
-            out_RD = sent.rows_RD * sent.weights_RK.sum(-1, keepdim=True).to(sent.rows_RD.dtype) + nothing
-    return combine(out_RD, sent, group)
+    spread: Spread = module.spread_experts
+    names = spread.experts.arguments
+    return CALLS[spread.experts.call](module, spread, *args, *(kwargs[name] for name in names[len(args) :]))
 
 
-@contextmanager
-def _local_parameters(module: Any, dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
-    """Let the module's own forward see plain tensors: this rank's slices, in the dtype of the tokens."""
-    distributed = module._parameters
-    scale = 1 / module.expert_mesh.size()
-    local = {}
-    for name, parameter in distributed.items():
-        if parameter is not None:
-            plain = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local[name] = _ScaleGradient.apply(plain, scale).to(dtype)
-    module._parameters = {**distributed, **local}
-    try:
-        yield list(local.values())
-    finally:
-        module._parameters = distributed
+def _described(module: nn.Module) -> Experts:
+    found = describe("", module)
+    if found is None:
+        raise ValueError(f"{type(module).__name__} holds no stacked experts: {_why_none(module)}")
+    return found
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, scale):
-        ctx.scale = scale
-        return tensor.view_as(tensor)
+def _why_none(model: nn.Module) -> str:
+    """The nearest thing to experts in a model without any that can be spread."""
+    for name, module in model.named_modules():
+        children = list(module.children())
+        if "expert" in name.lower() and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(children) > 1:
+            return f"{name} holds {len(children)} separate modules; stack their parameters as am_moe.experts.MoE does"
+    return (
+        "no module with stacked 3-D parameters, `num_experts` and "
+        "forward(hidden_states, top_k_index, top_k_weights); see am_moe.experts.MoE"
+    )
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        return gradients[0] * ctx.scale, None
+
+def _check_meshes(ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None, tp_mesh: DeviceMesh | None) -> None:
+    if ep_mesh.ndim != 1:
+        raise ValueError(f"ep_mesh must have one axis, got {ep_mesh.mesh_dim_names}; pass moe_mesh['ep'] or the like")
+    names = ep_mesh.mesh_dim_names
+    if moe_mesh is not None and names and not set(names) <= set(moe_mesh.mesh_dim_names or ()):
+        raise ValueError(f"ep_mesh is the axis {names}, but moe_mesh has {moe_mesh.mesh_dim_names}")
+    if tp_mesh is not None and tp_mesh.ndim != 1:
+        raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from am_moe.experts import find_experts
+from am_moe.experts import Experts, describe_experts
+from am_moe.units import edges, layers, of_another_dtype
 
 
 def apply_fsdp(
@@ -30,11 +31,17 @@ def apply_fsdp(
 
     Under expert parallelism the ranks of the data axis hold different experts, so the experts of a layer are a unit of
     their own over `ep_shard_mesh`, the ranks that hold the same ones; with no such ranks they are left as they are.
+    Units are: experts; modules of a dtype other than the model's, which keep it; the layers of every stack (decoder,
+    towers, prediction heads); the token embedding; the final norm with the head; and the rest.
+
+    Every gradient is the average over the data axis. For experts that is the sum over all tokens' ranks, divided by
+    their number: `apply_ep` divides by the expert axis's size, FSDP2 by that of `ep_shard_mesh`. The two must cover the
+    data axis, and the tensor axis if the expert axis goes across it; that is checked.
 
     Args:
         model: after `apply_ep`, if experts are spread. It may be a pipeline part whose absent modules are leaves
             without parameters.
-        fsdp_mesh: the data axis.
+        fsdp_mesh: the data axis; or two axes, (replicate, shard), for HSDP.
         ep_enabled: whether `apply_ep` has spread the experts.
         ep_shard_enabled: whether several ranks hold the same experts.
         ep_shard_mesh: those ranks; an axis of the mesh that the expert axis belongs to.
@@ -46,34 +53,69 @@ def apply_fsdp(
     Collectives: those of FSDP2, over `fsdp_mesh` and `ep_shard_mesh`.
 
     Raises:
-        ValueError: `ep_shard_enabled` without a mesh, an unknown dtype, a head that is absent or tied; on every rank
-            alike.
+        ValueError: `ep_shard_enabled` without a mesh, meshes that do not cover each other, experts that `ep_enabled`
+            denies or only claims are spread, an unknown dtype, a head that is absent or tied, parts that share
+            parameters without `wrap_outer_model`; on every rank alike.
     """
+    found = describe_experts(model)
     if ep_enabled and ep_shard_enabled and ep_shard_mesh is None:
         raise ValueError("ep_shard_enabled=True needs ep_shard_mesh, the ranks that hold the same experts")
     head, head_dtype = _head(model, lm_head_precision)
+    replicas = ep_shard_mesh if ep_enabled and ep_shard_enabled else None
+    _check_cover(model, found, fsdp_mesh, ep_enabled, replicas)
+    if not wrap_outer_model:
+        _check_apart(model)
     settings: dict[str, Any] = {
         "mesh": fsdp_mesh,
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
         "reshard_after_forward": reshard_after_forward,
     }
-    left_alone: set[nn.Parameter] = set()
-    for _, experts in find_experts(model) if ep_enabled else ():
-        if ep_shard_enabled:
-            fully_shard(experts, **settings | {"mesh": ep_shard_mesh, "shard_placement_fn": _even_dim(ep_shard_mesh)})
-        else:
-            left_alone |= set(experts.parameters())
-    settings["ignored_params"] = left_alone
-    for stack in _layer_stacks(model):
-        for layer in stack:
-            if any(True for _ in layer.parameters()):
-                fully_shard(layer, **settings)
+    expert_parameters = {
+        model.get_parameter(f"{experts.name}.{path}".lstrip("."))
+        for experts in (found if ep_enabled else ())
+        for path in experts.stacked
+    }
+    odd = settings | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
+    for module in of_another_dtype(model, expert_parameters):
+        fully_shard(module, **odd | {"ignored_params": expert_parameters})
+    if replicas is not None:
+        for experts in found:
+            _shard_experts(model.get_submodule(experts.name), experts, settings, replicas)
+    else:
+        settings["ignored_params"] = expert_parameters
+    for layer in layers(model):
+        fully_shard(layer, **settings)
     if head is not None:
-        precise = MixedPrecisionPolicy(param_dtype=head_dtype, reduce_dtype=torch.float32, output_dtype=head_dtype)
+        wide = torch.promote_types(head_dtype, torch.float32)
+        precise = MixedPrecisionPolicy(param_dtype=head_dtype, reduce_dtype=wide, output_dtype=head_dtype)
         fully_shard(head, **settings | {"mp_policy": precise})
+    for unit in edges(model, head):
+        if not any(isinstance(module, FSDPModule) for module in unit):
+            fully_shard(unit, **settings)
     for root in [model] if wrap_outer_model else [c for c in model.children() if any(True for _ in c.parameters())]:
-        fully_shard(root, **settings)
+        if not isinstance(root, FSDPModule):
+            fully_shard(root, **settings)
+
+
+def _check_apart(model: nn.Module) -> None:
+    seen: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = seen.setdefault(parameter, name)
+        if first.partition(".")[0] != name.partition(".")[0]:
+            raise ValueError(
+                f"wrap_outer_model=False needs parts that share nothing, but {name} is {first}; leave the outer model "
+                "in one unit with wrap_outer_model=True"
+            )
+
+
+def _shard_experts(module: nn.Module, experts: Experts, settings: dict[str, Any], replicas: DeviceMesh) -> None:
+    """The experts over the ranks that hold the same ones; what they share over the data axis, like everything else."""
+    for owner in {path.rpartition(".")[0] for path in experts.shared}:
+        fully_shard(module.get_submodule(owner), **settings)
+    # Routing weights keep their dtype, as they do where experts are no unit.
+    policy = dataclasses.replace(settings["mp_policy"], cast_forward_inputs=False)
+    fully_shard(module, **settings | {"mesh": replicas, "mp_policy": policy, "shard_placement_fn": _even_dim(replicas)})
 
 
 def _even_dim(mesh: DeviceMesh):
@@ -85,12 +127,24 @@ def _even_dim(mesh: DeviceMesh):
     return placement
 
 
-def _layer_stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
-    if isinstance(module, nn.ModuleList):
-        yield module
-        return
-    for child in module.children():
-        yield from _layer_stacks(child)
+def _check_cover(
+    model: nn.Module, found: list[Experts], data: DeviceMesh, ep_enabled: bool, replicas: DeviceMesh | None
+) -> None:
+    spread = {e.name: getattr(model.get_submodule(e.name), "spread_experts", None) for e in found}
+    for name, how in spread.items():
+        if (how is not None) != ep_enabled:
+            did = "are" if how is not None else "are not"
+            raise ValueError(f"ep_enabled={ep_enabled}, but the experts of {name} {did} spread by apply_ep")
+        if how is None:
+            continue
+        copies = replicas.size() if replicas is not None else 1
+        alike = how.tp_mesh.size() if how.tp_mesh is not None else 1
+        if how.mesh.size() * copies != data.size() * alike:
+            raise ValueError(
+                f"the experts of {name} are on {how.mesh.size()} ranks, each copied {copies} times, but the data axis "
+                f"has {data.size()} ranks" + (f" of {alike} with the same tokens" if alike > 1 else "") + "; expert "
+                "axis x ep_shard_mesh must be all of them: pass ep_shard_mesh with ep_shard_enabled=True, or none"
+            )
 
 
 def _head(model: nn.Module, precision: str | torch.dtype | None) -> tuple[nn.Module | None, torch.dtype | None]:

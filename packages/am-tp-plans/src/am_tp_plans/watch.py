@@ -25,6 +25,8 @@ _TAKES_APART = {"split": 2, "split_with_sizes": 2, "chunk": 2, "slice": 1, "sele
 _LOSES_PLACES = (*_RESHAPES, "permute", "transpose", "t", "mm", "bmm", "addmm", "unflatten")
 _NORMS = ("native_layer_norm", "_fused_rms_norm")
 _KEEPS_SHAPE = ("alias", "detach", "clone", "_to_copy", "dropout", "native_dropout")
+# The positions of the factors among the arguments of matrix products.
+_PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 _FRESH = ("empty_like", "zeros_like", "ones_like", "full_like", "sym_size", "sym_stride", "new_zeros", "new_ones")
 
 
@@ -105,8 +107,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func._schema.is_mutable and args and id(args[0]) in self.names:
             return args[0]  # a model that rescales its own weights; here they share one number
-        function, output = func, func(*args, **(kwargs or {}))
-        name = function._schema.name.removeprefix("aten::")
+        function, name = func, func._schema.name.removeprefix("aten::")
+        output = _product(name, args) if name in _PRODUCTS else None
+        if output is None:
+            output = func(*args, **(kwargs or {}))
         inputs = list(tensors((args, kwargs or {})))
         names = set().union(*(self._sources(tensor) for tensor in inputs)) if inputs else set()
         if read := sorted(names & self.sharded):
@@ -254,6 +258,14 @@ def _place_after(name: str, args: tuple, parts: list, dim: int, pieces: list) ->
     if name == "cat" and len(parts) != len(args[0]):
         return None
     return dim if before and name in (*_RESHAPES, "unsqueeze", "squeeze", "expand", "cat") else None
+
+
+def _product(name: str, args: tuple) -> torch.Tensor | None:
+    """Something of the shape of a product with weights that share one number: what is in it does not matter."""
+    left, right = (args[position] for position in _PRODUCTS[name])
+    if all(any(factor.stride()) for factor in (left, right)):
+        return None
+    return left.new_ones(*left.shape[:-1], right.shape[-1])
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

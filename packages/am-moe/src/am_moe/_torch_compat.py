@@ -1,0 +1,17 @@
+"""What this package takes from torch beyond its public names; `test_torch_compat.py` fails when torch changes it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread, as when an activation checkpoint recomputes."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of a name: custom operators take names."""
+    return _resolve_process_group(name)

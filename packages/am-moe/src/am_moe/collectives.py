@@ -1,0 +1,65 @@
+"""The collectives of the dispatchers as operators of their own, by which selective checkpointing knows their results.
+
+None has a gradient: the autograd functions of the dispatchers say what each one's backward is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from am_moe._torch_compat import group_of
+
+
+@torch.library.custom_op(
+    "am_moe::all_to_all", mutates_args=(), schema="(Tensor rows, int[] sent, int[] received, str group) -> Tensor"
+)
+def _all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group_of(group))
+    return out
+
+
+@torch.library.custom_op("am_moe::all_gather", mutates_args=(), schema="(Tensor rows, str group) -> Tensor")
+def _all_gather(rows: torch.Tensor, group: str) -> torch.Tensor:
+    ranks = dist.get_world_size(group_of(group))
+    out = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(out, rows.contiguous(), group=group_of(group))
+    return out
+
+
+@torch.library.custom_op("am_moe::reduce_scatter", mutates_args=(), schema="(Tensor rows, str group) -> Tensor")
+def _reduce_scatter(rows: torch.Tensor, group: str) -> torch.Tensor:
+    out = rows.new_empty(rows.shape[0] // dist.get_world_size(group_of(group)), *rows.shape[1:])
+    dist.reduce_scatter_tensor(out, rows.contiguous(), group=group_of(group))
+    return out
+
+
+@_all_to_all.register_fake
+def _(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
+    return rows.new_empty(sum(received), *rows.shape[1:])
+
+
+@_all_gather.register_fake
+def _(rows: torch.Tensor, group: str) -> torch.Tensor:
+    return rows.new_empty(dist.get_world_size(group_of(group)) * rows.shape[0], *rows.shape[1:])
+
+
+@_reduce_scatter.register_fake
+def _(rows: torch.Tensor, group: str) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0] // dist.get_world_size(group_of(group)), *rows.shape[1:])
+
+
+def all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Rows to each rank, in order: `(sum(sent), ...)` to `(sum(received), ...)`."""
+    return _all_to_all(rows, sent, received, group.group_name)
+
+
+def all_gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The rows of all ranks, as many of each: `(N, ...)` to `(P N, ...)`."""
+    return _all_gather(rows, group.group_name)
+
+
+def reduce_scatter(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum over the ranks of this rank's part of the rows: `(P N, ...)` to `(N, ...)`."""
+    return _reduce_scatter(rows, group.group_name)

@@ -1,0 +1,243 @@
+"""Context parallelism on a model: attention over the whole sequence while each rank holds a part of it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from am_moe.context_parallel.batch import unshard_sequence
+from am_moe.context_parallel.heads import gather_heads, repeated_for, spread_heads
+from am_moe.context_parallel.kernel import Scores
+from am_moe.context_parallel.masks import ContextMask, Sequence, describe, recognise
+from am_moe.context_parallel.ring import shared_attention
+from am_moe.context_parallel.rotary import show_whole_length, tables_by_length
+from am_moe.context_parallel.support import check_supported, configs_of, engine_attention, registry_attention
+from am_moe.context_parallel.transport import place
+
+COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+_PREFIX = "am_moe_context_parallel"
+_numbers = itertools.count()
+
+
+def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> nn.Module:
+    """Let a model's attention see the whole sequence while each rank of an axis holds a part of it, in place.
+
+    The model's modules, names and parameters stay. Its config names an attention function of its own, registered with
+    transformers beside the others, and a hook on its forward learns the positions of the whole sequence. Call it with
+    what `shard_batch` returns. Gradients are right when averaged over the ranks of the axis, like those of data
+    parallelism: shard or replicate the model over the flattened data and context axis.
+
+    Args:
+        model: a transformers model whose attention uses the registry, real or on the meta device; or one with
+            Transformer Engine's `DotProductAttention`, which is given its context-parallel group.
+        cp_mesh: the context axis. For `"a2a+p2p"` two axes: keys travel between the ranks of the first, heads are
+            spread over those of the last.
+        cp_comm_type: how keys reach queries. `"p2p"`: rank to rank, step by step; `"all_gather"`: all at once;
+            `"a2a"`: each rank gets the whole sequence for some of the heads; `"a2a+p2p"`: both.
+
+    Returns:
+        The model.
+
+    Collectives: none here. In a forward, an all-gather of positions over `cp_mesh`; in every attention those of
+        `shared_attention` over the first axis and `spread_heads` over the last.
+
+    Raises:
+        ValueError: an unknown type, a mesh with the wrong number of axes, heads that do not divide, a model whose
+            tokens meet in other ways than attention; on every rank alike.
+    """
+    _check_mesh(cp_mesh, cp_comm_type)
+    # The adapters of peft hand positions on without naming them; what they wrap names them.
+    whole: Any = model
+    model = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    engine = engine_attention(model)
+    if registry_attention(model) or not engine:
+        check_supported(model)
+        configs = configs_of(model)
+        _check_configs(type(model).__name__, configs, cp_mesh, cp_comm_type)
+        context = _Context(model, cp_mesh, cp_comm_type)
+        name = _register(context)
+        for config in configs:
+            config._attn_implementation = name
+        for table in tables_by_length(model):
+            show_whole_length(table, context.last_position)
+        model.register_forward_pre_hook(context.before_forward, with_kwargs=True)
+        model.register_forward_hook(context.after_forward, always_call=True)
+    for _, module in engine:
+        _set_engine_group(module, cp_mesh, cp_comm_type)
+    return whole
+
+
+class _Context:
+    """What the attention function, the mask function and the hooks of one model share."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, comm_type: str) -> None:
+        self.name, self.mesh, self.comm_type = type(model).__name__, mesh, comm_type
+        heads = comm_type in ("a2a", "a2a+p2p")
+        self.heads_group = mesh.get_group(mesh.ndim - 1) if heads else None
+        self.ring_group = None if comm_type == "a2a" else mesh.get_group(0)
+        self.parameters = inspect.signature(model.forward).parameters
+        self.parts: Any = None  # positions and padding of a forward
+        self.sequence: Sequence | None = None  # what they say together with those of the other ranks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
+        """A copy of the model shares it: groups cannot be copied, and both copies' configs name these functions."""
+        return self
+
+    def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Check a call, and keep what its masks depend on."""
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        positions, mask = given.get("position_ids"), given.get("attention_mask")
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if positions is None or tokens is None:
+            raise ValueError(f"{self.name} under context parallelism needs position_ids; call it with shard_batch(...)")
+        if given.get("use_cache") or given.get("past_key_values") is not None:
+            raise ValueError("context parallelism is for training: use_cache and past_key_values are not supported")
+        shape = tuple(tokens.shape[:2])
+        if tuple(positions.shape) not in (shape, (1, shape[1])) or shape[1] % 2:
+            raise ValueError(
+                f"position_ids of shape {tuple(positions.shape)} for {shape[0]} x {shape[1]} tokens: a rank's part has "
+                "an even number of tokens and a position for each; use shard_batch(...)"
+            )
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ValueError(f"attention_mask must be {shape}, 1 for tokens and 0 for padding; got {tuple(mask.shape)}")
+        self.parts, self.sequence = (positions.expand(shape), mask), None
+        # With a mask, transformers does not look for documents in this rank's positions, which jump between chunks.
+        if mask is None and "attention_mask" in self.parameters:
+            given["attention_mask"] = torch.ones(shape, dtype=torch.int64, device=tokens.device)
+        if "use_cache" in self.parameters:
+            given["use_cache"] = False
+        return (), given
+
+    def after_forward(self, *_: Any) -> None:
+        self.parts = self.sequence = None
+
+    def mask(self, *, mask_function: Callable, device: torch.device, local_size: int | None = None, **_: Any):
+        """The mask interface's entry: a description for the layers of one kind."""
+        self._check_called()
+        window = recognise(mask_function, local_size, torch.device(device))
+        return self.whole_sequence().mask(*window)
+
+    def last_position(self) -> torch.Tensor:
+        """What rotary tables that depend on the length are shown."""
+        self._check_called()
+        return self.whole_sequence().last_position
+
+    def whole_sequence(self) -> Sequence:
+        """What all ranks' parts say together; gathered once in a forward, over the context axis."""
+        if self.sequence is None:
+            (positions, mask), ranks = self.parts, place(self.ring_group)[1]
+            if mask is None:
+                self.sequence = describe(unshard_sequence(positions, self.mesh), None, ranks)
+            else:
+                both = unshard_sequence(torch.stack([positions, mask.to(positions.dtype)]), self.mesh, dim=2)
+                self.sequence = describe(both[0], both[1].bool(), ranks)
+        return self.sequence
+
+    def _check_called(self) -> None:
+        if self.parts is None:
+            raise ValueError(f"call the {self.name} that apply_cp was given, not a part of it")
+
+    @torch.compiler.disable
+    def attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The attention registry's entry."""
+        where = type(module).__name__
+        if not isinstance(attention_mask, ContextMask):
+            kind = "no mask" if attention_mask is None else f"a {type(attention_mask).__name__}"
+            raise ValueError(f"{where} got {kind} that transformers' mask interface did not make; it cannot be cut")
+        if dropout:
+            raise ValueError(
+                f"{where} has attention dropout {dropout}, which context parallelism does not have; set it to 0"
+            )
+        if kwargs.get("position_bias") is not None:
+            raise ValueError(f"{where} adds a position bias to its scores, which context parallelism does not know")
+        if query.shape[2] != key.shape[2]:
+            raise ValueError(f"{where} has {query.shape[2]} queries for {key.shape[2]} keys; it must be self-attention")
+        if self.heads_group is not None:
+            rank, ranks = place(self.heads_group)
+            _check_heads(where, query.shape[1], ranks)
+            times = repeated_for(key.shape[1], ranks)
+            key, value = (x.repeat_interleave(times, 1) if times > 1 else x for x in (key, value))
+            query, key, value = spread_heads([query, key, value], self.heads_group)
+            s_aux = None if s_aux is None else s_aux.chunk(ranks)[rank]
+        mask = attention_mask
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = Scores(mask.plan.rule, scale, softcap, mask.query_groups_BN, mask.key_groups_BN)
+        gather = self.comm_type == "all_gather"
+        out = shared_attention(query, key, value, s_aux, scores, mask.plan, self.ring_group, gather)
+        if self.heads_group is not None:
+            out = gather_heads(out, self.heads_group)
+        return out.transpose(1, 2).contiguous(), None
+
+
+def _register(context: _Context) -> str:
+    """Add this context's functions to transformers' registries under a name of their own."""
+    transformers = importlib.import_module("transformers")  # whose model this is
+    name = f"{_PREFIX}_{next(_numbers)}"
+    transformers.AttentionInterface.register(name, context.attention)
+    transformers.AttentionMaskInterface.register(name, context.mask)
+    return name
+
+
+def _check_mesh(mesh: DeviceMesh, comm_type: str) -> None:
+    if comm_type not in COMM_TYPES:
+        raise ValueError(f"cp_comm_type must be one of {', '.join(COMM_TYPES)}; got {comm_type!r}")
+    axes = 2 if comm_type == "a2a+p2p" else 1
+    if mesh.ndim != axes:
+        fix = (
+            "init_device_mesh(device, (p2p, a2a), mesh_dim_names=('cp_p2p', 'cp_a2a')), with ranks of one node along "
+            "the last"
+            if axes == 2
+            else "an axis of it such as mesh['cp']"
+        )
+        raise ValueError(f"cp_comm_type={comm_type!r} needs a cp_mesh of {axes} axes, got {mesh.ndim}; pass {fix}")
+    if any((mesh.mesh.diff(dim=axis) < 0).any() for axis in range(mesh.ndim)):
+        raise ValueError(
+            f"cp_mesh must list its ranks in ascending order, as their groups do; got {mesh.mesh.tolist()}"
+        )
+
+
+def _check_configs(name: str, configs: list[Any], mesh: DeviceMesh, comm_type: str) -> None:
+    for config in configs:
+        if str(config._attn_implementation).startswith(_PREFIX):
+            raise ValueError(f"{name} is context-parallel already; apply_cp is called once")
+        heads = getattr(config, "num_attention_heads", None)
+        if comm_type in ("a2a", "a2a+p2p") and isinstance(heads, int):
+            _check_heads(name, heads, mesh.size(mesh.ndim - 1))
+
+
+def _check_heads(name: str, heads: int, ranks: int) -> None:
+    if heads % ranks:
+        fits = [d for d in range(1, heads + 1) if heads % d == 0]
+        raise ValueError(
+            f"the {heads} attention heads of {name} do not divide over {ranks} ranks of all-to-all; an axis can have "
+            f"{fits}, or use cp_comm_type='p2p'"
+        )
+
+
+def _set_engine_group(module: Any, mesh: DeviceMesh, comm_type: str) -> None:
+    """What Transformer Engine documents: the group (or those of heads and of keys), its ranks, a stream, the type."""
+    groups = [mesh.get_group(axis) for axis in reversed(range(mesh.ndim))]
+    ranks = mesh.mesh.flatten().tolist() if mesh.ndim > 1 else dist.get_process_group_ranks(groups[0])
+    stream = torch.get_device_module(mesh.device_type).Stream()
+    module.set_context_parallel_group(groups if mesh.ndim > 1 else groups[0], ranks, stream, cp_comm_type=comm_type)

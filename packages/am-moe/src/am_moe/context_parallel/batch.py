@@ -1,0 +1,134 @@
+"""A batch's part for this rank, with its labels already shifted, and whole tensors from parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from am_moe.context_parallel.plan import head_tail
+from am_moe.context_parallel.transport import all_gather
+
+_IGNORED = -100
+
+
+def shard_batch(
+    batch: Mapping[str, Any], cp_mesh: DeviceMesh, average_mesh: DeviceMesh | None = None
+) -> dict[str, Any]:
+    """This rank's part of a batch that every rank of the context axis holds whole.
+
+    Tensors whose first dims are those of `input_ids` (or `inputs_embeds`) are cut along the sequence, one chunk from
+    the head and one from the tail per rank. Labels are shifted first, over the whole sequence, so that the last token
+    of a chunk predicts the first of the next.
+
+    The result goes to a transformers model as it is, `model(**shard)`: the loss it returns is the sum over this rank's
+    labels divided by `num_items_in_batch`, so that **the average of the ranks' losses is the mean over all labels**,
+    and gradients averaged over the ranks (by FSDP2 or DDP over the flattened data and context axis, or by hand) are
+    those of one process. For other models, or a loss in another dtype, use `shard_loss`.
+
+    Args:
+        batch: `input_ids` or `inputs_embeds`; `labels`, not shifted, -100 where ignored, as transformers takes them;
+            `position_ids` `(B, S)` or `(1, S)`, which start anew where a packed document does; without them tokens are
+            counted from 0. `attention_mask` `(B, S)`, 1 for tokens and 0 for padding; with one, documents are not kept
+            apart (so does transformers). What is not a tensor is passed on.
+        cp_mesh: the context axis, or both axes of `a2a+p2p`, as given to `apply_cp`.
+        average_mesh: the ranks over which gradients will be averaged where they hold other batches too (the flattened
+            data and context axis): labels are then counted over all of it. Without it each batch counts the same,
+            whatever its number of labels.
+
+    Returns:
+        The batch with `position_ids` and, if there were labels, `labels` and `shift_labels` (this rank's, equal, and
+        both shifted) and `num_items_in_batch` (a float tensor).
+
+    Collectives: one all-reduce of a number over `average_mesh`, if given.
+
+    Raises:
+        ValueError: a length that does not divide by twice the ranks of the axis, tensors of other shapes; on every
+            rank alike.
+    """
+    tokens = batch.get("input_ids")
+    tokens = batch.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+        raise ValueError(f"batch needs input_ids (B, S) or inputs_embeds (B, S, D); it has {sorted(batch)}")
+    rows, seq_len = tokens.shape[:2]
+    head_tail(seq_len, cp_mesh.size())
+    whole = {name: value for name, value in batch.items() if value is not None}
+    whole.setdefault("position_ids", torch.arange(seq_len, device=tokens.device)[None].expand(rows, -1))
+    if "labels" in whole:
+        labels = whole["labels"]
+        whole["labels"] = whole["shift_labels"] = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+    shard: dict[str, Any] = {}
+    for name, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            allowed = ((rows, seq_len), (1, seq_len)) if name == "position_ids" else ((rows, seq_len),)
+            if value.shape[:2] not in allowed or (name in ("position_ids", "attention_mask") and value.dim() != 2):
+                raise ValueError(
+                    f"batch[{name!r}] has shape {tuple(value.shape)}, which does not start with {(rows, seq_len)}: it "
+                    "cannot be cut along the sequence. Leave it out; documents are packed by position_ids, padding is "
+                    "an attention_mask (B, S)"
+                )
+            shard[name] = shard_sequence(value, cp_mesh)
+        else:
+            shard[name] = value
+    if "labels" in whole:
+        count = (whole["labels"] != _IGNORED).sum().to(torch.float32) / cp_mesh.size()
+        if average_mesh is not None:
+            dist.all_reduce(count, group=_group_of(average_mesh))
+            count /= average_mesh.size()
+        shard["num_items_in_batch"] = count
+    return shard
+
+
+def shard_loss(logits: torch.Tensor, shard: Mapping[str, Any]) -> torch.Tensor:
+    """The loss of this rank's part: cross entropy of `(B, S, V)` logits in their own dtype, summed, over the count.
+
+    Args:
+        logits: of the tokens of `shard`.
+        shard: what `shard_batch` returned; `shift_labels` and `num_items_in_batch` are read.
+    """
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), shard["shift_labels"].flatten(), ignore_index=_IGNORED, reduction="sum"
+    )
+    return loss / shard["num_items_in_batch"].to(loss.dtype)
+
+
+def shard_sequence(tensor: torch.Tensor, cp_mesh: DeviceMesh, dim: int = 1) -> torch.Tensor:
+    """This rank's tokens of a tensor that is whole on every rank: its head chunk, then its tail chunk.
+
+    Raises:
+        ValueError: a length that does not divide by twice the ranks of the axis.
+    """
+    intervals = head_tail(tensor.shape[dim], cp_mesh.size())[_rank_in(cp_mesh)]
+    return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in intervals], dim)
+
+
+def unshard_sequence(tensor: torch.Tensor, cp_mesh: DeviceMesh, dim: int = 1) -> torch.Tensor:
+    """The inverse of `shard_sequence`: the whole tensor, in order, on every rank. Not differentiable.
+
+    Collectives: an all-gather over each axis of `cp_mesh`.
+    """
+    parts = tensor.detach()[None].contiguous()
+    for axis in reversed(range(cp_mesh.ndim)):
+        gathered = parts.new_empty(cp_mesh.size(axis) * parts.shape[0], *parts.shape[1:])
+        all_gather(gathered, parts, group=cp_mesh.get_group(axis))
+        parts = gathered
+    dim = dim % tensor.dim()
+    heads, tails = parts.chunk(2, dim=dim + 1)
+    return torch.cat([heads, tails.flip(0)]).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _rank_in(mesh: DeviceMesh) -> int:
+    rank = 0
+    for axis in range(mesh.ndim):
+        rank = rank * mesh.size(axis) + mesh.get_local_rank(axis)
+    return rank
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.ndim != 1:
+        raise ValueError(f"average_mesh must have one axis, got {mesh.mesh_dim_names}; flatten it first")
+    return mesh.get_group()

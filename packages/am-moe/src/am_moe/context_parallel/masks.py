@@ -1,0 +1,117 @@
+"""Masks as descriptions: recognised from what transformers would have made of them, and handed to every layer.
+
+transformers asks a *mask interface* for each kind of mask of a forward and passes the answer to the layers of that
+kind. Ours answers with a `ContextMask` instead of a tensor, so that which layer slides, and by how much, is the
+model's own decision, and recomputation in a backward sees the same mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from am_moe.context_parallel.plan import Plan, Rule, head_tail
+
+
+class MaskReadError(ValueError, AttributeError):
+    """A model treats a mask as a tensor instead of handing it to its attention function."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContextMask:
+    """What a layer's queries see, over the whole sequence."""
+
+    plan: Plan
+    query_groups_BN: torch.Tensor | None
+    key_groups_BN: torch.Tensor | None
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise MaskReadError(f"the model computes with its attention mask (reads .{name}), so it cannot be cut")
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """The whole sequence of a forward, of which every rank holds a part.
+
+    Attributes:
+        seq_len: N.
+        ranks: over how many the plan lays it out.
+        last_position: the largest position of any row.
+        starts_BN: the first token of each token's document, int64; None where each row is one document.
+        valid_BN: which tokens are no padding; None where none is.
+    """
+
+    seq_len: int
+    ranks: int
+    last_position: torch.Tensor
+    starts_BN: torch.Tensor | None = None
+    valid_BN: torch.Tensor | None = None
+
+    def mask(self, before: int | None, after: int | None) -> ContextMask:
+        """The mask of a window; as in transformers, packed documents are kept apart where it is causal."""
+        layout = head_tail(self.seq_len, self.ranks)
+        if self.valid_BN is not None:
+            valid = self.valid_BN.long()
+            return ContextMask(Plan(layout, Rule(before, after, padded=True)), torch.ones_like(valid), valid)
+        if self.starts_BN is None or after != 0:
+            return ContextMask(Plan(layout, Rule(before, after)), None, None)
+        earliest, latest = torch.stack(self.starts_BN.aminmax(dim=0)).tolist()
+        rule = Rule(before, after, earliest, latest)
+        return ContextMask(Plan(layout, rule), self.starts_BN, self.starts_BN)
+
+
+def describe(positions_BN: torch.Tensor, valid_BN: torch.Tensor | None, ranks: int) -> Sequence:
+    """What a forward's positions and padding say about the whole sequence.
+
+    A document starts wherever a position is not the one before plus one. With a padding mask, even one without
+    padding, documents are not kept apart. Both are what transformers does.
+    """
+    seq_len, last = positions_BN.shape[1], positions_BN.max()
+    if valid_BN is not None:
+        return Sequence(seq_len, ranks, last, valid_BN=None if valid_BN.all() else valid_BN)
+    starts = positions_BN.diff(dim=1) != 1
+    if not starts.any():
+        return Sequence(seq_len, ranks, last)
+    here = torch.arange(1, seq_len, device=starts.device).expand_as(starts) * starts
+    return Sequence(seq_len, ranks, last, torch.nn.functional.pad(here, (1, 0)).cummax(dim=1).values)
+
+
+def recognise(mask_function: Callable, local_size: int | None, device: torch.device) -> tuple[int | None, int | None]:
+    """How many tokens before and after itself a query sees under one of transformers' mask functions.
+
+    Args:
+        mask_function: says for batch, head, query and key indices whether the query sees the key.
+        local_size: the size of a window or chunk, if the mask has one.
+
+    Raises:
+        ValueError: a mask that is neither causal nor full, with or without a sliding window.
+    """
+    width = 4 if local_size is None else local_size
+    at = torch.tensor(
+        sorted({0, 1, 2, max(width - 1, 0), width, width + 1, abs(2 * width - 1), 2 * width, 2 * width + 1, 3 * width}),
+        device=device,
+    )
+    zero = at.new_zeros(())
+    try:
+        seen = mask_function(zero, zero, at[:, None], at[None, :]).expand(len(at), len(at))
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"the model's attention mask depends on more than positions: {error}") from error
+    ahead = at[None, :] - at[:, None]
+    windows = [(None, 0), (None, None)] if local_size is None else [(width - 1, 0), (width, width)]
+    for before, after in windows:
+        expected = torch.ones_like(seen)
+        if before is not None:
+            expected &= ahead >= -before
+        if after is not None:
+            expected &= ahead <= after
+        if seen.equal(expected):
+            return before, after
+    kind = "no window" if local_size is None else f"a window or chunk of {local_size}"
+    raise ValueError(
+        f"the model's attention mask ({kind}) is neither causal nor full, with or without a sliding window; "
+        "context parallelism knows no other"
+    )

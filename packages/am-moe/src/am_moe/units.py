@@ -1,0 +1,97 @@
+"""Which modules become FSDP2 units besides experts: odd dtypes, the layers of every stack, what is before and after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+
+def of_another_dtype(model: nn.Module, besides: Iterable[nn.Parameter]) -> list[nn.Module]:
+    """The modules whose own parameters have another dtype than most of the model, inner ones first.
+
+    FSDP2 wants one dtype in a unit.
+
+    Raises:
+        ValueError: one module holds parameters of two dtypes itself.
+    """
+    left_out = {id(p) for p in besides}
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        numbers[parameter.dtype] += parameter.numel()
+    usual = max(numbers, key=lambda dtype: numbers[dtype], default=None)
+    owners = []
+    for name, module in model.named_modules():
+        dtypes = {p.dtype for p in module.parameters(recurse=False) if id(p) not in left_out}
+        if len(dtypes) > 1:
+            raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
+        if dtypes and dtypes != {usual}:
+            owners.append(module)
+    return owners[::-1]
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Every layer of every outermost `ModuleList`: decoder layers, those of towers and of prediction heads.
+
+    Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
+    share parameters with each other, which stay with the root.
+    """
+    found = []
+    for stack in _stacks(model):
+        some = [layer for layer in stack if any(True for _ in layer.parameters())]
+        owned = Counter(id(p) for layer in some for p in set(layer.parameters()))
+        found += [layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())]
+    return found
+
+
+def edges(model: nn.Module, head: nn.Module | None) -> list[list[nn.Module]]:
+    """What is a unit of its own besides layers: the token embedding; the final norm together with the head.
+
+    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
+    does not say which modules they are, or where a pipeline left them on another stage.
+
+    Args:
+        model: the model or a part of it.
+        head: a head that is a unit already.
+    """
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    if first is not None and last is not None:
+        shared = {id(p) for p in first.parameters()}
+        if any(id(p) in shared for p in last.parameters()):
+            return []
+    units = [[first]] if first is not None else []
+    norm = _final_norm(model, last) if last is not None else None
+    after = [module for module in (norm, last) if module is not None and module is not head]
+    return [*units, after] if after else units
+
+
+def _held(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a method of the model returns, if there is one and it has parameters."""
+    found = getattr(model, getter, lambda: None)()
+    return found if isinstance(found, nn.Module) and any(True for _ in found.parameters()) else None
+
+
+def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The one module with parameters of its own between the last stack and the head."""
+    stacks = list(_stacks(model))
+    after: list[nn.Module] = []
+    for module in model.modules():
+        if stacks and module is stacks[-1]:
+            after = []
+        elif module is head:
+            break
+        elif any(True for _ in module.parameters(recurse=False)):
+            after.append(module)
+    inside = {id(module) for stack in stacks for module in stack.modules()}
+    after = [module for module in after if id(module) not in inside]
+    return after[0] if len(after) == 1 and "norm" in type(after[0]).__name__.lower() else None
+
+
+def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+    if isinstance(module, nn.ModuleList):
+        yield module
+        return
+    for child in module.children():
+        yield from _stacks(child)

@@ -1,0 +1,124 @@
+"""Recomputed blocks train exactly, take the same experts again, and with saved routing send nothing again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from am_moe import apply_ac, apply_ep, apply_fsdp, find_experts
+from am_testkit.exact import assert_same, gradients
+from am_testkit.models import next_token_loss, tiny, token_batch
+
+
+class Counted(TorchDispatchMode):
+    """The collectives of the dispatchers, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "am_moe":
+            self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function.overloadpacket.__name__ in ("mm", "addmm", "bmm")
+        return function(*args, **(kwargs or {}))
+
+
+def experts_mesh():
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+
+
+def loss_of(model, share):
+    ids, labels = token_batch(4, 6)
+    return next_token_loss(model(ids[share], use_cache=False).logits, labels[share])
+
+
+@pytest.mark.parametrize("ignore_router", [False, True])
+@pytest.mark.ranks(2)
+def test_recomputed_blocks_train_like_one_process(ignore_router):
+    model = tiny("qwen3_moe")
+    one, names = copy.deepcopy(model), list(model.state_dict())
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    apply_ep(model, experts_mesh())
+    apply_ac(model, ignore_router)
+    apply_fsdp(model, mesh, ep_enabled=True, ep_shard_enabled=False, reshard_after_forward=True)
+    assert list(model.state_dict()) == names
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    loss_of(model, share).backward()
+    loss_of(one, slice(None)).backward()
+    assert_same(gradients(model), gradients(one), 1e-10)
+
+
+@pytest.mark.parametrize(("ignore_router", "again"), [(False, 5), (True, 0)])
+@pytest.mark.ranks(2)
+def test_recomputation_sends_tokens_again_only_without_saved_routing(ignore_router, again):
+    model = tiny("qwen3_moe", layers=2)
+    apply_ep(model, experts_mesh())
+    apply_ac(model, ignore_router)
+    with Counted() as first:
+        loss = loss_of(model, slice(0, 2))
+    assert len(first.names) == 2 * 5
+    with Counted() as second:
+        loss.backward()
+    assert len(second.names) == 2 * (3 + again)
+
+
+@pytest.mark.ranks(1)
+def test_saved_routing_saves_the_routers_products_alone():
+    numbers = {}
+    for mode in ("none", "full", "selective"):
+        model = tiny("qwen3_moe", layers=2)
+        if mode != "none":
+            apply_ac(model, ignore_router=mode == "selective")
+        with Products() as forward:
+            loss = loss_of(model, slice(None))
+        with Products() as backward:
+            loss.backward()
+        numbers[mode] = forward.number, backward.number
+    heads = 1  # the head's product is in no block
+    assert numbers["full"][1] - numbers["none"][1] == numbers["none"][0] - heads, "every product of the blocks again"
+    assert numbers["full"][1] - numbers["selective"][1] == 2, "but those of the two routers"
+
+
+@pytest.mark.ranks(2)
+def test_recomputation_takes_the_saved_experts_even_if_the_router_changed_its_mind():
+    model = tiny("qwen3_moe", layers=1)
+    one = copy.deepcopy(model)
+    apply_ep(model, experts_mesh())
+    apply_ac(model, ignore_router=True)
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    losses = [loss_of(m, s) for m, s in ((model, share), (one, slice(None)))]
+    with torch.no_grad():
+        model.model.layers[0].mlp.gate.weight.data.mul_(-1)
+    losses[0].backward()
+    with torch.no_grad():
+        one.model.layers[0].mlp.gate.weight.data.mul_(-1)
+    losses[1].backward()
+    name, experts = find_experts(model)[0]
+    assert_same(experts.down_proj.grad, one.get_submodule(name).down_proj.grad, 1e-10, "gradient of the saved choice")
+
+
+def test_what_cannot_be_recomputed_is_refused():
+    with pytest.raises(ValueError, match="Linear has no ModuleList of blocks"):
+        apply_ac(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="needs hidden_size, got None; ModuleList does not say it"):
+        apply_ac(nn.ModuleList([nn.Linear(2, 2)]), ignore_router=True)
+    with pytest.raises(ValueError, match="needs num_experts, got 0"):
+        apply_ac(tiny("qwen3_moe", layers=1), ignore_router=True, num_experts=0)
