@@ -2,7 +2,7 @@
 against one process.
 
 One of each kind runs always; with `AM_SWEEP=folder` every type does, on four ranks too (experts over two with two
-copies of each, and over four), and leaves there what it measured; `nox -s sweep` makes `docs/coverage/experts.md` of it.
+copies of each, and over four), and leaves there what it measured: `nox -s sweep` writes `docs/coverage/experts.md`.
 """
 
 from __future__ import annotations
