@@ -27,6 +27,7 @@ PACKAGES = ("am-tp-styles", "am-tp-plans", "am-fsdp", "am-moe", "am-pipeline")
 TESTKIT = "tests-integration/testkit"
 PROJECTS = {**{p: f"packages/{p}" for p in PACKAGES}, "am-testkit": TESTKIT}
 CONSTRAINTS = os.environ.get("AM_CONSTRAINTS", str(ROOT / ".ci" / "constraints.txt"))
+RELEASE_TOOLS = ("build", "hatchling", "twine", "packaging")
 JUNIT = ROOT / "build" / "junit"
 DIST = ROOT / "dist"
 TOGETHER = ROOT / ".nox" / "together" / ("Scripts" if sys.platform == "win32" else "bin")
@@ -85,26 +86,29 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["together"])
 def sweep(session: nox.Session) -> None:
-    """Every architecture of transformers in pipelines and tensor plans; writes the tables in `docs/coverage/`."""
+    """Every architecture of transformers under every parallelism; writes the tables in `docs/coverage/`."""
     folder = ROOT / "build" / "sweep"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     session.env["AM_SWEEP"] = str(folder)
-    for package in ("am-pipeline", "am-tp-plans", "am-fsdp"):
-        pytest(session, f"sweep-{package}", f"packages/{package}/tests/test_sweep.py", *session.posargs)
+    for package in PACKAGES[1:]:
+        tests = sorted(map(str, ROOT.glob(f"packages/{package}/tests/test_*sweep.py")))
+        pytest(session, f"sweep-{package}", *tests, *session.posargs)
+    pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder))
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, undeclared imports, and who may import whom."""
-    install(session, "ruff", "deptry", "pytest")
+    install(session, "ruff", "deptry", "pytest", "hypothesis", "packaging")
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
     for package in PACKAGES:
         with session.chdir(PROJECTS[package]):
             run(session, "deptry", "src", "--known-first-party", package.replace("-", "_"))
-    pytest(session, "lint", "tests-integration/packaging/test_sibling_graph.py")
+    checks = ("test_sibling_graph.py", "test_release_plan.py")
+    pytest(session, "lint", *(f"tests-integration/packaging/{name}" for name in checks))
 
 
 @nox.session(venv_backend="none", requires=["together"])
@@ -135,6 +139,28 @@ def wheels(session: nox.Session) -> None:
         refuse_undeclared(session, package)
         expected = ",".join(sorted(siblings(package)))
         run(session, "python", "tests-integration/packaging/wheel_alone.py", expected, f"{PROJECTS[package]}/README.md")
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build, check, commit and tag one package: `nox -s release -- am-moe minor`; `--dry-run`, `--publish`."""
+    install(session, *RELEASE_TOOLS)
+    run(session, "python", ".ci/release.py", "release", f"--constraints={CONSTRAINTS}", *session.posargs)
+
+
+@nox.session(name="release-status", venv_backend="none")
+def release_status(session: nox.Session) -> None:
+    """Commits to each package since its last tag, and whether it needs a release."""
+    session.run(sys.executable, ".ci/release.py", "status", external=True)
+
+
+@nox.session(name="release-check")
+def release_check(session: nox.Session) -> None:
+    """Release small packages, and all five in a clone of HEAD to a local index: rehearsed, out of order, in order."""
+    install(session, *RELEASE_TOOLS, "pytest")
+    session.env["AM_CONSTRAINTS"] = CONSTRAINTS
+    checks = [f"tests-integration/packaging/{name}" for name in ("test_release.py", "test_release_all.py")]
+    pytest(session, "release-check", "-rP", *checks, *session.posargs)
 
 
 def install(session: nox.Session, *requirements: str) -> None:

@@ -136,6 +136,7 @@ def experts(measured: dict[str, dict]) -> list[str]:
         "ep 2": "two ranks",
         "ep 2 x ep_shard 2": "two ranks with two copies of each half, sharded by FSDP2",
         "ep 4": "four ranks",
+        "pp 2 x ep 2": "two data ranks of each of two pipeline stages, where the type can be cut",
     }
     exact = {name: sum(isinstance(r.get(name), float) for r in measured.values()) for name in layouts}
     shown = [name for name in layouts if exact[name]]
@@ -155,8 +156,9 @@ def experts(measured: dict[str, dict]) -> list[str]:
         f"a layer, over {'; '.join(layouts[name] for name in shown)}. Two steps of SGD with the norm of all",
         "gradients clipped, against one process; the numbers are the largest relative differences among logits, loss,",
         "norm, all gradients and all weights, in float64 (where parts of most models still compute in float32), or",
-        "in float32 where the model's own code mixes the two. *Called* says how: with routing (`routed`), as many rows",
-        "for every expert (`rows`), or sorted rows through linear maps (`linear`).",
+        "in float32 where the model's own code mixes the two; in pipelines of one step, logits and gradients. *Called*",
+        "says how: with routing (`routed`), as many rows for every expert (`rows`), or sorted rows through linear maps",
+        "(`linear`).",
         "",
         f"| model type | experts | called | {' | '.join(shown)} | |",
         f"|---|---|---|{'---|' * len(shown)}---|",

@@ -1,10 +1,11 @@
-"""Run in a clean environment: only the declared packages of ours are there, and the README's code runs.
+"""Run in a clean environment: only the declared packages of ours are there, they import, and the README's code runs.
 
 python wheel_alone.py am-tp-plans,am-tp-styles packages/am-tp-plans/README.md
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import pathlib
 import re
@@ -22,6 +23,10 @@ def main() -> None:
     brought = {"transformers", "numpy"} & set(installed)
     if brought:
         sys.exit(f"the wheel brought {sorted(brought)}, which it must not need")
+    for name in ours:
+        says = importlib.import_module(name.replace("-", "_")).__version__
+        if says != importlib.metadata.version(name):
+            sys.exit(f"{name} {importlib.metadata.version(name)} says that it is {says}")
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     if not blocks:
         sys.exit(f"{readme} has no code to run")
