@@ -107,15 +107,16 @@ def lint(session: nox.Session) -> None:
     for package in PACKAGES:
         with session.chdir(PROJECTS[package]):
             run(session, "deptry", "src", "--known-first-party", package.replace("-", "_"))
-    checks = ("test_sibling_graph.py", "test_release_plan.py")
+    checks = ("test_sibling_graph.py", "test_release_plan.py", "test_workflows.py")
     pytest(session, "lint", *(f"tests-integration/packaging/{name}" for name in checks))
 
 
 @nox.session(venv_backend="none", requires=["together"])
 def types(session: nox.Session) -> None:
-    """Static types of the five packages."""
+    """Static types of the five packages, and their public surface as it was recorded."""
     sources = [f"{PROJECTS[p]}/src" for p in PACKAGES]
     run(session, "pyrefly", "check", "--python-interpreter-path", str(TOGETHER / "python"), *sources)
+    pytest(session, "types", "-p", "no:xdist", "tests-integration/packaging/test_public_surface.py")
 
 
 @nox.session

@@ -12,6 +12,7 @@ from am_fsdp.save import save_hf_weights
 from am_fsdp.strategy import fsdp2_strategy_parallelize
 from am_fsdp.units import apply_fsdp_sharding_recursively
 from am_fsdp.unshard import unshard_fsdp2_model
+from am_tp_plans import get_hf_tp_shard_plan, translate_to_torch_parallel_style
 
 __version__ = version("am-fsdp")
 
@@ -22,11 +23,13 @@ __all__ = [
     "checkpoint_layers",
     "clip_grad_norm_",
     "fsdp2_strategy_parallelize",
+    "get_hf_tp_shard_plan",
     "import_class_from_path",
     "import_classes_from_paths",
     "load_hf_weights",
     "nvfsdp_strategy_parallelize",
     "save_hf_weights",
     "stop_on_signal",
+    "translate_to_torch_parallel_style",
     "unshard_fsdp2_model",
 ]
