@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -296,10 +297,10 @@ def siblings(package: str) -> list[str]:
 
 
 def _processes(arguments: list[str]) -> int:
-    """pp x dp x tp of the example's arguments."""
-    degrees = {"--pp": 2, "--dp": 2, "--tp": 1}
+    """pp x dp x cp x tp of the example's arguments."""
+    degrees = {"--pp": 2, "--dp": 2, "--cp": 1, "--tp": 1}
     words = [word for argument in arguments for word in argument.split("=", 1)]
     for name, value in itertools.pairwise(words):
         if name in degrees and value.isdigit():
             degrees[name] = int(value)
-    return max(1, degrees["--pp"] * degrees["--dp"] * degrees["--tp"])
+    return max(1, math.prod(degrees.values()))

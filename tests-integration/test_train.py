@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import signal
@@ -37,6 +38,8 @@ LAYOUTS = {
     "pp2-dp2-tp2": ["--pp", "2", "--dp", "2", "--tp", "2"],
     "ep2-dp2": ["--pp", "1", "--dp", "2", "--ep", "2"],
     "pp2-ep2-dp2": ["--pp", "2", "--dp", "2", "--ep", "2"],
+    "pp2-cp2-ep2": ["--pp", "2", "--dp", "1", "--cp", "2", "--ep", "2"],
+    "cp2-tp2": ["--pp", "1", "--dp", "1", "--cp", "2", "--tp", "2"],
 }
 
 
@@ -67,7 +70,7 @@ def finish(process, timeout=240):
 
 def size(arguments):
     degree = dict(zip(arguments[::2], arguments[1::2], strict=False))
-    return int(degree.get("--pp", 1)) * int(degree.get("--dp", 1)) * int(degree.get("--tp", 1))
+    return math.prod(int(degree.get(name, 1)) for name in ("--pp", "--dp", "--cp", "--tp"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -157,6 +160,10 @@ SPARSE = DENSE | {"num_experts": 8, "model_type": "qwen3_moe"}
         ((2, 1, 1, 1, False), 2, DENSE, (6, 4, 128), r"--microbatch 4 must divide the 6 sequences"),
         ((2, 1, 1, 1, True), 2, DENSE, (16, 2, 128), r"--sequence-parallel needs --tp"),
         ((1, 1, 2, 1, True), 2, DENSE, (16, 2, 127), r"--seq-len 127 must be a multiple of --tp 2"),
+        ((1, 1, 2, 1, True, 2), 4, DENSE, (16, 2, 128), r"--sequence-parallel and --cp both shard the sequence"),
+        ((1, 1, 1, 1, False, 2), 2, DENSE, (16, 2, 126), r"--seq-len 126 must be a multiple of twice --cp 2: 128"),
+        ((1, 1, 1, 3, False, 4), 4, SPARSE, (16, 2, 128), r"--ep 3 must divide --dp 1 x --cp 4"),
+        ((1, 1, 1, 1, False, 2), 4, DENSE, (16, 2, 128), r"--cp 2 x --tp 1 is 2 ranks, but 4 were started"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused_with_what_would(degrees, world, config, sizes, words):

@@ -1,4 +1,4 @@
-"""Train a transformers causal LM on real text over pipeline, data, tensor and expert parallelism.
+"""Train a transformers causal LM on real text over pipeline, data, context, tensor and expert parallelism.
 
     torchrun --nproc-per-node 4 docs/examples/train.py --pp 2 --dp 2 --ep 2
 
@@ -8,6 +8,7 @@ Every choice has a default that works on four CPU processes; `--help` lists them
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import pathlib
 import sys
@@ -31,7 +32,7 @@ EXACT_STEPS = 20
 
 def main() -> None:
     args = parse_arguments()
-    degrees = Degrees(args.pp, args.dp, args.tp, args.ep, args.sequence_parallel)
+    degrees = Degrees(args.pp, args.dp, args.tp, args.ep, args.sequence_parallel, args.cp)
     config = build_config(args.config, args.size)
     degrees.check(int(os.environ["WORLD_SIZE"]), config, args.batch, args.microbatch, args.seq_len)
     text = ByteText(args.text)
@@ -101,11 +102,12 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--config", default="qwen3_moe", help="a local HF config folder or a model type")
     model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
     model.add_argument("--text", help="a file or folder; the Python standard library if not given")
-    layout = parser.add_argument_group("layout; pp x dp x tp must be the number of ranks")
+    layout = parser.add_argument_group("layout; pp x dp x cp x tp must be the number of ranks")
     layout.add_argument("--pp", type=int, default=2, help="pipeline stages' ranks")
     layout.add_argument("--dp", type=int, default=2, help="data-parallel ranks, sharded with FSDP2")
+    layout.add_argument("--cp", type=int, default=1, help="context-parallel ranks, each with a part of every sequence")
     layout.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    layout.add_argument("--ep", type=int, default=None, help="expert-parallel ranks among the dp ranks")
+    layout.add_argument("--ep", type=int, default=None, help="expert-parallel ranks among the dp x cp ranks")
     layout.add_argument("--sequence-parallel", action="store_true", help="shard the sequence between layers over tp")
     layout.add_argument("--schedule", default="1F1B", help="any schedule of torch.distributed.pipelining")
     steps = parser.add_argument_group("training")
@@ -177,7 +179,7 @@ class Alone:
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self.args = args
-        self.model = build_model(model.config, args.seed)
+        self.model = build_model(copy.deepcopy(model.config), args.seed)  # context parallelism changes the other one
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, foreach=False)
         self.losses: list[float] = []
         self.worst_loss = self.worst_norm = self.worst_ever = 0.0

@@ -10,13 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks each axis has. The world is `pp x dp x tp`; experts spread over `ep` of the `dp` ranks."""
+    """How many ranks each axis has. The world is `pp x dp x cp x tp`; `ep` of the `dp x cp` ranks share the experts."""
 
     pp: int
     dp: int
     tp: int
     ep: int
     sequence_parallel: bool
+    cp: int = 1
 
     def check(self, world_size: int, config: Any, batch: int, microbatch: int, seq_len: int) -> None:
         """Refuse degrees that do not fit, before there is a process group.
@@ -24,17 +25,20 @@ class Degrees:
         Raises:
             ValueError: names the argument, what it must divide, and what would fit.
         """
-        for name in ("pp", "dp", "tp", "ep"):
+        for name in ("pp", "dp", "cp", "tp", "ep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        product = self.pp * self.dp * self.tp
+        product = self.pp * self.dp * self.cp * self.tp
+        context = f" x --cp {self.cp}" if self.cp > 1 else ""
         if product != world_size:
             raise ValueError(
-                f"--pp {self.pp} x --dp {self.dp} x --tp {self.tp} is {product} ranks, but {world_size} were started; "
-                f"start {product} or change a degree"
+                f"--pp {self.pp} x --dp {self.dp}{context} x --tp {self.tp} is {product} ranks, but {world_size} were "
+                f"started; start {product} or change a degree"
             )
-        if self.dp % self.ep:
-            raise ValueError(f"--ep {self.ep} must divide --dp {self.dp}: experts spread over the data-parallel ranks")
+        if self.dp * self.cp % self.ep:
+            raise ValueError(
+                f"--ep {self.ep} must divide --dp {self.dp}{context}: experts spread over the data-parallel ranks"
+            )
         experts = expert_count(config)
         if self.ep > 1 and not experts:
             raise ValueError(f"--ep {self.ep}: {config.model_type} has no experts; use --ep 1")
@@ -57,23 +61,32 @@ class Degrees:
             )
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("--sequence-parallel needs --tp of at least 2")
+        if self.sequence_parallel and self.cp > 1:
+            raise ValueError("--sequence-parallel and --cp both shard the sequence; use one of them")
+        if self.cp > 1 and seq_len % (2 * self.cp):
+            fit = -(-seq_len // (2 * self.cp)) * 2 * self.cp
+            raise ValueError(f"--seq-len {seq_len} must be a multiple of twice --cp {self.cp}: {fit}")
         if self.sequence_parallel and seq_len % self.tp:
             raise ValueError(f"--seq-len {seq_len} must be a multiple of --tp {self.tp} with --sequence-parallel")
 
     def world_mesh(self, device_type: str) -> DeviceMesh:
-        """`(pp, dp, tp)`, tensor-parallel ranks next to each other."""
-        return init_device_mesh(device_type, (self.pp, self.dp, self.tp), mesh_dim_names=("pp", "dp", "tp"))
+        """`(pp, dp, tp)`, or `(pp, dp, cp, tp)`; tensor-parallel ranks next to each other."""
+        axes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        if self.cp == 1:
+            del axes["cp"]
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
     def expert_mesh(self, device_type: str) -> DeviceMesh | None:
-        """The same ranks as `(pp, ep_shard, ep, tp)`: `dp` rank `d` is `(d // ep, d % ep)`; None without experts."""
+        """The same ranks as `(pp, ep_shard, ep, tp)`, data rank `d` being `(d // ep, d % ep)`; None without experts."""
         if self.ep == 1:
             return None
-        sizes = (self.pp, self.dp // self.ep, self.ep, self.tp)
+        sizes = (self.pp, self.dp * self.cp // self.ep, self.ep, self.tp)
         return init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "ep_shard", "ep", "tp"))
 
     def __str__(self) -> str:
         sequence = " with sequence parallel" if self.sequence_parallel else ""
-        return f"pp {self.pp} x dp {self.dp} x tp {self.tp}{sequence}, ep {self.ep}"
+        context = f" x cp {self.cp}" if self.cp > 1 else ""
+        return f"pp {self.pp} x dp {self.dp}{context} x tp {self.tp}{sequence}, ep {self.ep}"
 
 
 def expert_count(config: Any) -> int:

@@ -1,4 +1,4 @@
-"""Lay a model out over the meshes: tensor, expert and data parallelism, part by part, then the pipeline."""
+"""Lay a model out over the meshes: tensor, context, expert and data parallelism, part by part, then the pipeline."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ def lay_out(
     def parallelize(part: nn.Module, world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None, **_axes: object) -> None:
         parallelize_part(part, degrees, world_mesh, moe_mesh)
 
+    cp_mesh = world_mesh["cp"] if degrees.cp > 1 else None
     if degrees.pp == 1:
         model.to(device)
         parallelize(model, world_mesh, expert_mesh)
-        return Layout([model], _plain_step(model, local_batch // microbatch), [], [])
+        return Layout([model], _plain_step(model, local_batch // microbatch, cp_mesh), [], [])
 
     schedule, parts, has_first, has_last, stages = am_pipeline.pipeline_model(
         model,
@@ -71,12 +72,14 @@ def lay_out(
     )
 
     def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        ids, labels, places = _share_of_sequence(ids, labels, cp_mesh)
         losses: list[torch.Tensor] = []
         schedule.step(
             *((ids,) if has_first else ()),
             target=labels if has_last else None,
             losses=losses,
             return_outputs=False,
+            **places,
         )
         return torch.stack(losses).mean().detach() if has_last else None
 
@@ -86,6 +89,19 @@ def lay_out(
 def parallelize_part(part: nn.Module, degrees: Degrees, world_mesh: DeviceMesh, expert_mesh: DeviceMesh | None) -> None:
     """The order of operations on one part: tensor parallel, experts, then data parallel around both."""
     as_it_is = MixedPrecisionPolicy()  # compute and reduce in the dtype of the parameters
+    if degrees.cp > 1:
+        am_moe.parallelize_model(
+            part,
+            world_mesh,
+            expert_mesh,
+            dp_axis_names=("dp",),
+            cp_axis_name="cp",
+            tp_axis_name="tp",
+            ep_axis_name="ep" if degrees.ep > 1 else None,
+            ep_shard_axis_names=("ep_shard",) if degrees.ep > 1 else None,
+            mp_policy=as_it_is,
+        )
+        return
     if degrees.ep == 1:
         if degrees.dp * degrees.tp > 1:
             am_fsdp.fsdp2_strategy_parallelize(
@@ -113,15 +129,28 @@ def parallelize_part(part: nn.Module, degrees: Degrees, world_mesh: DeviceMesh, 
     )
 
 
-def _plain_step(model: nn.Module, microbatches: int) -> Step:
+def _share_of_sequence(
+    ids: torch.Tensor, labels: torch.Tensor, cp_mesh: DeviceMesh | None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """This rank's tokens, their labels, and what tells the model where in the sequence they are."""
+    if cp_mesh is None:
+        return ids, labels, {}
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    ids, labels, places = (am_moe.shard_sequence(tensor, cp_mesh) for tensor in (ids, labels, places))
+    return ids, labels, {"position_ids": places}
+
+
+def _plain_step(model: nn.Module, microbatches: int, cp_mesh: DeviceMesh | None) -> Step:
     def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ids, labels, places = _share_of_sequence(ids, labels, cp_mesh)
         total = torch.zeros((), device=ids.device)
         sharded = hasattr(model, "set_requires_gradient_sync")
         chunks = list(zip(ids.chunk(microbatches), labels.chunk(microbatches), strict=True))
+        places = {name: tensor[: len(chunks[0][0])] for name, tensor in places.items()}  # the same in every row
         for index, (some_ids, some_labels) in enumerate(chunks):
             if sharded:
                 model.set_requires_gradient_sync(index == len(chunks) - 1)
-            loss = next_token_loss(model(some_ids, use_cache=False).logits, some_labels) / microbatches
+            loss = next_token_loss(model(some_ids, use_cache=False, **places).logits, some_labels) / microbatches
             loss.backward()
             total += loss.detach()
         return total
