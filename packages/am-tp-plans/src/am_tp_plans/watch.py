@@ -263,8 +263,10 @@ def _place_after(name: str, args: tuple, parts: list, dim: int, pieces: list) ->
 def _product(name: str, args: tuple) -> torch.Tensor | None:
     """Something of the shape of a product with weights that share one number: what is in it does not matter."""
     left, right = (args[position] for position in _PRODUCTS[name])
-    if all(any(factor.stride()) for factor in (left, right)):
-        return None
+    fits = left.shape[:-2] == right.shape[:-2] and left.shape[-1] == right.shape[-2]
+    fits = fits and all(bias.shape[-1] == right.shape[-1] for bias in args[: _PRODUCTS[name][0]])
+    if not fits or all(any(factor.stride()) for factor in (left, right)):
+        return None  # computed, or refused, by the operator itself
     return left.new_ones(*left.shape[:-1], right.shape[-1])
 
 
