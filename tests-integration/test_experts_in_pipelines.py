@@ -5,7 +5,6 @@ Some types run always; with `AM_SWEEP=folder` every type does and leaves there w
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pathlib
@@ -13,12 +12,12 @@ import pathlib
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 import am_moe
 import am_pipeline
-from am_testkit.exact import whole
-from am_testkit.zoo import NOT_BUILT, model_types, small
+from am_testkit.exact import relative_error, whole
+from am_testkit.models import next_token_loss
+from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
 SWEEP = os.environ.get("AM_SWEEP")
 ALWAYS = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"]
@@ -32,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.ranks(4, timeout=240)
 def test_experts_in_a_pipeline_train_as_in_one_process(model_type):
-    model, dtype = runnable(model_type)
+    model, dtype = runnable(model_type, **SETTINGS.get(model_type, {}))
     if not am_moe.find_experts(model):
         pytest.skip("has no experts")
     try:
@@ -42,8 +41,8 @@ def test_experts_in_a_pipeline_train_as_in_one_process(model_type):
         return
     generator = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(3, 60, (8, 16), generator=generator) for _ in range(2))
-    logits = call(model, ids)
-    loss_fn(logits, labels).backward()
+    logits = logits_of(model, ids)
+    next_token_loss(logits, labels).backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     model.zero_grad()
     world, experts = am_moe.build_meshes("cpu", pp=2, dp_shard=2, ep=2)
@@ -62,20 +61,20 @@ def test_experts_in_a_pipeline_train_as_in_one_process(model_type):
         microbatch_size=2,
         local_batch_size=4,
         device=torch.device("cpu"),
-        loss_fn=loss_fn,
+        loss_fn=next_token_loss,
         parallelize_fn=am_moe.parallelize_model,
         scale_grads=True,
     )
     output = schedule.step(*((ids[share],) if first else ()), target=labels[share] if last else None)
     largest = max(gradient.abs().max().item() for gradient in wanted.values())
-    errors = {"logits": difference(output, logits[share], 0.0)} if last else {"": 0.0}
+    errors = {"logits": relative_error(output, logits[share], 0.0)} if last else {"": 0.0}
     for part in parts:
         for name, parameter in part.named_parameters(remove_duplicate=False):
             gradient = None if parameter.grad is None else whole(parameter.grad)
             assert gradient is not None or name not in wanted or wanted[name].abs().max() == 0, name
             if gradient is not None:
                 target = wanted.get(name, torch.zeros_like(gradient))[: len(gradient)]
-                errors[name] = difference(gradient, target, 1e-6 * largest)
+                errors[name] = relative_error(gradient, target, 1e-6 * largest)
     what = max(errors, key=errors.get)
     worst = torch.tensor(errors[what], dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -89,31 +88,3 @@ def record(model_type, result):
         file = pathlib.Path(SWEEP, f"experts-{model_type}.json")
         before = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(before | {"pp 2 x ep 2": result}))
-
-
-def runnable(model_type):
-    """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
-        model = small(model_type, dtype=dtype, **SETTINGS.get(model_type, {}))
-        try:
-            with torch.no_grad():
-                call(model, torch.ones(1, 16, dtype=torch.int64))
-        except RuntimeError:
-            continue
-        return model, dtype
-    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
-
-
-def call(model, ids):
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=ids, **settings)
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def loss_fn(logits, labels):
-    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-
-def difference(actual, expected, floor):
-    assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()

@@ -6,7 +6,6 @@ what they measured; `nox -s sweep` makes `docs/coverage/data.md` of it.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pathlib
@@ -14,13 +13,13 @@ import pathlib
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
-from am_testkit.exact import whole
-from am_testkit.zoo import NOT_BUILT, model_types, small
+from am_testkit.exact import relative_error, whole
+from am_testkit.models import next_token_loss
+from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 from am_tp_plans import explain_plan, get_hf_tp_shard_plan, infer_plan
 
 # Why a model is not laid out, in the words of the error.
@@ -80,8 +79,8 @@ def measure(model_type, layouts):
         return
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(1))
     labels = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(2))
-    expected = call(reference, ids)
-    loss_fn(expected, labels).backward()
+    expected = logits_of(reference, ids)
+    next_token_loss(whole(expected), labels).backward()
     wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
     broken = any(not gradient.isfinite().all() for gradient in wanted.values())
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
@@ -91,17 +90,17 @@ def measure(model_type, layouts):
         fsdp2_strategy_parallelize(model, mesh, dtype, dp_mesh_name=data_names, tp_shard_plan=plan)
         data = mesh[data_names] if isinstance(data_names, str) else mesh[data_names]._flatten()
         share = slice(data.get_local_rank() * 4 // data.size(), (data.get_local_rank() + 1) * 4 // data.size())
-        logits = call(model, ids[share])
-        loss_fn(logits, labels[share]).backward()
+        logits = logits_of(model, ids[share])
+        next_token_loss(whole(logits), labels[share]).backward()
         total = clip_grad_norm_(model.parameters(), 0.1)
-        errors = [difference(whole(logits), expected[share], 0.0)]
+        errors = [relative_error(whole(logits), expected[share], 0.0, nan_is_nan=True)]
         if not broken:
             errors.append(abs(total.item() - norm.item()) / norm.item())
         largest = max((g.nan_to_num().abs().max().item() for g in wanted.values()), default=0.0)
         for key, parameter in model.named_parameters():
             if parameter.grad is not None and not broken:
                 target = wanted.get(key, torch.zeros(parameter.shape, dtype=dtype))
-                errors.append(difference(whole(parameter.grad), target, 1e-6 * largest))
+                errors.append(relative_error(whole(parameter.grad), target, 1e-6 * largest, nan_is_nan=True))
             assert parameter.grad is not None or key not in wanted or wanted[key].abs().max() == 0, key
         worst = torch.tensor(max(errors), dtype=torch.float64)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -114,7 +113,7 @@ def measure(model_type, layouts):
 
 
 def step_of(model):
-    call(model, torch.ones(1, 16, dtype=torch.int64)).mean().backward()
+    logits_of(model, torch.ones(1, 16, dtype=torch.int64)).mean().backward()
 
 
 def record(model_type, results):
@@ -122,34 +121,3 @@ def record(model_type, results):
         file = pathlib.Path(SWEEP, f"data-{model_type}.json")
         before = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(before | results))
-
-
-def difference(actual, expected, floor):
-    """Relative, with NaN, which blt's own numbers are in places, equal to NaN."""
-    assert actual.shape == expected.shape
-    assert actual.isnan().equal(expected.isnan())
-    actual, expected = actual.nan_to_num(), expected.nan_to_num()
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
-
-
-def runnable(model_type):
-    """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
-        model = small(model_type, dtype=dtype)
-        try:
-            with torch.no_grad():
-                call(model, torch.ones(1, 16, dtype=torch.int64))
-        except RuntimeError:
-            continue
-        return small(model_type, dtype=dtype), dtype
-    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
-
-
-def call(model, ids):
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=ids, **settings)
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def loss_fn(logits, labels):
-    return nn.functional.cross_entropy(whole(logits).flatten(0, 1), labels.flatten())

@@ -5,7 +5,6 @@ A dozen run always; with `AM_SWEEP=folder` every type does, and leaves there wha
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pathlib
@@ -19,8 +18,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_moe.context_parallel import apply_cp, shard_batch, shard_loss, unshard_sequence
-from am_testkit.exact import whole
-from am_testkit.zoo import NOT_BUILT, model_types, small
+from am_testkit.exact import relative_error
+from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
 SWEEP = os.environ.get("AM_SWEEP")
 ALWAYS = ["bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3_text", "gpt2"]
@@ -56,28 +55,28 @@ def test_every_model_is_exact_on_two_context_ranks_or_refused(model_type):
     results = {"dtype": str(dtype).removeprefix("torch."), "kind": type(reference).__name__}
     ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(1))
     shard = shard_batch({"input_ids": ids, "labels": ids}, mesh)
-    expected = call(reference, input_ids=ids)
+    expected = logits_of(reference, ids)
     nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     if model_type in REFUSED:
         attempt = partial(apply_cp, model, mesh)
         if model_type in REFUSED_LATE:
             attempt()
-            attempt = partial(call, model, input_ids=shard["input_ids"], position_ids=shard["position_ids"])
+            attempt = partial(logits_of, model, shard["input_ids"], position_ids=shard["position_ids"])
         with pytest.raises(ValueError, match=r"context parallelism|cannot be cut|on more than positions") as refusal:
             attempt()
         record(model_type, results | {"cp2": f"refused: {refusal.value}"})
         return
     apply_cp(model, mesh)
-    logits = call(model, input_ids=shard["input_ids"], position_ids=shard["position_ids"])
+    logits = logits_of(model, shard["input_ids"], position_ids=shard["position_ids"])
     shard_loss(logits, shard).backward()
     wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
     largest = max(g.nan_to_num().abs().max().item() for g in wanted.values())
-    errors = {"logits": difference(unshard_sequence(logits, mesh), expected, 0.0)}
+    errors = {"logits": relative_error(unshard_sequence(logits, mesh), expected, 0.0, nan_is_nan=True)}
     for name, parameter in model.named_parameters():
         if name in wanted:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
             dist.all_reduce(gradient)
-            errors[name] = difference(gradient / 2, wanted[name], 1e-4 * largest)
+            errors[name] = relative_error(gradient / 2, wanted[name], 1e-4 * largest, nan_is_nan=True)
     worst = max(errors, key=errors.get)
     record(model_type, results | {"cp2": errors[worst]})
     tolerance = 1e-4 if model_type.startswith("gemma4") else TOLERANCE[dtype]  # its unscaled scores are large
@@ -87,30 +86,3 @@ def test_every_model_is_exact_on_two_context_ranks_or_refused(model_type):
 def record(model_type, results):
     if SWEEP and dist.get_rank() == 0:
         pathlib.Path(SWEEP, f"context-{model_type}.json").write_text(json.dumps(results))
-
-
-def difference(actual, expected, floor):
-    """Relative, with NaN, which blt's own numbers are in places, equal to NaN."""
-    assert actual.shape == expected.shape
-    assert actual.isnan().equal(expected.isnan())
-    actual, expected = actual.nan_to_num(), expected.nan_to_num()
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
-
-
-def runnable(model_type):
-    """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
-        model = small(model_type, dtype=dtype)
-        try:
-            with torch.no_grad():
-                call(model, input_ids=torch.ones(1, 16, dtype=torch.int64))
-        except RuntimeError:
-            continue
-        return small(model_type, dtype=dtype), dtype
-    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
-
-
-def call(model, **inputs):
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(**inputs, **settings)
-    return whole(output.logits if hasattr(output, "logits") else output[0])

@@ -7,7 +7,6 @@ copies of each, and over four), and leaves there what it measured: `nox -s sweep
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pathlib
@@ -22,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from am_moe import apply_ep, apply_fsdp, describe_experts
-from am_testkit.exact import whole
-from am_testkit.zoo import NOT_BUILT, model_types, small
+from am_testkit.exact import relative_error, whole
+from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
 SWEEP = os.environ.get("AM_SWEEP")
 # transformers computes softmax, norms and some routers in float32 even in a float64 model.
@@ -95,7 +94,7 @@ if SWEEP:
 
 
 def measure(model_type, layouts):
-    reference, dtype = runnable(model_type)
+    reference, dtype = runnable(model_type, **SETTINGS.get(model_type, {}))
     found = describe_experts(reference)
     assert found
     kinds = {experts.kind: experts for experts in found}
@@ -124,17 +123,17 @@ def measure(model_type, layouts):
             dist.all_reduce(loss)
             largest = max((g.abs().max().item() for g in expected[3].values()), default=0.0)
             errors = {
-                "logits": difference(logits, expected[0][rows], 0.0),
-                "loss": difference(loss / (copies * ep), expected[1], 0.0),
-                "norm": difference(norm, expected[2], 0.0),
+                "logits": relative_error(logits, expected[0][rows], 0.0),
+                "loss": relative_error(loss / (copies * ep), expected[1], 0.0),
+                "norm": relative_error(norm, expected[2], 0.0),
             }
             for key, value in grads.items():
                 target = expected[3].get(key)
                 target = torch.zeros_like(value) if target is None else target
-                errors[f"gradient of {key}"] = difference(value, target[: value.shape[0]], 1e-6 * largest)
+                errors[f"gradient of {key}"] = relative_error(value, target[: value.shape[0]], 1e-6 * largest)
             assert set(expected[3]) <= set(grads)
             for key, value in weights.items():
-                errors[key] = difference(value, expected[4][key][: value.shape[0]], 0.0)
+                errors[key] = relative_error(value, expected[4][key][: value.shape[0]], 0.0)
             what = max(errors, key=errors.get)
             total = torch.tensor(errors[what], dtype=torch.float64)
             dist.all_reduce(total, dist.ReduceOp.MAX)
@@ -154,7 +153,7 @@ def train(model, rank, ranks, step_size):
     for step in range(2):
         generator = torch.Generator().manual_seed(step)
         ids, labels = (torch.randint(3, 60, (4, 16), generator=generator) for _ in range(2))
-        logits = call(model, ids[share])
+        logits = logits_of(model, ids[share])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[share].flatten())
         loss.backward()
         grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
@@ -168,28 +167,5 @@ def train(model, rank, ranks, step_size):
         yield logits.detach(), loss.detach(), norm, {n: g.clone() for n, g in grads.items()}, weights
 
 
-def difference(actual, expected, floor):
-    assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
-
-
 def build(model_type, dtype):
     return small(model_type, dtype=dtype, **SETTINGS.get(model_type, {}))
-
-
-def runnable(model_type):
-    """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
-        try:
-            with torch.no_grad():
-                call(build(model_type, dtype), torch.ones(1, 16, dtype=torch.int64))
-        except RuntimeError:
-            continue
-        return build(model_type, dtype), dtype
-    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
-
-
-def call(model, ids):
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=ids, **settings)
-    return output.logits if hasattr(output, "logits") else output[0]

@@ -5,7 +5,6 @@ With `AM_SWEEP=folder` they leave there what they measured; `nox -s sweep` makes
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pathlib
@@ -13,11 +12,12 @@ import pathlib
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import pipeline_model, plan_cut
-from am_testkit.zoo import NOT_BUILT, model_types, small
+from am_testkit.exact import relative_error
+from am_testkit.models import next_token_loss
+from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
 # Why a model cannot be cut exactly, in the words of the error.
 REFUSED = {
@@ -52,8 +52,8 @@ def test_every_decoder_trains_exactly_on_two_and_four_stages_or_is_refused(model
     model, dtype = runnable(model_type)
     ids = torch.randint(3, 60, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     labels = torch.randint(3, 60, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
-    expected = [call(model, chunk) for chunk in ids.chunk(BATCH // MICROBATCH)]
-    losses = [loss_fn(*pair) for pair in zip(expected, labels.chunk(BATCH // MICROBATCH), strict=True)]
+    expected = [logits_of(model, chunk) for chunk in ids.chunk(BATCH // MICROBATCH)]
+    losses = [next_token_loss(*pair) for pair in zip(expected, labels.chunk(BATCH // MICROBATCH), strict=True)]
     (sum(losses) / len(losses)).backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     errors = {}
@@ -86,12 +86,12 @@ def pipelined(model, schedule_name, ids, labels, expected, wanted):
         microbatch_size=MICROBATCH,
         local_batch_size=BATCH,
         device=torch.device("cpu"),
-        loss_fn=loss_fn,
+        loss_fn=next_token_loss,
         scale_grads=True,
     )
     logits = schedule.step(*((ids,) if first else ()), target=labels if last else None)
     largest = max(grad.abs().max().item() for grad in wanted.values())
-    errors = [difference(logits, expected, 0.0)] if last else [0.0]
+    errors = [relative_error(logits, expected, 0.0)] if last else [0.0]
     for part in parts:
         for name, parameter in part.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
@@ -101,38 +101,10 @@ def pipelined(model, schedule_name, ids, labels, expected, wanted):
             if parameter.grad is not None:
                 target = wanted.get(name, torch.zeros_like(parameter))
                 # What is zero but for rounding, such as the gradient of a key bias, is compared with the largest.
-                errors.append(difference(parameter.grad, target, 1e-6 * largest))
+                errors.append(relative_error(parameter.grad, target, 1e-6 * largest))
     worst = torch.tensor(max(errors), dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return worst.item(), stages[0].plan.residual
-
-
-def difference(actual, expected, floor):
-    assert actual.shape == expected.shape
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
-
-
-def runnable(model_type):
-    """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
-        model = small(model_type, dtype=dtype)
-        try:
-            with torch.no_grad():
-                call(model, torch.ones(1, LENGTH, dtype=torch.int64))
-        except RuntimeError:
-            continue
-        return model, dtype
-    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
-
-
-def call(model, ids):
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=ids, **settings)
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def loss_fn(logits, labels):
-    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def record(model_type, **measured):

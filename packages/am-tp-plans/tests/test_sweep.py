@@ -5,7 +5,6 @@ With `AM_SWEEP=folder` they leave there what they measured; `nox -s sweep` makes
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import pathlib
@@ -13,12 +12,12 @@ import pathlib
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from am_testkit.exact import whole
-from am_testkit.zoo import NOT_BUILT, model_types, small, small_config
+from am_testkit.exact import relative_error, whole
+from am_testkit.models import next_token_loss
+from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small, small_config
 from am_tp_plans import add_sequence_parallelism, apply_plan, get_hf_tp_shard_plan, infer_plan
 
 # Why a plan that transformers brings is not applied, in the words of the error.
@@ -61,8 +60,8 @@ def test_the_plan_of_every_model_is_exact_or_refused(model_type):
         return
     ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(1))
     labels = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(2))
-    expected = call(model, ids)
-    loss_fn(expected, labels).backward()
+    expected = logits_of(model, ids)
+    next_token_loss(whole(expected), labels).backward()
     wanted = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     fresh = small(model_type, dtype=dtype)  # some models change themselves in their first forward
     plans = {"error": make_plan(fresh)}
@@ -87,16 +86,16 @@ def compare(model_type, dtype, plan, ids, labels, expected, wanted):
     """The largest error of logits and gradients under a plan, on any rank, and the share of parameters it holds."""
     sharded = small(model_type, dtype=dtype)
     apply_plan(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan)
-    logits = call(sharded, ids)
-    loss_fn(logits, labels).backward()
+    logits = logits_of(sharded, ids)
+    next_token_loss(whole(logits), labels).backward()
     largest = max(grad.nan_to_num().abs().max().item() for grad in wanted.values())
-    errors = [difference(whole(logits), expected, 0.0)]
+    errors = [relative_error(whole(logits), expected, 0.0, nan_is_nan=True)]
     for name, parameter in sharded.named_parameters(remove_duplicate=False):
         missing = parameter.grad is None and name in wanted and wanted[name].nan_to_num().abs().max() > 0
         assert not missing, f"{name} has no gradient"
         if parameter.grad is not None:
             target = wanted.get(name, torch.zeros(parameter.shape, dtype=dtype))
-            error = difference(whole(parameter.grad), target, 1e-6 * largest)
+            error = relative_error(whole(parameter.grad), target, 1e-6 * largest, nan_is_nan=True)
             assert error < TOLERANCE[dtype], f"the gradient of {name} is off by {error:.1e}"
             errors.append(error)
     worst = torch.tensor(max(errors), dtype=torch.float64)
@@ -104,37 +103,6 @@ def compare(model_type, dtype, plan, ids, labels, expected, wanted):
     assert worst.item() < TOLERANCE[dtype]
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in sharded.parameters())
     return worst.item(), held / sum(p.numel() for p in sharded.parameters())
-
-
-def difference(actual, expected, floor):
-    """Relative, with NaN, which blt's own gradients are in places, equal to NaN."""
-    assert actual.shape == expected.shape
-    assert actual.isnan().equal(expected.isnan())
-    actual, expected = actual.nan_to_num(), expected.nan_to_num()
-    return ((actual - expected).abs().max() / max(expected.abs().max().item(), floor, 1e-30)).item()
-
-
-def runnable(model_type):
-    """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
-        model = small(model_type, dtype=dtype)
-        try:
-            with torch.no_grad():
-                call(model, torch.ones(1, 16, dtype=torch.int64))
-        except RuntimeError:
-            continue
-        return model, dtype
-    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
-
-
-def call(model, ids):
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=ids, **settings)
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
-def loss_fn(logits, labels):
-    return nn.functional.cross_entropy(whole(logits).flatten(0, 1), labels.flatten())
 
 
 def record(model_type, **measured):

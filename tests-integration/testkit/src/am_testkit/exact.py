@@ -14,12 +14,27 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest absolute difference over the largest absolute expected value (both on the whole tensor)."""
+def relative_error(
+    actual: torch.Tensor, expected: torch.Tensor, floor: float | None = None, *, nan_is_nan: bool = False
+) -> float:
+    """Largest absolute difference over the largest absolute expected value (both on the whole tensor).
+
+    Args:
+        actual, expected: of one shape, tensors or DTensors.
+        floor: divide by this where the expected values are smaller, because they are nothing but rounding. None: where
+            all are zero, the difference itself.
+        nan_is_nan: NaN equals NaN in the same place, for models whose own numbers are NaN in places.
+    """
     actual, expected = whole(actual).detach(), whole(expected).detach()
     if actual.shape != expected.shape:
         raise AssertionError(f"shape {tuple(actual.shape)} differs from the expected {tuple(expected.shape)}")
+    if nan_is_nan:
+        if not actual.isnan().equal(expected.isnan()):
+            raise AssertionError("NaN in other places than expected")
+        actual, expected = actual.nan_to_num(), expected.nan_to_num()
     scale = expected.abs().max().item() if expected.numel() else 0.0
+    if floor is not None:
+        scale = max(scale, floor, 1e-30)
     difference = (actual.to(expected.dtype) - expected).abs().max().item() if expected.numel() else 0.0
     return difference / scale if scale else difference
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -96,6 +97,31 @@ def small(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model.train(model_type in _ONLY_IN_TRAINING)
+
+
+def runnable(model_type: str, **settings: Any) -> tuple[nn.Module, torch.dtype]:
+    """The small model in float64, or in float32 where its own code mixes the two, and which of them it is.
+
+    Args:
+        model_type: of `model_types()`.
+        settings: of `small`, besides the dtype.
+    """
+    for dtype in (torch.float64, torch.float32):
+        model = small(model_type, dtype=dtype, **settings)
+        try:
+            with torch.no_grad():
+                logits_of(model, torch.ones(1, 16, dtype=torch.int64))
+        except RuntimeError:
+            continue
+        return model, dtype
+    raise AssertionError(f"{model_type} runs neither in float64 nor in float32")
+
+
+def logits_of(model: nn.Module, ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """What a causal LM returns for ids `(B, S)`, whatever it calls it, without a cache."""
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=ids, **inputs, **settings)
+    return output.logits if hasattr(output, "logits") else output[0]
 
 
 # They have no backward in evaluation mode; their configs here have nothing random but reformer's seeded hashes.
