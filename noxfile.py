@@ -72,7 +72,8 @@ def integration(session: nox.Session, ranks: int) -> None:
     """The packages together, every rank of torchrun in lockstep; NCCL where there are that many GPUs, else gloo."""
     report = junit(f"integration-{ranks}")
     ignored = (f"--ignore={TESTKIT}", "--ignore=tests-integration/packaging")
-    arguments = ("-p", "no:xdist", report, *ignored, *(session.posargs or ["tests-integration"]))
+    fewer = f"--min-ranks={ranks // 2 + 1 if ranks > 2 else 0}"  # those have run in the launch before
+    arguments = ("-p", "no:xdist", report, fewer, *ignored, *(session.posargs or ["tests-integration"]))
     torchrun(session, ranks, "-m", "pytest", *arguments)
 
 
@@ -96,7 +97,19 @@ def sweep(session: nox.Session) -> None:
         tests = sorted(map(str, ROOT.glob(f"packages/{package}/tests/test_*sweep.py")))
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
-    run(session, "python", "docs/coverage/tables.py", str(folder))
+    run(session, "python", "docs/coverage/tables.py", str(folder), "pipeline", "tensor", "data", "experts", "context")
+
+
+@nox.session(venv_backend="none", requires=["together"])
+def compositions(session: nox.Session) -> None:
+    """Every composition on up to eight ranks, and every resume, against one process; writes their table in `docs/`."""
+    folder = ROOT / "build" / "compositions"
+    if not session.posargs:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    session.env["AM_SWEEP"] = str(folder)
+    pytest(session, "compositions", "tests-integration/test_compositions.py", *session.posargs)
+    run(session, "python", "docs/coverage/tables.py", str(folder), "compositions")
 
 
 @nox.session
@@ -297,8 +310,8 @@ def siblings(package: str) -> list[str]:
 
 
 def _processes(arguments: list[str]) -> int:
-    """pp x dp x cp x tp of the example's arguments."""
-    degrees = {"--pp": 2, "--dp": 2, "--cp": 1, "--tp": 1}
+    """pp x dp-replicate x dp x cp x tp of the example's arguments."""
+    degrees = {"--pp": 2, "--dp-replicate": 1, "--dp": 2, "--cp": 1, "--tp": 1}
     words = [word for argument in arguments for word in argument.split("=", 1)]
     for name, value in itertools.pairwise(words):
         if name in degrees and value.isdigit():

@@ -29,17 +29,13 @@ pytestmark = pytest.mark.skipif(
 
 LAYOUTS = {
     "pp2": ["--pp", "2", "--dp", "1", "--ep", "1"],
-    "tp2": ["--pp", "1", "--dp", "1", "--tp", "2"],
-    "tp2-sp": ["--pp", "1", "--dp", "1", "--tp", "2", "--sequence-parallel"],
     "dp2": ["--pp", "1", "--dp", "2", "--ep", "1"],
-    "pp2-tp2": ["--pp", "2", "--dp", "1", "--tp", "2"],
-    "pp2-dp2": ["--pp", "2", "--dp", "2", "--ep", "1"],
-    "dp2-tp2": ["--pp", "1", "--dp", "2", "--tp", "2", "--sequence-parallel"],
-    "pp2-dp2-tp2": ["--pp", "2", "--dp", "2", "--tp", "2"],
-    "ep2-dp2": ["--pp", "1", "--dp", "2", "--ep", "2"],
+    "tp2-sp": ["--pp", "1", "--dp", "1", "--tp", "2", "--sequence-parallel"],
+    "copies2-ep4": ["--pp", "1", "--dp-replicate", "2", "--dp", "2", "--ep", "4"],
     "pp2-ep2-dp2": ["--pp", "2", "--dp", "2", "--ep", "2"],
     "pp2-cp2-ep2": ["--pp", "2", "--dp", "1", "--cp", "2", "--ep", "2"],
-    "cp2-tp2": ["--pp", "1", "--dp", "1", "--cp", "2", "--tp", "2"],
+    "pp2-cp2-tp2": ["--pp", "2", "--dp", "1", "--cp", "2", "--tp", "2", "--sequence-parallel"],
+    "lora": ["--pp", "2", "--dp", "2", "--config", "llama", "--lora", "4"],
 }
 
 
@@ -70,7 +66,7 @@ def finish(process, timeout=240):
 
 def size(arguments):
     degree = dict(zip(arguments[::2], arguments[1::2], strict=False))
-    return math.prod(int(degree.get(name, 1)) for name in ("--pp", "--dp", "--cp", "--tp"))
+    return math.prod(int(degree.get(name, 1)) for name in ("--pp", "--dp-replicate", "--dp", "--cp", "--tp"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -144,31 +140,38 @@ def test_degrees_that_do_not_fit_are_refused_by_the_launch_before_any_collective
 
 
 DENSE = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "model_type": "llama"}
+WIDE = DENSE | {"num_key_value_heads": 4}
 SPARSE = DENSE | {"num_experts": 8, "model_type": "qwen3_moe"}
 
 
 @pytest.mark.parametrize(
     ("degrees", "world", "config", "sizes", "words"),
     [
-        ((1, 2, 1, 3, False), 2, SPARSE, (16, 2, 128), r"--ep 3 must divide --dp 2"),
-        ((1, 0, 1, 1, False), 2, SPARSE, (16, 2, 128), r"--dp must be at least 1"),
-        ((1, 2, 1, 2, False), 2, DENSE, (16, 2, 128), r"llama has no experts; use --ep 1"),
-        ((1, 3, 1, 3, False), 3, SPARSE, (18, 2, 128), r"--ep 3 must divide the model's 8 experts"),
-        ((1, 1, 4, 1, False), 4, SPARSE, (16, 2, 128), r"--tp 4 must divide num_key_value_heads=2: it can be 1, 2"),
-        ((8, 1, 1, 1, False), 8, DENSE, (16, 2, 128), r"--pp 8 is more than the model's 4 layers"),
-        ((1, 2, 1, 1, False), 2, DENSE, (7, 1, 128), r"--batch 7 must be a multiple of --dp 2: 8"),
-        ((2, 1, 1, 1, False), 2, DENSE, (6, 4, 128), r"--microbatch 4 must divide the 6 sequences"),
-        ((2, 1, 1, 1, True), 2, DENSE, (16, 2, 128), r"--sequence-parallel needs --tp"),
-        ((1, 1, 2, 1, True), 2, DENSE, (16, 2, 127), r"--seq-len 127 must be a multiple of --tp 2"),
-        ((1, 1, 2, 1, True, 2), 4, DENSE, (16, 2, 128), r"--sequence-parallel and --cp both shard the sequence"),
-        ((1, 1, 1, 1, False, 2), 2, DENSE, (16, 2, 126), r"--seq-len 126 must be a multiple of twice --cp 2: 128"),
-        ((1, 1, 1, 3, False, 4), 4, SPARSE, (16, 2, 128), r"--ep 3 must divide --dp 1 x --cp 4"),
-        ((1, 1, 1, 1, False, 2), 4, DENSE, (16, 2, 128), r"--cp 2 x --tp 1 is 2 ranks, but 4 were started"),
+        ({"dp_shard": 2, "ep": 3}, 2, SPARSE, (16, 2, 128), r"--ep 3 must divide --dp 2 x --tp 1: .*; it can be 1, 2"),
+        ({"dp_shard": 0}, 2, SPARSE, (16, 2, 128), r"--dp must be at least 1, got 0"),
+        ({"dp_shard": 2, "ep": 2}, 2, DENSE, (16, 2, 128), r"llama has no experts; use --ep 1"),
+        ({"dp_shard": 3, "ep": 3}, 3, SPARSE, (18, 2, 128), r"--ep 3 must divide the model's 8 experts"),
+        ({"tp": 4}, 4, SPARSE, (16, 2, 128), r"--tp 4 must divide num_key_value_heads=2: it can be 1, 2"),
+        ({"pp": 8}, 8, DENSE, (16, 2, 128), r"--pp 8 is more than the model's 4 layers"),
+        ({"dp_shard": 2}, 2, DENSE, (7, 1, 128), r"--batch 7 must be a multiple of --dp 2: 8"),
+        ({"pp": 2}, 2, DENSE, (6, 4, 128), r"--microbatch 4 must divide the 6 sequences"),
+        ({"pp": 2, "sequence_parallel": True}, 2, DENSE, (16, 2, 128), r"--sequence-parallel needs --tp"),
+        ({"tp": 2, "sequence_parallel": True}, 2, DENSE, (16, 2, 127), r"--seq-len 127 must be a multiple of --tp 2"),
+        (
+            {"tp": 4, "sequence_parallel": True, "cp": 3},
+            12,
+            WIDE,
+            (16, 2, 126),
+            r"126 must be a multiple of --cp 3 x --tp 4",
+        ),
+        ({"cp": 2}, 2, DENSE, (16, 2, 126), r"--seq-len 126 must be a multiple of twice --cp 2: 128"),
+        ({"ep": 3, "cp": 4}, 4, SPARSE, (16, 2, 128), r"--ep 3 must divide --dp 1 x --cp 4 x --tp 1"),
+        ({"cp": 2}, 4, DENSE, (16, 2, 128), r"--cp 2 x --tp 1 is 2 ranks, but 4 were started"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused_with_what_would(degrees, world, config, sizes, words):
     with pytest.raises(ValueError, match=words):
-        Degrees(*degrees).check(world, types.SimpleNamespace(**config), *sizes)
+        Degrees(**degrees).check(world, types.SimpleNamespace(**config), *sizes)
 
 
 def test_what_is_neither_a_model_nor_a_text_nor_a_checkpoint_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Write the tables beside this file from what `nox -s sweep` measured: a row for every causal language model type."""
+"""Write the tables beside this file from what `nox -s sweep` and `nox -s compositions` measured."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import sys
 import torch
 import transformers
 
+from am_testkit import compositions
 from am_testkit.zoo import NOT_BUILT, model_types
 
 HERE = pathlib.Path(__file__).parent
 VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
 
 
-def main(folder: str) -> None:
-    tables = {"pipeline": pipeline, "tensor": tensor, "data": data, "experts": experts, "context": context}
-    for name, write in tables.items():
+def main(folder: str, *names: str) -> None:
+    tables = (pipeline, tensor, data, experts, context, composed)
+    for name, write in ((t.__name__.replace("composed", "compositions"), t) for t in tables):
+        if names and name not in names:
+            continue
         files = pathlib.Path(folder).glob(f"{name}-*.json")
         measured = {file.stem.removeprefix(f"{name}-"): json.loads(file.read_text()) for file in files}
         lines = write(measured)
@@ -193,6 +196,52 @@ def context(measured: dict[str, dict]) -> list[str]:
     ]
 
 
+def composed(measured: dict[str, dict]) -> list[str]:
+    trained = [result for result in measured.values() if "saved" not in result]
+    models = list(dict.fromkeys(result["model"] for result in trained))
+    found = {(result["model"], compositions.name(result)): result["error"] for result in trained}
+    layouts = sorted(compositions.product(), key=compositions.ranks)
+    rows = []
+    for layout in layouts:
+        name = compositions.name(layout)
+        cells = [cell(found[model, name]) if (model, name) in found else "" for model in models]
+        if any(cells):
+            rows.append(f"| {compositions.ranks(layout)} | {name} | {' | '.join(cells)} |")
+    exact = sum(result["error"] <= 1e-5 for result in trained)
+    lines = [
+        "# Compositions: every product of the axes on up to eight ranks",
+        "",
+        f"**{exact} of {len(trained)} compositions train like one process**: pipeline stages, replicas, shards,",
+        "context, tensor (`tp2sp`: with sequence parallelism) and expert ranks, two of each (experts two or four),",
+        "wherever they fit eight ranks.",
+        "",
+        f"`nox -s compositions`, {VERSIONS}, gloo. Four-layer models in float64: a Qwen3 with tied embeddings, a",
+        "Mistral with two key heads and a sliding window shorter than the sequence, a Qwen2-MoE with shared experts,",
+        "a Llama with LoRA adapters. Three steps of AdamW with the global norm clipped to 0.1. The numbers are the",
+        "largest relative differences from one process among the losses, all gradients and the norm of each step, and",
+        "all weights after the third; norms and softmax compute in float32 in transformers, and AdamW makes rounding",
+        "larger where a gradient is near zero. Empty: experts of a model that has none, or more expert ranks than a",
+        "stage has; those are refused, which is tested.",
+        "",
+        f"| ranks | composition | {' | '.join(models)} |",
+        f"|---|---|{'---|' * len(models)}",
+        *rows,
+        "",
+        "## Saved at one layout, resumed at another",
+        "",
+        "Two steps and a checkpoint in the layout of the row, loaded into other weights in the layout of the column,",
+        "one more step: the largest relative difference of the weights from three steps of one process.",
+    ]
+    for model in dict.fromkeys(result["model"] for result in measured.values() if "saved" in result):
+        pairs = {
+            (r["saved"], r["resumed"]): r["error"] for r in measured.values() if r["model"] == model and "saved" in r
+        }
+        names = list(dict.fromkeys(saved for saved, _ in pairs))
+        lines += ["", f"| {model} | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+        lines += [f"| {row} | {' | '.join(cell(pairs[row, column]) for column in names)} |" for row in names]
+    return lines
+
+
 def cell(result: float | str) -> str:
     return result.splitlines()[0][:140] if isinstance(result, str) else f"{result:.0e}"
 
@@ -213,4 +262,4 @@ def why_not(name: str, result: dict | None) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -21,7 +21,7 @@ import am_pipeline
 from training import checkpoint
 from training.degrees import Degrees
 from training.layout import Layout, lay_out
-from training.model import build_config, build_model, next_token_loss
+from training.model import build_config, build_model, build_optimizer, next_token_loss
 from training.report import Progress, plot_loss
 from training.text import ByteText
 
@@ -32,7 +32,7 @@ EXACT_STEPS = 20
 
 def main() -> None:
     args = parse_arguments()
-    degrees = Degrees(args.pp, args.dp, args.tp, args.ep, args.sequence_parallel, args.cp)
+    degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
     config = build_config(args.config, args.size)
     degrees.check(int(os.environ["WORLD_SIZE"]), config, args.batch, args.microbatch, args.seq_len)
     text = ByteText(args.text)
@@ -41,29 +41,27 @@ def main() -> None:
 
     device = start()
     refuse_different_texts(text, device)
-    model = build_model(config, args.seed)
+    model = build_model(config, args.seed, args.lora)
     alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
-    world_mesh, expert_mesh = degrees.world_mesh(device.type), degrees.expert_mesh(device.type)
-    local_batch = args.batch // degrees.dp
+    meshes = degrees.meshes(device.type)
     layout = lay_out(
         model,
         degrees,
-        world_mesh,
-        expert_mesh,
+        meshes,
         schedule=args.schedule,
         microbatch=args.microbatch,
-        local_batch=local_batch,
+        local_batch=args.batch // degrees.dp,
         device=device,
     )
     del model
-    optimizers = [torch.optim.AdamW(p.parameters(), lr=args.lr, foreach=False) for p in layout.parts]
+    optimizers = [build_optimizer(part, args.lr) for part in layout.parts]
     done = checkpoint.load(resume_from, layout.parts, optimizers) if resume_from else 0
     if alone:
         alone.replay(text, done)
 
     say(f"{type(layout.parts[0]).__name__} over {degrees}, {text.source}")
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
-    mine = slice(world_mesh.get_local_rank("dp") * local_batch, (world_mesh.get_local_rank("dp") + 1) * local_batch)
+    mine = degrees.rows(meshes[0], args.batch)
     losses: list[float] = []
     for step in range(done, args.steps):
         ids, labels = (t[mine].to(device) for t in text.batch(args.batch, args.seq_len, args.seed, step))
@@ -101,13 +99,15 @@ def parse_arguments() -> argparse.Namespace:
     model = parser.add_argument_group("model and text")
     model.add_argument("--config", default="qwen3_moe", help="a local HF config folder or a model type")
     model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
+    model.add_argument("--lora", type=int, default=0, help="train LoRA adapters of this rank over the frozen model")
     model.add_argument("--text", help="a file or folder; the Python standard library if not given")
-    layout = parser.add_argument_group("layout; pp x dp x cp x tp must be the number of ranks")
+    layout = parser.add_argument_group("layout; pp x dp-replicate x dp x cp x tp must be the number of ranks")
     layout.add_argument("--pp", type=int, default=2, help="pipeline stages' ranks")
     layout.add_argument("--dp", type=int, default=2, help="data-parallel ranks, sharded with FSDP2")
+    layout.add_argument("--dp-replicate", type=int, default=1, help="copies of those, which average gradients (HSDP)")
     layout.add_argument("--cp", type=int, default=1, help="context-parallel ranks, each with a part of every sequence")
     layout.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    layout.add_argument("--ep", type=int, default=None, help="expert-parallel ranks among the dp x cp ranks")
+    layout.add_argument("--ep", type=int, default=None, help="ranks of a pipeline stage that share the experts")
     layout.add_argument("--sequence-parallel", action="store_true", help="shard the sequence between layers over tp")
     layout.add_argument("--schedule", default="1F1B", help="any schedule of torch.distributed.pipelining")
     steps = parser.add_argument_group("training")
@@ -127,6 +127,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ep is None:
         args.ep = args.dp if args.config == "qwen3_moe" and args.tp == 1 else 1
+    if args.lora < 0:
+        parser.error("--lora must be at least 0")
     for name in ("steps", "batch", "microbatch", "seq_len"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -170,7 +172,7 @@ def draw_timeline(layout: Layout, ids: torch.Tensor, labels: torch.Tensor, args:
         layout.step(ids, labels)
     everyone = am_pipeline.gather_timeline(events, layout.stages)
     if dist.get_rank() == 0:
-        title = f"{args.schedule}, {args.batch // args.dp // args.microbatch} microbatches"
+        title = f"{args.schedule}, {args.batch // args.dp_replicate // args.dp // args.microbatch} microbatches"
         am_pipeline.plot_timeline(everyone, str(args.out / "timeline.png"), title)
 
 
@@ -179,8 +181,10 @@ class Alone:
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self.args = args
-        self.model = build_model(copy.deepcopy(model.config), args.seed)  # context parallelism changes the other one
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, foreach=False)
+        self.model = build_model(
+            copy.deepcopy(model.config), args.seed, args.lora
+        )  # context parallelism changes the other's config
+        self.optimizer = build_optimizer(self.model, args.lr)
         self.losses: list[float] = []
         self.worst_loss = self.worst_norm = self.worst_ever = 0.0
 

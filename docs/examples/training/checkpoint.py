@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.opti
     state = _state(0, parts, optimizers)
     dcp.load(state, checkpoint_id=path)
     for part, optimizer in zip(parts, optimizers, strict=True):
-        names = set(get_model_state_dict(part))
-        set_model_state_dict(part, {n: v for n, v in state["model"].items() if n in names})
-        wanted = set(get_optimizer_state_dict(part, optimizer, options=_FLAT))
+        first = _first_names(part)
+        mine = get_model_state_dict(part)
+        set_model_state_dict(part, {name: state["model"][first(name)] for name in mine})
+        mine = get_optimizer_state_dict(part, optimizer, options=_FLAT)
         set_optimizer_state_dict(
-            part, optimizer, {n: v for n, v in state["optimizer"].items() if n in wanted}, options=_FLAT
+            part, optimizer, {name: state["optimizer"][first(name)] for name in mine}, options=_FLAT
         )
     return int(state["step"])
 
@@ -61,6 +63,21 @@ def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.opti
 def _state(step: int, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     model, optimizer = {}, {}
     for part, one in zip(parts, optimizers, strict=True):
-        model |= get_model_state_dict(part)
-        optimizer |= get_optimizer_state_dict(part, one, options=_FLAT)
+        first = _first_names(part)
+        model |= {first(name): value for name, value in get_model_state_dict(part).items()}
+        mine = get_optimizer_state_dict(part, one, options=_FLAT)
+        optimizer |= {first(name): value for name, value in mine.items()}
     return {"model": model, "optimizer": optimizer, "step": torch.tensor(step)}
+
+
+def _first_names(part: nn.Module) -> Callable[[str], str]:
+    """Tied weights are saved under one name, which every layout knows: a pipeline may hold them on two stages."""
+    tied = getattr(part, "all_tied_weights_keys", {})
+
+    def first(name: str) -> str:
+        for alias, original in tied.items():
+            if name == alias or f".{alias}." in name:  # state.NAME.exp_avg, param_groups.NAME.lr
+                return name.replace(alias, original)
+        return name
+
+    return first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_fsdp
 import am_moe
@@ -34,32 +36,27 @@ class Layout:
 def lay_out(
     model: nn.Module,
     degrees: Degrees,
-    world_mesh: DeviceMesh,
-    expert_mesh: DeviceMesh | None,
+    meshes: tuple[DeviceMesh, DeviceMesh],
     *,
     schedule: str,
     microbatch: int,
     local_batch: int,
     device: torch.device,
 ) -> Layout:
-    def parallelize(part: nn.Module, world_mesh: DeviceMesh, moe_mesh: DeviceMesh | None, **_axes: object) -> None:
-        parallelize_part(part, degrees, world_mesh, moe_mesh)
-
-    cp_mesh = world_mesh["cp"] if degrees.cp > 1 else None
+    # Of the whole model: a pipeline part does not show everything that a plan is derived from.
+    plan = am_tp_plans.resolve_plan(model, sequence_parallel=degrees.sequence_parallel) if degrees.tp > 1 else None
+    parallelize = functools.partial(parallelize_part, degrees=degrees, plan=plan)
+    cp_mesh = meshes[0]["cp"] if degrees.cp > 1 else None
     if degrees.pp == 1:
         model.to(device)
-        parallelize(model, world_mesh, expert_mesh)
+        parallelize(model, *meshes)
         return Layout([model], _plain_step(model, local_batch // microbatch, cp_mesh), [], [])
 
     schedule, parts, has_first, has_last, stages = am_pipeline.pipeline_model(
         model,
-        world_mesh,
-        expert_mesh,
+        *meshes,
         pp_axis_name="pp",
-        dp_axis_names=("dp",),
-        tp_axis_name="tp",
-        ep_axis_name="ep",
-        ep_shard_axis_names=("ep_shard",),
+        dp_axis_names=("dp_replicate", "dp_shard"),
         layers_per_stage=None,
         pipeline_parallel_schedule_csv=None,
         pipeline_parallel_schedule=schedule,
@@ -86,47 +83,41 @@ def lay_out(
     return Layout(parts, step, stages, am_pipeline.duplicate_parameters(stages))
 
 
-def parallelize_part(part: nn.Module, degrees: Degrees, world_mesh: DeviceMesh, expert_mesh: DeviceMesh | None) -> None:
-    """The order of operations on one part: tensor parallel, experts, then data parallel around both."""
+def parallelize_part(
+    part: nn.Module,
+    world_mesh: DeviceMesh,
+    expert_mesh: DeviceMesh,
+    *,
+    degrees: Degrees,
+    plan: dict[str, ParallelStyle] | None,
+    **_axes: object,
+) -> None:
+    """Tensor parallel, context, experts, then data parallel around all of it; on the model, or on a pipeline part."""
     as_it_is = MixedPrecisionPolicy()  # compute and reduce in the dtype of the parameters
-    if degrees.cp > 1:
+    if degrees.cp > 1 or degrees.ep > 1:
         am_moe.parallelize_model(
             part,
             world_mesh,
             expert_mesh,
-            dp_axis_names=("dp",),
+            dp_axis_names=("dp_replicate", "dp_shard"),
             cp_axis_name="cp",
             tp_axis_name="tp",
             ep_axis_name="ep" if degrees.ep > 1 else None,
-            ep_shard_axis_names=("ep_shard",) if degrees.ep > 1 else None,
+            ep_shard_axis_names=("ep_shard",),
             mp_policy=as_it_is,
+            sequence_parallel=degrees.sequence_parallel,
+            tp_shard_plan=plan,
         )
-        return
-    if degrees.ep == 1:
-        if degrees.dp * degrees.tp > 1:
-            am_fsdp.fsdp2_strategy_parallelize(
-                part,
-                world_mesh["dp", "tp"],
-                mp_policy=as_it_is,
-                sequence_parallel=degrees.sequence_parallel,
-                dp_mesh_name="dp",
-                tp_mesh_name="tp",
-            )
-        return
-    if degrees.tp > 1:
-        plan = am_tp_plans.resolve_plan(part, sequence_parallel=degrees.sequence_parallel)
-        dense = {name: style for name, style in plan.items() if not name.endswith(".experts")}
-        am_tp_plans.apply_plan(part, world_mesh["tp"], dense)
-    if am_moe.find_experts(part):
-        am_moe.apply_ep(part, expert_mesh["ep"])
-    am_moe.apply_fsdp(
-        part,
-        world_mesh["dp"],
-        ep_enabled=True,
-        ep_shard_enabled=degrees.dp > degrees.ep,
-        ep_shard_mesh=expert_mesh["ep_shard"],
-        mp_policy=as_it_is,
-    )
+    elif degrees.dp * degrees.tp > 1:
+        am_fsdp.fsdp2_strategy_parallelize(
+            part,
+            world_mesh,
+            mp_policy=as_it_is,
+            sequence_parallel=degrees.sequence_parallel,
+            tp_shard_plan=plan,
+            dp_mesh_name=("dp_replicate", "dp_shard") if degrees.dp_replicate > 1 else "dp_shard",
+            tp_mesh_name="tp",
+        )
 
 
 def _share_of_sequence(

@@ -73,10 +73,38 @@ def build_config(name: str, size: int) -> Any:
     return config
 
 
-def build_model(config: Any, seed: int) -> nn.Module:
-    """The model with the same random weights on every rank, float32."""
+def build_model(config: Any, seed: int, lora: int = 0) -> nn.Module:
+    """The model with the same random weights on every rank, float32; with adapters of rank `lora`, if not 0."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if lora:
+        add_adapters(model, lora, seed)
+    return model
+
+
+def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
+    """Put peft's LoRA adapters into every linear of the layers but the router's, and train nothing else; in place.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("--lora needs peft: pip install peft") from None
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and not name.endswith("gate")
+    }
+    torch.manual_seed(seed)
+    # Without peft's wrapper around the model: its forward is the model's own.
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, target_modules=sorted(linears)), model)
+
+
+def build_optimizer(part: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """AdamW over what is trained of a model or of a part of it."""
+    return torch.optim.AdamW((p for p in part.parameters() if p.requires_grad), lr=lr, foreach=False)
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

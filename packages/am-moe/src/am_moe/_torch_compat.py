@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 
@@ -15,3 +16,8 @@ def in_backward() -> bool:
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of a name: custom operators take names."""
     return _resolve_process_group(name)
+
+
+def side_by_side(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
+    """One mesh of two axes of the same root mesh, either of which may have been flattened; no collective."""
+    return DeviceMesh._concatenate([first, second])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from am_moe._torch_compat import side_by_side
 from am_moe.checkpointing import apply_ac
 from am_moe.expert_parallel import apply_ep
 from am_moe.experts import find_experts
@@ -31,6 +33,8 @@ def parallelize_model(
     lm_head_precision: str | torch.dtype | None = None,
     wrap_outer_model: bool = True,
     mp_policy: MixedPrecisionPolicy | None = None,
+    sequence_parallel: bool = False,
+    tp_shard_plan: dict[str, Any] | str | None = None,
 ) -> None:
     """Apply tensor, context, expert and data parallelism and activation checkpointing to a model, in place.
 
@@ -51,6 +55,9 @@ def parallelize_model(
         activation_checkpointing: recompute each block in backward.
         ignore_router_for_ac: keep routing and dispatched rows when recomputing.
         reshard_after_forward, lm_head_precision, wrap_outer_model, mp_policy: as in `apply_fsdp`.
+        sequence_parallel: shard the sequence between layers over the tensor axis, too.
+        tp_shard_plan: as in `am_tp_plans.resolve_plan`, instead of the model's own. A plan that is derived from the
+            model's forward can only be made before a pipeline cut: make it of the whole model and give it here.
 
     Collectives: with real weights, those of sharding them; then in every step those of `apply_ep`, `apply_fsdp`,
         `apply_cp` and the tensor plan.
@@ -61,10 +68,12 @@ def parallelize_model(
     """
     _check_axes(world_mesh, moe_mesh, dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names)
     tp_mesh = _several(world_mesh, tp_axis_name)
+    if tp_mesh is None and sequence_parallel:
+        raise ValueError(f"sequence_parallel=True needs a tensor axis of several ranks; tp_axis_name={tp_axis_name!r}")
     cp_mesh = _several(world_mesh, cp_axis_name)
 
     if tp_mesh is not None:
-        _apply_tp(model, tp_mesh, keep_experts=ep_axis_name is not None)
+        _apply_tp(model, tp_mesh, tp_shard_plan, sequence_parallel, keep_experts=ep_axis_name is not None)
     if cp_mesh is not None:
         from am_moe.context_parallel import apply_cp
 
@@ -108,14 +117,21 @@ def _check_axes(world, moe, dp_names, cp_name, tp_name, ep_name, ep_shard_names)
             raise ValueError(f"{argument}: {which} has no axis {missing[0]!r}; its axes are {known}")
 
 
-def _apply_tp(model: nn.Module, mesh: DeviceMesh, *, keep_experts: bool) -> None:
+def _apply_tp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    given: dict[str, Any] | str | None,
+    sequence_parallel: bool,
+    *,
+    keep_experts: bool,
+) -> None:
     try:
         plans = importlib.import_module("am_tp_plans")
     except ImportError as error:
         raise ImportError(
             f"tensor parallelism over {mesh.size()} ranks needs the plans of am-tp-plans: pip install 'am-moe[tp]'"
         ) from error
-    plan = plans.resolve_plan(model)
+    plan = plans.resolve_plan(model, given, sequence_parallel=sequence_parallel)
     experts = [name for name, _ in find_experts(model)] if keep_experts else []
     dense = {key: style for key, style in plan.items() if not any(_within(key, name) for name in experts)}
     plans.apply_plan(model, mesh, dense)
@@ -151,11 +167,5 @@ def _joined(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
 def _data_mesh(world: DeviceMesh, data: tuple[str, ...], context: str | None) -> DeviceMesh:
     """One axis, or (replicate, shard): ranks of the context axis hold other tokens, so they are data ranks too."""
     *replicate, shard = [name for name in data if world[name].size() > 1] or [data[-1]]
-    if context is None:
-        return world[(*replicate, shard)] if replicate else world[shard]
-    if not replicate:
-        return _joined(world, (shard, context))
-    raise ValueError(
-        f"dp_axis_names={data} with a context axis of several ranks: HSDP over a data and a context axis is not "
-        "supported; make the replicate axis 1"
-    )
+    sharded = world[shard] if context is None else _joined(world, (shard, context))
+    return side_by_side(world[replicate[0]], sharded) if replicate else sharded

@@ -26,6 +26,12 @@ _FAMILY = {
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 32,
+    },
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
 }
 

@@ -20,6 +20,7 @@ from am_testkit.verdict import Outcome, Verdict
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--max-ranks", type=int, default=8, help="skip tests that ask for more ranks (plain pytest)")
+    parser.addoption("--min-ranks", type=int, default=0, help="leave out tests that ask for fewer ranks, or for none")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -55,6 +56,15 @@ def asked(item: pytest.Item) -> tuple[int, float] | None:
         return read(*marker.args, **marker.kwargs)
     except TypeError as error:
         raise pytest.UsageError(f"{item.nodeid}: @pytest.mark.ranks(n, timeout=60): {error}") from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    least = config.getoption("--min-ranks")
+    left_out = [item for item in items if (asked(item) or (0, 0))[0] < least]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
