@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
 
 from am_moe import build_meshes, find_experts, parallelize_model
+from am_moe.context_parallel import shard_batch
 from am_moe.meshes import check_degrees
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
@@ -150,16 +152,47 @@ def test_both_meshes_are_over_the_same_ranks():
         build_meshes("cpu", tp=0)
 
 
-@pytest.mark.ranks(4)
-def test_experts_go_across_the_ranks_of_the_context_axis():
-    from am_moe.context_parallel import shard_batch
+WITH_CONTEXT = {
+    "experts across data and context": {"dp_shard": 2, "cp": 2, "ep": 4},
+    "replicas x context": {"dp_replicate": 2, "cp": 2, "ep": 2},
+    "replicas x data x context": {"dp_replicate": 2, "dp_shard": 2, "cp": 2, "ep": 4},
+    "context x tensor with sequence parallelism": {"cp": 2, "tp": 2, "ep": 2},
+}
 
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=pytest.mark.ranks(8 if "x data" in n else 4)) for n in WITH_CONTEXT]
+)
+def test_a_layout_with_a_context_axis_trains_like_one_process(layout):
+    tensor = "tensor" in layout
+    if tensor:
+        pytest.importorskip("am_tp_plans")
     model = tiny("qwen3_moe", layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", dp_shard=2, cp=2, ep=4)
-    parallelize_model(model, world, moe, cp_axis_name="cp", **AXES, activation_checkpointing=True)
+    world, moe = build_meshes("cpu", **WITH_CONTEXT[layout])
+    axes = AXES | {"dp_axis_names": ("dp_replicate", "dp_shard"), "cp_axis_name": "cp"}
+    parallelize_model(model, world, moe, **axes, activation_checkpointing=True, sequence_parallel=tensor)
     ids, _ = token_batch(4, 16)
-    share = slice(2 * world["dp_shard"].get_local_rank(), 2 * world["dp_shard"].get_local_rank() + 2)
-    model(**shard_batch({"input_ids": ids[share], "labels": ids[share]}, world["cp"]), use_cache=False).loss.backward()
+    data = world["dp_replicate", "dp_shard"]._flatten("all")
+    each = 4 // data.size()
+    mine = ids[each * data.get_local_rank() : each * (data.get_local_rank() + 1)]
+    model(**shard_batch({"input_ids": mine, "labels": mine}, world["cp"]), use_cache=False).loss.backward()
     one(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert_same(gradients(model), gradients(one), 1e-6, "gradients")  # transformers computes the loss in float32
+
+
+@pytest.mark.ranks(2)
+def test_a_plan_can_be_given_and_sequence_parallelism_needs_a_tensor_axis():
+    plans = pytest.importorskip("am_tp_plans")
+    model = tiny("qwen3_moe", layers=2)
+    one = copy.deepcopy(model)
+    world, moe = build_meshes("cpu", tp=2, ep=2)
+    plan = {key: style for key, style in plans.resolve_plan(model).items() if "self_attn" not in key}
+    parallelize_model(model, world, moe, **AXES, tp_shard_plan=plan)
+    assert model.model.layers[0].self_attn.q_proj.weight.placements == (Shard(0),), "over the data axis alone"
+    step_both(model, one, world["dp_shard"])
+    world, moe = build_meshes("cpu", dp_shard=2, ep=2)
+    with pytest.raises(ValueError, match="sequence_parallel=True needs a tensor axis of several ranks"):
+        parallelize_model(tiny("qwen3_moe", layers=1), world, moe, **AXES, sequence_parallel=True)
+    with pytest.raises(ValueError, match="tp_shard_plan needs a tensor axis of several ranks"):
+        parallelize_model(tiny("qwen3_moe", layers=1), world, moe, **AXES, tp_shard_plan=plan)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from am_moe._torch_compat import group_of, in_backward
+from am_moe._torch_compat import group_of, in_backward, side_by_side
 
 
 def test_a_backward_is_told_from_a_forward():
@@ -32,3 +33,14 @@ def test_a_backward_is_told_from_a_forward():
 def test_a_group_is_found_by_its_name():
     group = dist.new_group([0, 1])
     assert group_of(group.group_name) is group
+
+
+@pytest.mark.ranks(4)
+def test_an_axis_and_a_flattened_one_are_one_mesh_with_the_groups_they_had():
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("copies", "data", "context"))
+    flat = mesh["data", "context"]._flatten("data_context")
+    both = side_by_side(mesh["copies"], flat)
+    assert both.mesh.tolist() == [[0, 1], [2, 3]]
+    assert both.mesh_dim_names == ("copies", "data_context")
+    assert both.get_group("data_context") is flat.get_group()
+    assert both.get_group("copies") is mesh.get_group("copies")

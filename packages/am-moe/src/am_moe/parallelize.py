@@ -68,8 +68,9 @@ def parallelize_model(
     """
     _check_axes(world_mesh, moe_mesh, dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names)
     tp_mesh = _several(world_mesh, tp_axis_name)
-    if tp_mesh is None and sequence_parallel:
-        raise ValueError(f"sequence_parallel=True needs a tensor axis of several ranks; tp_axis_name={tp_axis_name!r}")
+    if tp_mesh is None and (sequence_parallel or tp_shard_plan is not None):
+        asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
+        raise ValueError(f"{asked} needs a tensor axis of several ranks; tp_axis_name is {tp_axis_name!r}")
     cp_mesh = _several(world_mesh, cp_axis_name)
 
     if tp_mesh is not None:
