@@ -22,7 +22,7 @@ from am_testkit.exact import relative_error
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
 SWEEP = os.environ.get("AM_SWEEP")
-ALWAYS = ["bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3_text", "gpt2"]
+ALWAYS = ["bloom", "cohere2", "deepseek_v3", "falcon_h1", "gemma3", "gpt2"]
 ALWAYS += ["gpt_oss", "llama4_text", "opt", "phi3", "qwen2", "qwen3_moe"]
 TYPES = [name for name in model_types() if name not in NOT_BUILT] if SWEEP else ALWAYS
 # The reference computes softmax, norms and some routers in float32 even in a float64 model.
@@ -30,16 +30,14 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 # Refused, for what the error of each says.
 # fmt: off
 REFUSED = {
-    "axk2", "bailing_hybrid", "bamba", "bart", "big_bird", "bigbird_pegasus", "blenderbot-small", "blenderbot",
-    "bloom", "blt", "camembert", "codegen", "cpmant", "data2vec-text", "deepseek_v32", "deepseek_v4", "doge",
-    "dots3_note_text", "falcon", "falcon_h1", "falcon_mamba", "gemma3", "gemma4_unified", "git", "glm_moe_dsa",
-    "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gptj", "granitemoehybrid", "hy_v4", "inkling2_text",
-    "inkling_text", "jamba", "kimi_linear", "lfm2_moe", "lfm3", "llama4", "llama4_text", "mamba", "mamba2",
-    "marian", "mbart", "megatron-bert", "minimax", "mllama", "moss_transcribe_diarize", "mpt", "mvp", "nemotron_h",
-    "olmo_hybrid", "openai-gpt", "pegasus", "phi4_multimodal", "plbart", "prophetnet", "qwen3_5", "qwen3_5_moe",
-    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "reformer",
-    "rembert", "roberta-prelayernorm", "roberta", "roformer", "rwkv", "trocr", "whisper", "xglm", "xlm-roberta-xl",
-    "xlm-roberta", "xlm", "xlnet", "xlstm", "xmod", "zamba", "zamba2", "zaya",
+    "axk2", "bart", "big_bird", "bigbird_pegasus", "blenderbot-small", "blenderbot", "bloom", "blt", "camembert",
+    "codegen", "cpmant", "data2vec-text", "deepseek_v32", "deepseek_v4", "doge", "dots3_note_text", "falcon",
+    "falcon_mamba", "gemma4_unified", "git", "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gptj", "hy_v4",
+    "inkling2_text", "inkling_text", "llama4", "llama4_text", "mamba", "mamba2", "marian", "mbart", "megatron-bert",
+    "mllama", "moss_transcribe_diarize", "mpt", "mvp", "openai-gpt", "pegasus", "plbart",
+    "prophetnet", "qwen4_exp", "qwen4_exp_text", "reformer", "rembert", "roberta-prelayernorm", "roberta",
+    "roformer", "rwkv", "trocr", "whisper", "xglm", "xlm-roberta-xl", "xlm-roberta", "xlm", "xlnet", "xlstm",
+    "xmod",
 }
 # fmt: on
 # Of them, those whose masks are seen in a forward only.
@@ -79,7 +77,9 @@ def test_every_model_is_exact_on_two_context_ranks_or_refused(model_type):
             errors[name] = relative_error(gradient / 2, wanted[name], 1e-4 * largest, nan_is_nan=True)
     worst = max(errors, key=errors.get)
     record(model_type, results | {"cp2": errors[worst]})
-    tolerance = 1e-4 if model_type.startswith("gemma4") else TOLERANCE[dtype]  # its unscaled scores are large
+    # gemma4's unscaled scores are large, gated delta rules compute in float32.
+    loose = model_type.startswith(("gemma4", "qwen3_next", "qwen3_5"))
+    tolerance = 1e-4 if loose else TOLERANCE[dtype]
     assert errors[worst] < tolerance, f"{worst} is off by {errors[worst]:.1e}, logits by {errors['logits']:.1e}"
 
 

@@ -17,9 +17,18 @@ from am_moe.context_parallel.batch import unshard_sequence
 from am_moe.context_parallel.heads import gather_heads, repeated_for, spread_heads
 from am_moe.context_parallel.kernel import Scores
 from am_moe.context_parallel.masks import ContextMask, Sequence, describe, recognise
+from am_moe.context_parallel.mixers import Running, run_on_whole_sequences
 from am_moe.context_parallel.ring import shared_attention
 from am_moe.context_parallel.rotary import show_whole_length, tables_by_length
-from am_moe.context_parallel.support import check_supported, configs_of, engine_attention, registry_attention
+from am_moe.context_parallel.support import (
+    CONVOLUTIONS,
+    check_supported,
+    configs_of,
+    engine_attention,
+    mixers,
+    registry_attention,
+    towers,
+)
 from am_moe.context_parallel.transport import place
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
@@ -68,6 +77,12 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
             config._attn_implementation = name
         for table in tables_by_length(model):
             show_whole_length(table, context.last_position)
+        for inner, module in mixers(model):
+            run_on_whole_sequences(module, inner, cp_mesh, context.running)
+        for _, tower in towers(model):
+            for module in tower.modules():
+                if isinstance(module, CONVOLUTIONS):
+                    module.register_forward_pre_hook(_refuse_to_run)
         model.register_forward_pre_hook(context.before_forward, with_kwargs=True)
         model.register_forward_hook(context.after_forward, always_call=True)
     for _, module in engine:
@@ -125,6 +140,12 @@ class _Context:
         self._check_called()
         window = recognise(mask_function, local_size, torch.device(device))
         return self.whole_sequence().mask(*window)
+
+    def running(self) -> Running | None:
+        """The forward that runs; None in a recomputation, whose hooks know nothing of it."""
+        if self.parts is None:
+            return None
+        return Running(*self.parts[0].shape, padded=self.whole_sequence().valid_BN is not None)
 
     def last_position(self) -> torch.Tensor:
         """What rotary tables that depend on the length are shown."""
@@ -197,6 +218,13 @@ def _register(context: _Context) -> str:
     transformers.AttentionInterface.register(name, context.attention)
     transformers.AttentionMaskInterface.register(name, context.mask)
     return name
+
+
+def _refuse_to_run(module: nn.Module, args: tuple) -> None:
+    raise ValueError(
+        f"a convolution ({type(module).__name__}) of an image or audio tower ran: what it becomes is not cut along the "
+        "sequence; context parallelism is for batches of text"
+    )
 
 
 def _check_mesh(mesh: DeviceMesh, comm_type: str) -> None:

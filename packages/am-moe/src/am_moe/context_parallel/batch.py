@@ -117,8 +117,13 @@ def unshard_sequence(tensor: torch.Tensor, cp_mesh: DeviceMesh, dim: int = 1) ->
         all_gather(gathered, parts, group=cp_mesh.get_group(axis))
         parts = gathered
     dim = dim % tensor.dim()
-    heads, tails = parts.chunk(2, dim=dim + 1)
-    return torch.cat([heads, tails.flip(0)]).movedim(0, dim).flatten(dim, dim + 1)
+    return in_order(parts.movedim(0, dim).flatten(dim, dim + 1), cp_mesh.size(), dim)
+
+
+def in_order(tensor: torch.Tensor, ranks: int, dim: int = 1) -> torch.Tensor:
+    """The parts of all ranks, one after the other along `dim`, in the order of the sequence."""
+    chunks = tensor.chunk(2 * ranks, dim=dim)
+    return torch.cat([*chunks[::2], *chunks[:0:-2]], dim=dim)
 
 
 def _rank_in(mesh: DeviceMesh) -> int:

@@ -7,12 +7,51 @@ from typing import Any
 
 from torch import nn
 
-_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
+_ATTENTION = ("full_attention", "sliding_attention", "attention")
+_MIXING = ("linear_attention", "conv", "hybrid")  # their mixers are found by what they hold
+_POINTWISE = ("mlp", "moe")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def registry_attention(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules whose forward looks its attention function up in transformers' registry, with their names."""
     return [(name, module) for name, module in model.named_modules() if _uses_registry(module)]
+
+
+def mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules in layers of a stack that mix tokens by recurrence or convolution, outermost ones, with their names.
+
+    Those that own a `Conv1d`, which every linear attention and SSM of transformers has but lightning attention; that is
+    known by its name and its config's layer types.
+    """
+    linear = any("linear_attention" in _layer_types(config) for config in configs_of(model))
+    attention = {id(module) for _, module in registry_attention(model)}
+    inside = {id(inner) for _, module in registry_attention(model) for inner in module.modules()}
+    apart = {id(inner) for _, tower in towers(model) for inner in tower.modules()}
+    found: list[tuple[str, nn.Module]] = []
+    for stack, layers in model.named_modules():
+        for index, layer in enumerate(layers if isinstance(layers, nn.ModuleList) and id(layers) not in apart else ()):
+            for inner, module in layer.named_modules(prefix=f"{stack}.{index}".lstrip(".")):
+                if module is layer or id(module) in attention or any(inner.startswith(f"{n}.") for n, _ in found):
+                    continue
+                convolves = any(isinstance(child, (nn.Conv1d, nn.RNNBase)) for child in module.children())
+                if convolves or (linear and id(module) not in inside and _attends_by_itself(module)):
+                    found.append((inner, module))
+    return list({id(module): (name, module) for name, module in found}.values())
+
+
+def towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What makes hidden states of images and sounds, with names: has convolutions and stands beside the embedding."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, CONVOLUTIONS):
+            continue
+        while (parent := name.rpartition(".")[0]) and embedding not in set(model.get_submodule(parent).modules()):
+            name = parent
+        if not isinstance(model.get_submodule(name), nn.ModuleList):  # that would be the stack of the tokens' layers
+            found[name] = model.get_submodule(name)
+    return list(found.items())
 
 
 def engine_attention(model: nn.Module) -> list[tuple[str, Any]]:
@@ -53,27 +92,30 @@ def check_supported(model: nn.Module) -> None:
 
 
 def _by_config(model: nn.Module) -> str | None:
+    known = (*_ATTENTION, *_MIXING, *_POINTWISE)
     for config in configs_of(model):
         if getattr(config, "is_encoder_decoder", False):
             return "it has an encoder and a decoder, and its cross-attention would need another sequence's keys"
-        other = sorted(set(getattr(config, "layer_types", None) or ()) - set(_LAYER_TYPES))
+        other = sorted(set(_layer_types(config)) - set(known))
         if other:
-            return f"its config has layers of type {', '.join(other)}; only {', '.join(_LAYER_TYPES)} are known"
+            return f"its config has layers of type {', '.join(other)}; only {', '.join(known)} are known"
     return None
 
 
 def _by_modules(model: nn.Module, attention: list[nn.Module]) -> str | None:
-    served = {id(inner) for module in attention for inner in module.modules()}
+    mixing, apart = [m for _, m in mixers(model)], [m for _, m in towers(model)]
+    within = {id(inner) for module in (*mixing, *apart) for inner in module.modules()}
+    served = within | {id(inner) for module in attention for inner in module.modules()}
+    holding = {id(m) for m in model.modules() if any(inner in mixing for inner in m.modules())}
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            return f"{name} is a convolution ({kind}), which mixes neighbouring tokens"
-        if isinstance(module, nn.RNNBase):
+        if isinstance(module, nn.RNNBase) and id(module) not in within:
             return f"{name} ({kind}) is recurrent"
+        if isinstance(module, CONVOLUTIONS) and id(module) not in within:
+            return f"{name} ({kind}) is a convolution, which mixes neighbouring tokens, in attention or in no stack"
         if "crossattention" in kind.lower():
             return f"{name} ({kind}) attends to another sequence"
-        own = "attention" in kind.lower() and id(module) not in served
-        if own and any(True for _ in module.parameters()) and not any(_uses_registry(m) for m in module.modules()):
+        if id(module) not in served | holding and _attends_by_itself(module):
             return f"{name} ({kind}) computes attention by itself, without the registry"
         if hasattr(module, "create_position_ids_from_input_ids"):
             return f"{name} ({kind}) counts positions from its padding token's id, not from 0"
@@ -81,18 +123,29 @@ def _by_modules(model: nn.Module, attention: list[nn.Module]) -> str | None:
 
 
 def _by_layers(model: nn.Module, attention: list[nn.Module]) -> str | None:
-    serving = {id(module) for module in attention}
+    """Every layer of a stack that mixes tokens does so in a known way, or is said to be pointwise by its config."""
+    mixing = {id(module) for module in (*attention, *(m for _, m in mixers(model)))}
+    types = [kind for config in configs_of(model) for kind in _layer_types(config)]
+    pointwise = sum(kind in _POINTWISE for kind in types)
     for name, stack in model.named_modules():
         if not isinstance(stack, nn.ModuleList):
             continue
-        has = [any(id(inner) in serving for inner in layer.modules()) for layer in stack]
-        if any(has) and not all(has):
-            index = has.index(False)
-            layer = stack[index]
-            # A layer without parameters of another kind than attention may have been left empty by a pipeline.
-            if any(True for _ in layer.parameters()):
-                return f"{name}.{index} ({type(layer).__name__}) has no attention that the registry serves"
+        without = [index for index, layer in enumerate(stack) if not any(id(m) in mixing for m in layer.modules())]
+        # A layer without parameters of another kind than attention may have been left empty by a pipeline.
+        unknown = [index for index in without if any(True for _ in stack[index].parameters())]
+        if len(without) < len(stack) and len(unknown) > pointwise:
+            layer = type(stack[unknown[0]]).__name__
+            return f"{name}.{unknown[0]} ({layer}) has neither attention that the registry serves nor a known mixer"
     return None
+
+
+def _attends_by_itself(module: nn.Module) -> bool:
+    own = "attention" in type(module).__name__.lower() and any(True for _ in module.parameters())
+    return own and not any(_uses_registry(inner) for inner in module.modules())
+
+
+def _layer_types(config: Any) -> tuple[str, ...]:
+    return tuple(getattr(config, "layer_types", None) or ())
 
 
 def _by_signature(model: nn.Module) -> str | None:
