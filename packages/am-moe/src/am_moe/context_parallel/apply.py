@@ -56,7 +56,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         The model.
 
     Collectives: none here. In a forward, an all-gather of positions over `cp_mesh`; in every attention those of
-        `shared_attention` over the first axis and `spread_heads` over the last.
+        `shared_attention` over the first axis and `spread_heads` over the last; in every linear attention, SSM and
+        convolution those of `run_on_whole_sequences` over both.
 
     Raises:
         ValueError: an unknown type, a mesh with the wrong number of axes, heads that do not divide, a model whose
