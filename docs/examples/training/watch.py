@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 LISTEN_EVERY = 0.25  # seconds between two looks at the store
-ROLL_CALL = 4.0  # seconds in which a rank must answer
+ROLL_CALL = 5.0  # seconds in which a rank must answer
 
 _EXAMPLE = pathlib.Path(__file__).parents[1]
 
@@ -86,8 +86,10 @@ class Watch:
     def _end(self, error: BaseException) -> NoReturn:
         """This rank failed: find out whether it is the cause, say so, end."""
         with self.ending:
-            own = f"rank {self.rank} failed in {self.place}: {type(error).__name__}: {error}"
+            first = _first(error)
+            own = f"rank {self.rank} failed in {self.place}: {type(first).__name__}: {first}"
             try:
+                self.store.set(f"answer of {self.rank}", self._whereabouts())
                 if int(self.store.compare_set("caller", "", str(self.rank))) != self.rank:
                     self._leave(f"{own}\nrank {self.rank} ends in {self.place}: {self._cause()}")
                 others = self._call_the_roll(error)
@@ -101,8 +103,7 @@ class Watch:
 
     def _call_the_roll(self, error: BaseException) -> str:
         """What the others are to blame for; nothing when all answer."""
-        answers = {self.rank: self._whereabouts()}
-        self.store.set(f"answer of {self.rank}", "")
+        answers: dict[int, str] = {}
         deadline = time.monotonic() + ROLL_CALL
         while len(answers) < self.world_size and time.monotonic() < deadline:
             for rank in set(range(self.world_size)) - set(answers):
@@ -148,3 +149,10 @@ class Watch:
         if cause is not None:
             self.store.set("cause", cause)
         os._exit(1)
+
+
+def _first(error: BaseException) -> BaseException:
+    """What it all began with: a pipeline raises an error of its own from that of a stage."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

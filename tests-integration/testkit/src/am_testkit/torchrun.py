@@ -78,7 +78,7 @@ class Torchrun:
                 assert left > 0, f"no line {pattern!r} in {timeout:g} s\n{self._text()}"
                 self.read.wait(min(left, 1))
 
-    def finish(self, timeout: float = 240) -> int:
+    def finish(self, timeout: float = 480) -> int:
         """The exit status, once everything is printed; what runs longer is killed, and fails."""
         try:
             code = self.process.wait(timeout)
