@@ -112,6 +112,17 @@ def compositions(session: nox.Session) -> None:
     run(session, "python", "docs/coverage/tables.py", str(folder), "compositions")
 
 
+@nox.session(venv_backend="none", requires=["together"])
+def survival(session: nox.Session) -> None:
+    """Every fault on two layouts of the main job, and a soak; writes `docs/reliability.md`."""
+    folder = ROOT / "build" / "survival"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    session.env["AM_SURVIVAL"] = str(folder)
+    pytest(session, "survival", "-p", "no:xdist", "tests-integration/test_survival.py", *session.posargs)
+    run(session, "python", "docs/reliability.py", str(folder))
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, undeclared imports, and who may import whom."""

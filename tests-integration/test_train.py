@@ -1,15 +1,14 @@
-"""`docs/examples/train.py` as a user runs it: exact, resumable, ended by a lost rank, clear about bad degrees."""
+"""`docs/examples/train.py` as a user runs it: exact, and clear about bad degrees."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -94,48 +93,11 @@ def test_a_check_that_should_fail_fails(tmp_path):
     assert "PARTS from one process" in output
 
 
-def test_a_lost_rank_ends_the_run_and_resuming_gives_the_uninterrupted_losses_bit_for_bit(tmp_path):
-    layout = LAYOUTS["pp2-ep2-dp2"]
-    short = ["--save-every", 4, "--batch", 8, "--microbatch", 1, "--seq-len", 64]
-    code, output = finish(launch(4, *layout, *short, "--steps", 24, "--out", tmp_path / "whole"))
-    assert code == 0, output
-
-    process = launch(4, *layout, *short, "--steps", 100_000, "--out", tmp_path / "cut")
-    pointer = tmp_path / "cut" / "latest"
-    deadline = time.monotonic() + 120
-    while not pointer.exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
-        assert time.monotonic() < deadline, "no checkpoint was written in two minutes"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-    os.kill(rank_pid(process.pid), signal.SIGKILL)
-    lost = time.monotonic()
-    code, _ = finish(process, timeout=60)
-    assert code != 0
-    assert time.monotonic() - lost < 60
-
-    saved = int(pointer.read_text().removeprefix("step-"))
-    assert 4 <= saved < 24
-    code, output = finish(launch(4, *layout, *short, "--steps", 24, "--resume", "--out", tmp_path / "cut"))
-    assert code == 0, output
-    whole = (tmp_path / "whole" / "losses.txt").read_text().split()
-    assert (tmp_path / "cut" / "losses.txt").read_text().split() == whole[saved:]
-
-
-def rank_pid(launcher):
-    """The process of the highest rank that torchrun started."""
-    children = pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    ranks = {}
-    for pid in children:
-        variables = pathlib.Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        ranks |= {int(v[5:]): int(pid) for v in variables if v.startswith("RANK=")}
-    return ranks[max(ranks)]
-
-
 def test_degrees_that_do_not_fit_are_refused_by_the_launch_before_any_collective(tmp_path):
     code, output = finish(launch(2, "--pp", 2, "--dp", 2, "--out", tmp_path / "nothing"))
     assert code != 0
-    assert output.count("ValueError: --pp 2 x --dp 2 x --tp 1 is 4 ranks, but 2 were started") == 2, "on every rank"
+    words = "^ValueError: --pp 2 x --dp 2 x --tp 1 is 4 ranks, but 2 were started"
+    assert len(re.findall(words, output, re.MULTILINE)) == 2, "on every rank"
     assert "init_process_group" not in output
 
 

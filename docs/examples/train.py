@@ -9,38 +9,66 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import os
 import pathlib
 import sys
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import am_fsdp
 import am_pipeline
-from training import checkpoint
+from am_fsdp.process_group import Stop
+from training import checkpoint, session
+from training.agreement import refuse_differences
 from training.degrees import Degrees
 from training.layout import Layout, lay_out
 from training.model import build_config, build_model, build_optimizer, next_token_loss
-from training.report import Progress, plot_loss
+from training.report import LossLog, Progress, plot_loss
+from training.start import begin
 from training.text import ByteText
+from training.watch import Watch
 
 # --check holds the loss to --tolerance for this many steps, and to five per cent for good: rounding that differs in the
 # last bit grows as training goes on, most where it tips a router's choice.
 EXACT_STEPS = 20
 
 
+@record
 def main() -> None:
     args = parse_arguments()
-    degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
+    launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=args.timeout)))
+    store = session.join(launchers, rank, world_size, args.timeout)
     config = build_config(args.config, args.size)
-    degrees.check(int(os.environ["WORLD_SIZE"]), config, args.batch, args.microbatch, args.seq_len)
     text = ByteText(args.text)
+    arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
+    contents = {"the digest of --text": text.digest(), "the digest of --config": sizes}
+    refuse_differences(store, rank, world_size, arguments | contents)
+    degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
+    degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
     text.check(args.seq_len)
-    resume_from = checkpoint.latest(args.out) if args.resume else None
+    if args.resume:
+        checkpoint.latest(args.out)
 
-    device = start()
-    refuse_different_texts(text, device)
+    # The watch inside: when a rank fails, nobody waits for the process group of the others.
+    with am_fsdp.stop_on_signal() as stop, Watch(store, rank, world_size, args.timeout) as watch:
+        train(args, degrees, config, text, start(store, rank, world_size), stop, watch)
+
+
+def train(
+    args: argparse.Namespace,
+    degrees: Degrees,
+    config: Any,
+    text: ByteText,
+    device: torch.device,
+    stop: Stop,
+    watch: Watch,
+) -> None:
     model = build_model(config, args.seed, args.lora)
     alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
     meshes = degrees.meshes(device.type)
@@ -55,42 +83,54 @@ def main() -> None:
     )
     del model
     optimizers = [build_optimizer(part, args.lr) for part in layout.parts]
+    resume_from = begin(args.out, args.resume)
     done = checkpoint.load(resume_from, layout.parts, optimizers) if resume_from else 0
+    if done >= args.steps:
+        say(f"{args.out} has trained for {done} steps; --steps {args.steps} asks for no more")
+        finish(None, device)
     if alone:
         alone.replay(text, done)
 
     say(f"{type(layout.parts[0]).__name__} over {degrees}, {text.source}")
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
     mine = degrees.rows(meshes[0], args.batch)
-    losses: list[float] = []
+    log = LossLog(args.out / "losses.txt", done, enabled=dist.get_rank() == 0)
     for step in range(done, args.steps):
+        watch.at(f"step {step + 1}")
         ids, labels = (t[mine].to(device) for t in text.batch(args.batch, args.seq_len, args.seed, step))
         loss = layout.step(ids, labels)
         norm = am_fsdp.clip_grad_norm_(
-            [p for part in layout.parts for p in part.parameters()],
+            [named for part in layout.parts for named in part.named_parameters()],
             args.clip,
             pipeline_shards=degrees.pp,
             duplicates=layout.duplicates,
+            error_if_nonfinite=True,
         )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(mean_over_world(loss, device))
-        progress.update(step, losses[-1], float(norm))
+        log.add(mean_over_world(loss, device))
+        progress.update(step, log.losses[-1], float(norm))
         if alone:
-            alone.step(text, step, losses[-1], float(norm))
-        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            alone.step(text, step, log.losses[-1], float(norm))
+        stopping = stop.requested()
+        due = step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0)
+        if due or stopping:
+            watch.at(f"the checkpoint after step {step + 1}")
+            log.make_durable()
             checkpoint.save(args.out, step + 1, layout.parts, optimizers)
+        if stopping:
+            say(f"stopped by a signal after step {step + 1}; --resume continues")
+            return
     progress.close()
 
-    checkpoint.save(args.out, args.steps, layout.parts, optimizers)
+    watch.at("the report")
     draw_timeline(layout, ids, labels, args)
     entropy = text.unigram_entropy()
-    if dist.get_rank() == 0 and losses:
+    if dist.get_rank() == 0:
         title = f"{config.model_type}, {degrees}"
-        plot_loss(str(args.out / "loss.png"), losses, done, entropy, alone.losses if alone else [], title)
-        (args.out / "losses.txt").write_text("".join(f"{loss!r}\n" for loss in losses))
-        say(f"loss {losses[0]:.4f} -> {losses[-1]:.4f}; unigram entropy {entropy:.4f}; pictures in {args.out}")
+        plot_loss(str(args.out / "loss.png"), log.losses, entropy, alone.losses if alone else [], title)
+        say(f"loss {log.losses[0]:.4f} -> {log.losses[-1]:.4f}; unigram entropy {entropy:.4f}; pictures in {args.out}")
     finish(alone, device)
 
 
@@ -122,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/train"), help="pictures and checkpoints")
     run.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; one is written at the end")
     run.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    run.add_argument("--timeout", type=float, default=600, help="seconds without a step after which a run is ended")
     run.add_argument("--check", action="store_true", help="train on one process beside it and fail if they part")
     run.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference of loss with --check")
     args = parser.parse_args()
@@ -129,30 +170,23 @@ def parse_arguments() -> argparse.Namespace:
         args.ep = args.dp if args.config == "qwen3_moe" and args.tp == 1 else 1
     if args.lora < 0:
         parser.error("--lora must be at least 0")
-    for name in ("steps", "batch", "microbatch", "seq_len"):
+    for name in ("steps", "batch", "microbatch", "seq_len", "timeout"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
-def start() -> torch.device:
+def start(store: dist.Store, rank: int, world_size: int) -> torch.device:
     """NCCL with one GPU per local rank where there are that many, gloo on CPU else."""
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if torch.cuda.is_available() and torch.cuda.device_count() >= local_world:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
         return device
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     return torch.device("cpu")
-
-
-def refuse_different_texts(text: ByteText, device: torch.device) -> None:
-    digest = torch.tensor([text.digest(), -text.digest()], device=device)
-    dist.all_reduce(digest, dist.ReduceOp.MAX)
-    if int(digest[0]) != -int(digest[1]):
-        raise ValueError("the ranks read different texts; give --text a file that is the same everywhere")
 
 
 def mean_over_world(loss: torch.Tensor | None, device: torch.device) -> float:

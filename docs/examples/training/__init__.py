@@ -1,1 +1,2 @@
-"""The rooms of `train.py`: degrees, text, model, layout, checkpoint, report."""
+"""The rooms of `train.py`: model, text, degrees, layout, report; and what lets a run survive: session, agreement,
+watch, start, checkpoint, manifest."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -19,18 +19,37 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from training import manifest
+
+KEPT = 2  # complete checkpoints: the one before the last is still there while nobody has read the last
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save(folder: pathlib.Path, step: int, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
-    """Write `folder/step-NNNNNN`, then let `folder/latest` name it: a save that is cut off leaves the last one."""
+    """Write `folder/step-NNNNNN`, then let `folder/latest` name it, then remove all but the last two.
+
+    Complete is what has a manifest, which is written last; whatever cuts a save off, those before it are whole.
+
+    Raises:
+        RuntimeError: on every rank, naming those that could not write and why; what they wrote is removed.
+    """
     target = folder / f"step-{step:06d}"
-    dcp.save(_state(step, parts, optimizers), checkpoint_id=target)
-    dist.barrier()
     if dist.get_rank() == 0:
-        pointer = folder / "latest.new"
-        pointer.write_text(target.name)
-        os.replace(pointer, folder / "latest")
+        _remove(target)  # of a save that was cut off, or damaged and passed over
+    dist.barrier()
+    try:
+        dcp.save(_state(step, parts, optimizers), checkpoint_id=target)
+    except dcp.api.CheckpointException as error:
+        if dist.get_rank() == 0:
+            _remove(target)
+        raise RuntimeError(f"{target} could not be written: {_why(error)}; {_what_is_left(folder)}") from None
+    manifest.write(target)
+    if dist.get_rank() == 0:
+        manifest.sync_folder(target)
+        manifest.write_durably(folder / "latest", target.name)
+        for path in folder.glob("step-*"):
+            if path not in newest_first(folder)[:KEPT]:
+                _remove(path)
 
 
 def latest(folder: pathlib.Path) -> pathlib.Path:
@@ -39,10 +58,20 @@ def latest(folder: pathlib.Path) -> pathlib.Path:
     Raises:
         ValueError: there is none.
     """
-    pointer = folder / "latest"
-    if not pointer.is_file() or not (folder / pointer.read_text() / ".metadata").is_file():
+    found = newest_first(folder)
+    if not found:
         raise ValueError(f"--resume: {folder} holds no complete checkpoint")
-    return folder / pointer.read_text()
+    return found[0]
+
+
+def newest_first(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoint that `latest` names, and the complete ones before it."""
+    pointer = folder / "latest"
+    if not pointer.is_file():
+        return []
+    named = folder / pointer.read_text()
+    before = [path for path in folder.glob("step-*") if path.name < named.name and (path / manifest.NAME).is_file()]
+    return [named, *sorted(before, reverse=True)]
 
 
 def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:
@@ -81,3 +110,20 @@ def _first_names(part: nn.Module) -> Callable[[str], str]:
         return name
 
     return first
+
+
+def _remove(checkpoint: pathlib.Path) -> None:
+    """The manifest first, so that what is half removed is not taken for complete."""
+    (checkpoint / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _why(error: dcp.api.CheckpointException) -> str:
+    causes = {rank: f"{type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()}
+    return "; ".join(f"rank {rank}: {words}" for rank, words in sorted(causes.items()))
+
+
+def _what_is_left(folder: pathlib.Path) -> str:
+    free = f"{shutil.disk_usage(folder).free:,} bytes are free there"
+    complete = newest_first(folder)
+    return f"{free}; {complete[0].name if complete else 'no checkpoint'} is the last complete one"

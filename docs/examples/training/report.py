@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import pathlib
 import sys
 import time
 
@@ -35,14 +38,45 @@ class Progress:
         self.bar.close()
 
 
-def plot_loss(path: str, losses: list[float], first_step: int, entropy: float, single: list[float], title: str) -> None:
-    """The loss in nats per byte, beside the text's unigram entropy and, where there is one, the single process's."""
+class LossLog:
+    """`losses.txt`: the loss of each step on a line of its own, as exact as it was, from the first step of the run on.
+
+    Args:
+        done: the step that the run continues after; lines after it, of steps that will be made again, are dropped.
+        enabled: on the one rank that writes.
+    """
+
+    def __init__(self, path: pathlib.Path, done: int, enabled: bool) -> None:
+        self.file = None
+        self.losses: list[float] = []
+        if not enabled:
+            return
+        if done and path.is_file():
+            self.losses = [float(line) for line in path.read_text().splitlines()[:done]]
+        self.losses += [math.nan] * (done - len(self.losses))  # the log was lost, the checkpoint was not
+        path.write_text("".join(f"{loss!r}\n" for loss in self.losses))
+        self.file = path.open("a")
+
+    def add(self, loss: float) -> None:
+        self.losses.append(loss)
+        if self.file:
+            self.file.write(f"{loss!r}\n")
+            self.file.flush()
+
+    def make_durable(self) -> None:
+        """Before a checkpoint that will rely on these lines."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+
+def plot_loss(path: str, losses: list[float], entropy: float, single: list[float], title: str) -> None:
+    """The loss in nats per byte, beside the text's unigram entropy and, of the last steps, the single process's."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    steps = range(first_step + 1, first_step + 1 + len(losses))
+    steps = range(1, 1 + len(losses))
     axes.plot(steps, losses, label="in parallel", linewidth=2)
     if single:
-        axes.plot(steps, single, "--", color="black", linewidth=1, label="one process")
+        axes.plot(steps[-len(single) :], single, "--", color="black", linewidth=1, label="one process")
     axes.axhline(entropy, color="grey", linestyle=":", label=f"unigram entropy of the text, {entropy:.2f}")
     axes.set(xlabel="step", ylabel="loss, nats per byte", title=title, ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)

@@ -206,6 +206,20 @@ def test_a_norm_that_is_not_finite_is_an_error_on_every_rank():
     assert parameter.grad[0] == 1.0, "nothing is scaled"
 
 
+@pytest.mark.ranks(1)
+def test_two_parameters_of_one_name_both_count_and_an_error_names_a_few():
+    """Parts of a pipeline keep the model's names, and a tied weight may be in two of them."""
+    pairs = [("embed.weight", nn.Parameter(torch.zeros(1))) for _ in range(2)]
+    for _, parameter in pairs:
+        parameter.grad = torch.tensor([3.0])
+    assert clip_grad_norm_(pairs, 1.0).item() == pytest.approx(math.sqrt(18))
+    assert pairs[0][1].grad.item() == pairs[1][1].grad.item() == pytest.approx(3 / math.sqrt(18), rel=1e-5)
+    pairs = [(f"layers.{i}.weight", pairs[0][1]) for i in range(11)]
+    pairs[0][1].grad = torch.tensor([math.nan])
+    with pytest.raises(RuntimeError, match=r"layers\.0\.weight, .*layers\.7\.weight and 3 more$"):
+        clip_grad_norm_(pairs, 1.0, error_if_nonfinite=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

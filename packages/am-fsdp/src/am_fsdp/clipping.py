@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+_NAMED = 8  # gradients that an error names; one bad value is soon in all of them
+
 
 def clip_grad_norm_(
     parameters: torch.Tensor | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
@@ -55,13 +57,14 @@ def clip_grad_norm_(
     if pipeline_shards < 1 or size % pipeline_shards:
         raise ValueError(f"pipeline_shards={pipeline_shards} must divide the {size} ranks of the group")
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    named = {f"parameter {i}" if isinstance(p, torch.Tensor) else p[0]: p for i, p in enumerate(given)}
-    tensors = {name: p if isinstance(p, torch.Tensor) else p[1] for name, p in named.items()}
+    # Pairs, not a dict: two parts of a model may each have a parameter of that name.
+    pairs = [(f"parameter {i}", p) if isinstance(p, torch.Tensor) else p for i, p in enumerate(given)]
+    names = [name for name, p in pairs if p.grad is not None]
+    trained = [p for _, p in pairs if p.grad is not None]
     uncounted = {id(p) for p in duplicates}
-    trained = {name: p for name, p in tensors.items() if p.grad is not None}
-    locals_ = [_local_shard(p) for p in trained.values()]
+    locals_ = [_local_shard(p) for p in trained]
     total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
-    for parameter, shard in zip(trained.values(), locals_, strict=True):
+    for parameter, shard in zip(trained, locals_, strict=True):
         if id(parameter) in uncounted or not shard.numel():
             continue
         if norm_type == math.inf:
@@ -72,8 +75,8 @@ def clip_grad_norm_(
     dist.all_reduce(total, dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM, group=group)
     norm = total if norm_type == math.inf else total.sqrt()
     if error_if_nonfinite and not torch.isfinite(norm):
-        bad = [name for name, shard in zip(trained, locals_, strict=True) if not bool(torch.isfinite(shard).all())]
-        where = ", ".join(bad) or "none"
+        bad = [name for name, shard in zip(names, locals_, strict=True) if not bool(torch.isfinite(shard).all())]
+        where = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "") or "none"
         raise RuntimeError(f"the gradient norm is {norm.item()}; gradients that are not finite on this rank: {where}")
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for shard in locals_:
