@@ -113,8 +113,8 @@ def set_shapes(stage: PipelineStage, inputs: tuple[torch.Tensor, ...], outputs: 
     for name, value in kept.items():
         setattr(stage, name, value)
     # What torch before 2.13 does and later ones do not: it compares what stages return with their metadata, though the
-    # last one sends nothing and a stride of a dim of one means nothing; and it greets each neighbour by a message, which
-    # gloo refuses where a V places both stages on one rank.
+    # last one sends nothing and the stride of a dim of one means nothing; and it greets each neighbour by a message,
+    # which gloo refuses where a V places both stages on one rank.
     vars(stage)["_validate_fwd_outputs"] = lambda outputs: None
     vars(stage)["_get_init_p2p_neighbors_ops"] = lambda: _to_others(PipelineStage._get_init_p2p_neighbors_ops(stage))
 

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+# Since 2.13 a view of a DTensor may flatten dims of which a later one is sharded, as `nn.Linear` does to a sequence.
+FLATTENS_SHARDED_DIMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 
 @contextmanager
 def exchanged_tensors(module: nn.Module, view: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:

@@ -44,6 +44,7 @@ def shard_wrapped(module: Any, kind: str, mesh: DeviceMesh, source: int | None, 
     distribute(module, plan_layout(module, kind, mesh.size()), mesh, source)
     put_over(module, _ShardedWrapper)
     module._tp = {"kind": kind, "mesh": mesh, "source": source, "sequence": sequence}
+    reduce_replicated_gradients(module)
     _shard_the_rest(module)
 
 
