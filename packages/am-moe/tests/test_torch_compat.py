@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from am_moe._torch_compat import group_of, in_backward
+from am_moe._torch_compat import all_gather, group_of, in_backward, reduce_scatter
 
 
 def test_a_backward_is_told_from_a_forward():
@@ -32,3 +34,15 @@ def test_a_backward_is_told_from_a_forward():
 def test_a_group_is_found_by_its_name():
     group = dist.new_group([0, 1])
     assert group_of(group.group_name) is group
+
+
+@pytest.mark.ranks(2)
+def test_tensors_are_gathered_and_summed_in_one_piece_without_a_warning():
+    mine = torch.full((2,), float(dist.get_rank() + 1))
+    whole, part = torch.empty(4), torch.empty(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        all_gather(whole, mine)
+        reduce_scatter(part, whole)
+    assert whole.tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert part.tolist() == [2.0 * (dist.get_rank() + 1)] * 2

@@ -48,6 +48,14 @@ def finished(tensor: torch.Tensor) -> torch.Tensor:
     return _Finished.apply(tensor) if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
+def kept_as_sharded(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient with the strides of its parameter.
+
+    Autograd copies one with other strides into `.grad`, and before torch 2.13 the copy of an uneven shard is whole.
+    """
+    return gradient if gradient.stride() == parameter.stride() else gradient.contiguous()
+
+
 class _Finished(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Any) -> torch.Tensor:
