@@ -124,15 +124,34 @@ def survival(session: nox.Session) -> None:
 
 
 @nox.session
+def floor(session: nox.Session) -> None:
+    """The lowest torch, transformers and tagged siblings that are declared; downloads gigabytes; `-- am-moe -x`."""
+    _ranges(session, "floor")
+
+
+@nox.session
+def latest(session: nox.Session) -> None:
+    """The newest torch and transformers in the declared ranges; downloads gigabytes; `-- am-moe -x`."""
+    _ranges(session, "latest")
+
+
+@nox.session
+def compat(session: nox.Session) -> None:
+    """The last release of each package, from its tag, with the others of the checkout; `-- am-moe` picks some."""
+    _ranges(session, "compat")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style, undeclared imports, and who may import whom."""
-    install(session, "ruff", "deptry", "pytest", "hypothesis", "packaging")
+    install(session, "ruff", "deptry", "pytest", "hypothesis", "packaging", "zizmor")
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
+    run(session, "zizmor", "--quiet", "--offline", ".github/workflows")
     for package in PACKAGES:
         with session.chdir(PROJECTS[package]):
             run(session, "deptry", "src", "--known-first-party", package.replace("-", "_"))
-    checks = ("test_sibling_graph.py", "test_release_plan.py", "test_workflows.py")
+    checks = ("test_sibling_graph.py", "test_release_plan.py", "test_range_plan.py", "test_workflows.py")
     pytest(session, "lint", *(f"tests-integration/packaging/{name}" for name in checks))
 
 
@@ -182,11 +201,17 @@ def release_status(session: nox.Session) -> None:
 
 @nox.session(name="release-check")
 def release_check(session: nox.Session) -> None:
-    """Release small packages, and all five in a clone of HEAD to a local index: rehearsed, out of order, in order."""
+    """Release small packages, and all five in clones of HEAD, out of order and in order; `compat` among them."""
     install(session, *RELEASE_TOOLS, "pytest")
     session.env["AM_CONSTRAINTS"] = CONSTRAINTS
-    checks = [f"tests-integration/packaging/{name}" for name in ("test_release.py", "test_release_all.py")]
+    names = ("test_release.py", "test_release_all.py", "test_compat.py")
+    checks = [f"tests-integration/packaging/{name}" for name in names]
     pytest(session, "release-check", "-rP", *checks, *session.posargs)
+
+
+def _ranges(session: nox.Session, kind: str) -> None:
+    install(session, *RELEASE_TOOLS)
+    run(session, "python", ".ci/ranges.py", kind, f"--constraints={CONSTRAINTS}", *session.posargs)
 
 
 def install(session: nox.Session, *requirements: str) -> None:

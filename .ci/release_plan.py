@@ -206,7 +206,7 @@ def _left_out(root: pathlib.Path, packages: list[str], package: str, new: Versio
     return [
         f"{other} in this checkout needs {requirement}, which leaves {new} out: widen that range first"
         for other in packages
-        for requirement in _declared(read_project(root, other), packages)
+        for requirement in declared(read_project(root, other), packages)
         if canonicalize_name(requirement.name) == package and not requirement.specifier.contains(new, prereleases=True)
     ]
 
@@ -217,27 +217,27 @@ def _siblings(
     """The declared ranges with the tags in them, and the newest tag in range of every sibling that comes along."""
     project = read_project(root, package)
     found, problems = [], []
-    for requirement in _declared(project, packages):
-        satisfied_by = _in_range(root, requirement)
+    for requirement in declared(project, packages):
+        satisfied_by = in_range(root, requirement)
         if not satisfied_by:
             problems.append(_unsatisfied(root, packages, package, requirement))
         found.append(Sibling(str(requirement), tuple(map(str, satisfied_by))))
     beside: dict[str, str] = {}
-    todo = _declared(project, packages, extras=False)
+    todo = declared(project, packages, extras=False)
     for requirement in todo:
         name = canonicalize_name(requirement.name)
-        satisfied_by = _in_range(root, requirement)
+        satisfied_by = in_range(root, requirement)
         if name in beside or not satisfied_by:
             continue
         beside[name] = f"{name}-v{satisfied_by[-1]}"
-        for needed in _declared(read_project(root, name, beside[name]), packages, extras=False):
-            if not _in_range(root, needed):
+        for needed in declared(read_project(root, name, beside[name]), packages, extras=False):
+            if not in_range(root, needed):
                 problems.append(_unsatisfied(root, packages, beside[name], needed))
             todo.append(needed)
     return tuple(found), tuple(beside.values()), problems
 
 
-def _declared(project: dict, packages: list[str], *, extras: bool = True) -> list[Requirement]:
+def declared(project: dict, packages: list[str], *, extras: bool = True) -> list[Requirement]:
     """The ranges on packages of ours; an extra may name the package itself, which is no sibling."""
     optional = project.get("optional-dependencies", {}).values() if extras else ()
     lines = [*project.get("dependencies", []), *(line for group in optional for line in group)]
@@ -245,7 +245,7 @@ def _declared(project: dict, packages: list[str], *, extras: bool = True) -> lis
     return [r for r in found if canonicalize_name(r.name) in packages and canonicalize_name(r.name) != project["name"]]
 
 
-def _in_range(root: pathlib.Path, requirement: Requirement) -> list[Version]:
+def in_range(root: pathlib.Path, requirement: Requirement) -> list[Version]:
     """The tagged versions in range, lowest first; pre-releases only where there is nothing else, as installers do."""
     return sorted(requirement.specifier.filter(tagged(root, canonicalize_name(requirement.name))))
 
@@ -259,8 +259,8 @@ def _unsatisfied(root: pathlib.Path, packages: list[str], by: str, requirement: 
 
 def _to_release(root: pathlib.Path, packages: list[str], requirement: Requirement) -> list[str]:
     """What must be tagged before this range is satisfied, in order."""
-    if _in_range(root, requirement):
+    if in_range(root, requirement):
         return []
     name = canonicalize_name(requirement.name)
-    below = _declared(read_project(root, name), packages, extras=False)
+    below = declared(read_project(root, name), packages, extras=False)
     return [*(needed for r in below for needed in _to_release(root, packages, r)), name]

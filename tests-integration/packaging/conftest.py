@@ -93,10 +93,47 @@ class Repository:
         }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def repository_at():
     """What git does in a folder, which need not exist yet."""
     return Repository
+
+
+@pytest.fixture(scope="session")
+def clone_at(repository_at):
+    """A clone of this repository's HEAD in a folder, on a branch of its own, in which nothing was released yet."""
+
+    def clone(folder):
+        made = repository_at(folder)
+        made.git("clone", "--quiet", str(pathlib.Path(__file__).parents[2]), ".")
+        made.git("checkout", "--quiet", "-B", "scratch")
+        for tag in made.git("tag").split():
+            made.git("tag", "--delete", tag)
+        made.configure()
+        return made
+
+    return clone
+
+
+@pytest.fixture(scope="session")
+def coming_versions():
+    """What the changelogs of a repository announce, or its pyproject files where those say only that something comes.
+
+    The packages are in the order in which they can be released.
+    """
+
+    def coming(root):
+        from range_plan import in_order
+        from release_plan import HEADING, read_project
+
+        versions = {}
+        for package in in_order(root):
+            heading = HEADING.search((root / "packages" / package / "CHANGELOG.md").read_text())["version"]
+            unnamed = heading.lower() == "unreleased"
+            versions[package] = read_project(root, package)["version"] if unnamed else heading
+        return versions
+
+    return coming
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pathlib
+import pkgutil
 import sys
 
 import pytest
@@ -23,10 +24,25 @@ def test_the_surface_is_what_its_file_says(package):
     assert surface(package) == recorded, "if this is on purpose: python tests-integration/packaging/surface.py"
 
 
-@pytest.mark.parametrize(("package", "name", "arguments"), [(p, n, a) for p, n, *a in DOCUMENTED])
-def test_a_documented_name_takes_its_documented_arguments(package, name, arguments):
-    module = importlib.import_module(package)
-    assert name in module.__all__
-    if arguments:
-        taken = list(inspect.signature(getattr(module, name)).parameters)
-        assert [argument for argument in taken if argument in arguments] == arguments, "in the documented order"
+@pytest.mark.parametrize(("package", "name", "words"), [(p, n, w) for p, n, *w in DOCUMENTED])
+def test_a_documented_name_is_derived_or_called_as_documented(package, name, words):
+    thing = importlib.import_module(package)
+    assert name.split(".")[0] in thing.__all__
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    if words[:1] == [":"]:
+        assert issubclass(thing, pkgutil.resolve_name(words[1]))
+    elif words:
+        assert accepted(thing)[: len(words)] == words
+        added = accepted(thing)[len(words) :]
+        assert all("=" in word for word in added if word != "*"), "what is added must not be asked for"
+
+
+def accepted(function):
+    """The arguments of a function as the table writes them."""
+    words = []
+    for name, argument in inspect.signature(function).parameters.items():
+        if argument.kind is argument.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
+        words.append(name if argument.default is argument.empty else f"{name}={argument.default!r}")
+    return [word for word in words if word != "self"]

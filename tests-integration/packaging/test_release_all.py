@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import http.server
 import os
-import pathlib
 import re
 import subprocess
 import threading
 
 import pytest
 from release import print_status, release
-from release_plan import HEADING, plan_release, read_project, read_status
-
-ROOT = pathlib.Path(__file__).parents[2]
-IN_ORDER = ("am-tp-styles", "am-tp-plans", "am-fsdp", "am-moe", "am-pipeline")
+from release_plan import plan_release, read_status
 
 
 @pytest.fixture
-def clone(tmp_path, repository_at):
-    """A clone on a branch of its own, in which nothing was released yet."""
-    made = repository_at(tmp_path / "clone")
-    made.git("clone", "--quiet", str(ROOT), ".")
-    made.git("checkout", "--quiet", "-B", "scratch")
-    for tag in made.git("tag").split():
-        made.git("tag", "--delete", tag)
-    made.configure()
-    return made
+def clone(tmp_path, clone_at):
+    return clone_at(tmp_path / "clone")
 
 
 @pytest.fixture
@@ -56,11 +45,11 @@ def index(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_all_packages_are_refused_out_of_order_and_released_in_order(clone, index, tmp_path):
+def test_all_packages_are_refused_out_of_order_and_released_in_order(clone, index, coming_versions, tmp_path):
     address, uploaded = index
     environment = tmp_path / "alone"
     settings = {"constraints": os.environ.get("AM_CONSTRAINTS") or None, "environment": environment}
-    versions = {package: coming_version(clone.root, package) for package in IN_ORDER}
+    versions = coming_versions(clone.root)
     assert sorted(versions) == sorted(status.package for status in read_status(clone.root))
     assert all(status.needs_release for status in read_status(clone.root))
 
@@ -81,21 +70,15 @@ def test_all_packages_are_refused_out_of_order_and_released_in_order(clone, inde
     assert not any(status.needs_release for status in read_status(clone.root))
     kept = {file.name: file.read_bytes() for file in (clone.root / "build" / "released").iterdir()}
     assert {file.name: file.read_bytes() for file in uploaded.iterdir()} == kept
-    assert len(kept) == 2 * len(IN_ORDER)
+    assert len(kept) == 2 * len(versions)
     assert installed_from(uploaded, environment) == versions
-
-
-def coming_version(root, package):
-    """What its changelog announces, or what its pyproject says where that says only that something comes."""
-    heading = HEADING.search((root / "packages" / package / "CHANGELOG.md").read_text())["version"]
-    return read_project(root, package)["version"] if heading.lower() == "unreleased" else heading
 
 
 def installed_from(folder, environment):
     """What of ours is there once the packages that nothing else of ours needs were installed from a folder."""
     pip = [str(environment / "bin" / "python"), "-m", "pip"]
     leaves = ["am-fsdp", "am-moe", "am-pipeline"]
-    subprocess.run([*pip, "uninstall", "-qq", "--yes", *IN_ORDER], check=True)
+    subprocess.run([*pip, "uninstall", "-qq", "--yes", *leaves, "am-tp-plans", "am-tp-styles"], check=True)
     subprocess.run([*pip, "install", "-q", "--no-index", f"--find-links={folder}", *leaves], check=True)
     listed = subprocess.run([*pip, "list", "--format=freeze"], check=True, capture_output=True, text=True).stdout
     return dict(line.split("==") for line in listed.split() if line.startswith("am-"))

@@ -6,6 +6,8 @@ import ast
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 TREE = ast.parse((ROOT / "noxfile.py").read_text())
 FUNCTIONS = {node.name: node for node in TREE.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
@@ -22,14 +24,40 @@ def default_sessions() -> list[str]:
 
 
 def test_the_checks_are_what_bare_nox_runs():
-    listed = re.findall(r"^          - ([\w-]+)", WORKFLOWS["checks.yml"], re.MULTILINE)
-    assert sorted(set(listed)) == sorted(default_sessions())
+    assert sorted(set(matrix("checks.yml"))) == sorted(default_sessions())
     packages = re.findall(r"- tests\(([\w-]+)\)", WORKFLOWS["checks.yml"])
     assert set(packages) == {path.name for path in (ROOT / "packages").iterdir()} | {"testkit"}
     assert re.findall(r"- integration\((\d)\)", WORKFLOWS["checks.yml"]) == ["2", "4", "8"]
 
 
-def test_a_session_that_a_workflow_runs_exists():
-    named = re.findall(r"nox -s ([\w-]+)", "\n".join(WORKFLOWS.values()))
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_session_that_a_workflow_runs_exists(name):
+    named = re.findall(r"nox -s ([\w-]+)", WORKFLOWS[name]) + matrix(name)
     assert named
     assert set(named) <= set(FUNCTIONS)
+
+
+def test_the_declared_ranges_are_tried_on_a_schedule_with_all_tags():
+    assert matrix("ranges.yml") == ["floor", "latest", "compat"]
+    assert "schedule:" in WORKFLOWS["ranges.yml"]
+    assert "fetch-depth: 0" in WORKFLOWS["ranges.yml"]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_actions_are_pinned_by_commit_and_a_workflow_may_only_read(name):
+    uses = re.findall(r"uses: (.*)", WORKFLOWS[name])
+    assert uses
+    assert [use for use in uses if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v[\d.]+", use)] == []
+    assert re.search(r"^permissions:\n  contents: read$", WORKFLOWS[name], re.MULTILINE)
+
+
+def test_a_tag_is_published_as_itself_without_a_password():
+    text = WORKFLOWS["release.yml"]
+    assert "id-token: write" in text
+    assert "environment: release" in text
+    assert "secrets." not in text
+
+
+def matrix(name):
+    """The sessions of a workflow's matrix, without their parameters."""
+    return re.findall(r"^          - ([\w-]+)", WORKFLOWS[name], re.MULTILINE)

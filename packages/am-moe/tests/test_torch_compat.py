@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_moe._torch_compat import group_of, in_backward, side_by_side
+from am_moe._torch_compat import all_gather, group_of, in_backward, reduce_scatter, side_by_side
 
 
 def test_a_backward_is_told_from_a_forward():
@@ -44,3 +46,15 @@ def test_an_axis_and_a_flattened_one_are_one_mesh_with_the_groups_they_had():
     assert both.mesh_dim_names == ("copies", "data_context")
     assert both.get_group("data_context") is flat.get_group()
     assert both.get_group("copies") is mesh.get_group("copies")
+
+
+@pytest.mark.ranks(2)
+def test_tensors_are_gathered_and_summed_in_one_piece_without_a_warning():
+    mine = torch.full((2,), float(dist.get_rank() + 1))
+    whole, part = torch.empty(4), torch.empty(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        all_gather(whole, mine)
+        reduce_scatter(part, whole)
+    assert whole.tolist() == [1.0, 1.0, 2.0, 2.0]
+    assert part.tolist() == [2.0 * (dist.get_rank() + 1)] * 2

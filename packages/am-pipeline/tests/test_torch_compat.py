@@ -8,7 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 
 from am_pipeline import _torch_compat as compat
 
@@ -26,6 +32,30 @@ def test_a_schedule_set_up_again_with_new_shapes_runs_on_the_new_ones():
         out = schedule.step(*((batch,) if rank == 0 else ()), target=batch if rank else None)
         if rank:
             assert out.shape == (2, width, 3)
+
+
+@pytest.mark.ranks(2)
+def test_what_the_last_stage_returns_is_not_compared_with_what_stages_send():
+    rank = dist.get_rank()
+    stage = PipelineStage(nn.Linear(3, 7 if rank else 3), rank, 2, torch.device("cpu"))
+    like = torch.empty(1, 4, 3, device="meta", requires_grad=True)
+    compat.set_shapes(stage, (like,), (like,))
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda out, target: out.sum())
+    batch = torch.ones(2, 4, 3)
+    out = schedule.step(*((batch,) if rank == 0 else ()), target=batch if rank else None)
+    assert out is None or out.shape == (2, 4, 7)
+
+
+@pytest.mark.ranks(2)
+def test_two_stages_of_one_rank_hand_over_without_messages():
+    rank = dist.get_rank()
+    stages = [PipelineStage(nn.Linear(3, 3), index, 4, torch.device("cpu")) for index in (rank, 3 - rank)]
+    like = torch.empty(1, 3, device="meta", requires_grad=True)
+    for stage in stages:
+        compat.set_shapes(stage, (like,), (like,))
+    schedule = ScheduleZBVZeroBubble(stages, 4, loss_fn=nn.functional.mse_loss)
+    schedule.step(*((torch.ones(4, 3),) if rank == 0 else ()), target=torch.ones(4, 3) if rank == 0 else None)
+    assert all(stage.submod.weight.grad.abs().sum() > 0 for stage in stages)
 
 
 @pytest.mark.ranks(2)

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from am_testkit.exact import assert_same, gradients
 from am_tp_styles import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora, translate_to_lora
+from am_tp_styles._torch_compat import FLATTENS_SHARDED_DIMS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lora_layers import Block, LoraLinear
@@ -88,6 +89,8 @@ def test_lora_styles_under_sequence_parallel_layouts_give_the_gradients_of_one_p
 def test_sequence_parallel_lora_reduces_the_gradients_of_its_replicated_parameters(make):
     torch.manual_seed(0)
     reference = make().double()
+    if hasattr(reference, "lora_magnitude") and not FLATTENS_SHARDED_DIMS:
+        pytest.skip("its forward calls nn.functional.linear, which takes no sharded sequence before torch 2.13")
     model = copy.deepcopy(reference)
     x, target = batch(2, 4)
     one_step(reference, x, target)

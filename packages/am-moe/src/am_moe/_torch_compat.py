@@ -7,6 +7,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+# torch 2.13 renamed them, and warns of the names before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def in_backward() -> bool:
     """Whether autograd is running a backward on this thread, as when an activation checkpoint recomputes."""

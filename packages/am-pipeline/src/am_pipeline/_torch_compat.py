@@ -1,6 +1,6 @@
 """The one place that touches private names of `torch.distributed.pipelining` and FSDP2.
 
-`tests/test_torch_compat.py` fails when torch changes them. Checked with torch 2.13.
+`tests/test_torch_compat.py` fails when torch changes them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
@@ -111,6 +112,15 @@ def set_shapes(stage: PipelineStage, inputs: tuple[torch.Tensor, ...], outputs: 
     )
     for name, value in kept.items():
         setattr(stage, name, value)
+    # What torch before 2.13 does and later ones do not: it compares what stages return with their metadata, though the
+    # last one sends nothing and the stride of a dim of one means nothing; and it greets each neighbour by a message,
+    # which gloo refuses where a V places both stages on one rank.
+    vars(stage)["_validate_fwd_outputs"] = lambda outputs: None
+    vars(stage)["_get_init_p2p_neighbors_ops"] = lambda: _to_others(PipelineStage._get_init_p2p_neighbors_ops(stage))
+
+
+def _to_others(messages: list[dist.P2POp]) -> list[dist.P2POp]:
+    return [message for message in messages if message.peer != dist.get_rank()]
 
 
 def compute_dtype(part: nn.Module) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import types
 from typing import Any
 
@@ -56,13 +57,21 @@ def _forward(
         out = type(module).forward(
             module,
             hidden_states,
-            ids.masked_fill(elsewhere, module.num_experts),
+            ids.masked_fill(elsewhere, _no_expert(module)),
             top_k_weights.masked_fill(elsewhere, 0),
         )
     # A rank whose experts nobody chose still has a graph through everything, so that every rank reduces the same.
     for tensor in (hidden_states, top_k_weights, *local):
         out = out + tensor.flatten()[:0].sum()
     return sum_over_ranks(out, group)
+
+
+def _no_expert(module: Any) -> int:
+    """The id that a module skips. With transformers 5.17 some do not: then the first expert, whose weight is zero."""
+    if not type(module).__module__.startswith("transformers."):
+        return module.num_experts
+    major, minor = importlib.metadata.version("transformers").split(".")[:2]
+    return module.num_experts if (int(major), int(minor)) >= (5, 18) else 0
 
 
 def _forward_in_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
+# Since 2.13 a view of a DTensor may flatten dims of which a later one is sharded, as `nn.Linear` does to a sequence.
+FLATTENS_SHARDED_DIMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 
 @contextmanager
 def exchanged_tensors(module: nn.Module, view: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[None]:
@@ -43,6 +46,14 @@ def finished(tensor: torch.Tensor) -> torch.Tensor:
     operations before it (`'Tensor' object has no attribute '_local_tensor'`).
     """
     return _Finished.apply(tensor) if isinstance(tensor, AsyncCollectiveTensor) else tensor
+
+
+def kept_as_sharded(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient with the strides of its parameter.
+
+    Autograd copies one with other strides into `.grad`, and before torch 2.13 the copy of an uneven shard is whole.
+    """
+    return gradient if gradient.stride() == parameter.stride() else gradient.contiguous()
 
 
 class _Finished(torch.autograd.Function):

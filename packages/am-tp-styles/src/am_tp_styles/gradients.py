@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from am_tp_styles._torch_compat import kept_as_sharded
+
 _HOOKED = "_am_tp_styles_reduces_gradient"
 
 
@@ -42,8 +44,8 @@ def _reduce(parameter: DTensor) -> None:
 
     def to_own_placements(grad: torch.Tensor) -> torch.Tensor:
         if isinstance(grad, DTensor) and grad.placements != placements:
-            return grad.redistribute(placements=placements)
-        return grad
+            grad = grad.redistribute(placements=placements)
+        return kept_as_sharded(grad, parameter)
 
     parameter.register_hook(to_own_placements)
     setattr(parameter, _HOOKED, True)

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-from am_tp_styles._torch_compat import finished
+from am_tp_styles._torch_compat import FLATTENS_SHARDED_DIMS, finished
 from am_tp_styles.classes import put_under
+from am_tp_styles.compiled_linear import use_tp_linear
 from am_tp_styles.dropout import shard_dropout
 from am_tp_styles.gradients import reduce_replicated_gradients
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped, plan_layout
@@ -107,6 +108,8 @@ class SequenceParallelLora(SequenceParallel):
     def _replicate_module_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if not name:
             _shard(module, "sequence", device_mesh, self.src_data_rank, self.sequence_sharding[0])
+            if not FLATTENS_SHARDED_DIMS and not is_wrapped(module):  # within a wrapper everything is local
+                use_tp_linear(module)
 
 
 def _apply_to_wrapped(style: Any, module: Any, device_mesh: DeviceMesh) -> nn.Module:

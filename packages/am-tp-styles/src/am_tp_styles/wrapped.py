@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from am_tp_styles._torch_compat import exchanged_tensors
 from am_tp_styles.classes import put_over
 from am_tp_styles.dropout import shard_dropout
+from am_tp_styles.gradients import reduce_replicated_gradients
 from am_tp_styles.layout import base_layer, plan_added, plan_layout
 from am_tp_styles.parameters import distribute
 from am_tp_styles.vocabulary import rows_here
@@ -44,6 +45,7 @@ def shard_wrapped(module: Any, kind: str, mesh: DeviceMesh, source: int | None, 
     distribute(module, plan_layout(module, kind, mesh.size()), mesh, source)
     put_over(module, _ShardedWrapper)
     module._tp = {"kind": kind, "mesh": mesh, "source": source, "sequence": sequence}
+    reduce_replicated_gradients(module)
     _shard_the_rest(module)
 
 

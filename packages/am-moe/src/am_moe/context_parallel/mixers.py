@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from am_moe._torch_compat import all_gather, reduce_scatter
 from am_moe.context_parallel.batch import in_order, shard_sequence
-from am_moe.context_parallel.transport import all_gather, reduce_scatter
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from am_moe._torch_compat import all_gather, reduce_scatter
 from am_moe.context_parallel.plan import Interval, Plan
-
-# torch 2.13 renamed them, and warns of the names before.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # What to wait for, the tokens that arrive, the tensor they arrive in, and the one that is sent.
 _Messages = tuple[list[dist.Work], tuple[Interval, ...], torch.Tensor, torch.Tensor]
