@@ -46,6 +46,17 @@ def test_hybrid_shards_are_replicated_over_the_first_axis(tied):
 
 
 @pytest.mark.ranks(4)
+def test_hybrid_shards_may_be_over_a_flattened_axis():
+    model = tiny("llama")
+    whole = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("copies", "data", "context"))
+    mesh["data", "context"]._flatten("data_context")
+    fsdp2_strategy_parallelize(model, mesh, torch.float64, dp_mesh_name=("copies", "data_context"))
+    assert model.model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32)
+    step(model, whole, mesh, ("copies", "data", "context"))
+
+
+@pytest.mark.ranks(4)
 def test_hybrid_shards_beside_a_tensor_axis_under_other_names():
     model = tiny("llama")
     whole = copy.deepcopy(model)

@@ -32,6 +32,13 @@ def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
         return None
 
 
+def side_by_side(mesh: DeviceMesh, first: str, second: str) -> DeviceMesh:
+    """Two axes of a mesh as one mesh, either of which may be a flattened one."""
+    if second in (mesh.mesh_dim_names or ()) and first in (mesh.mesh_dim_names or ()):
+        return mesh[first, second]
+    return DeviceMesh._concatenate([mesh[first], mesh[second]])
+
+
 def local_box(tensor: DTensor) -> list[tuple[int, int]]:
     """The index ranges of the whole tensor that this rank's shard is, [start, stop) per dim.
 

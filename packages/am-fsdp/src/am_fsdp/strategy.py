@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_tp_plans
-from am_fsdp._torch_compat import axis
+from am_fsdp._torch_compat import axis, side_by_side
 from am_fsdp.checkpointing import checkpoint_layers
 from am_fsdp.units import apply_fsdp_sharding_recursively, edges
 
@@ -45,7 +45,8 @@ def fsdp2_strategy_parallelize(
             "mlp"; see `checkpoint_layers`. Sets `model.config.use_cache = False`.
         tp_shard_plan: a plan, or the import path of a dict or of a function of `(model, sequence_parallel)`; else the
             family's, else the one that transformers brings (`am_tp_plans.resolve_plan`).
-        dp_mesh_name: the data axis; or two for HSDP, whose first replicates and whose second shards.
+        dp_mesh_name: the data axis; or two for HSDP, whose first replicates and whose second shards. Either may be a
+            flattened one: beside context parallelism, shard over that of the data and the context axis.
         tp_mesh_name: the tensor axis; missing or of size 1 means no tensor parallelism.
         dp_cp_mesh_name: the flattened data and context axis; parameters are sharded over it where the mesh has it.
 
@@ -85,7 +86,7 @@ def data_axes(mesh: DeviceMesh, dp_name: str | tuple[str, str], dp_cp_name: str)
     replicate, shard = dp_name
     if axis(mesh, replicate) is None or axis(mesh, shard) is None:
         return None
-    return mesh[replicate, shard]
+    return side_by_side(mesh, replicate, shard)
 
 
 def default_mp_policy(model: nn.Module, param_dtype: torch.dtype) -> MixedPrecisionPolicy:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from am_moe._torch_compat import all_gather
 from am_moe.context_parallel.plan import head_tail
-from am_moe.context_parallel.transport import all_gather
 
 _IGNORED = -100
 
