@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TESTKIT = "tests-integration/testkit"
 # What of a suite runs. The sweeps over every architecture are for the versions that are pinned.
 OWN_CORE = ("--ignore-glob=*sweep.py",)
-TOGETHER_CORE = ("tests-integration/test_layouts.py", "tests-integration/test_experts_in_pipelines.py")
+TOGETHER_CORE = ("tests-integration/test_compositions.py", "tests-integration/test_experts_in_pipelines.py")
 RANKS = 4
 
 
