@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from typing import Any
+
+from sphinx.pycode import ModuleAnalyzer
 
 PACKAGES = ("am_tp_styles", "am_tp_plans", "am_fsdp", "am_moe", "am_pipeline")
 
@@ -56,6 +59,29 @@ def _field(paragraph: re.Match[str]) -> str:
     return f":Collectives{axis or ''}: {' '.join(text.split())}\n"
 
 
+def add_data(_app: Any, page: str, source: list[str]) -> None:
+    """Public names that are no class or function: autodoc leaves those out where another module made them."""
+    package = page.removeprefix("api/")
+    if package not in PACKAGES:
+        return
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if not callable(thing):
+            about = _about(name, package) or type(thing).__doc__
+            source[0] += f"\n```{{eval-rst}}\n.. py:data:: {package}.{name}\n\n   {about}\n```\n"
+
+
+def _about(name: str, package: str) -> str:
+    """The docstring below the line that makes a name, in whichever module that is."""
+    for module in [m for m in sys.modules if m.startswith(f"{package}.")]:
+        documented = ModuleAnalyzer.for_module(module).find_attr_docs()
+        if ("", name) in documented:
+            return " ".join(documented["", name]).strip()
+    return ""
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", add_data)
     app.connect("autodoc-skip-member", keep_public)
     app.connect("autodoc-process-docstring", as_napoleon_reads, priority=400)  # before napoleon's
