@@ -21,6 +21,7 @@ html_theme_options = {"navigation_with_keys": True}
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["examples"]
 myst_heading_anchors = 3
+highlight_language = "none"  # a block that names no language is a drawing
 
 default_role = "py:obj"  # text in single backticks is code, and a link where it names something of ours
 autodoc_typehints = "signature"
@@ -69,7 +70,9 @@ def add_data(_app: Any, page: str, source: list[str]) -> None:
         thing = getattr(module, name)
         if not callable(thing):
             about = _about(name, package) or type(thing).__doc__
-            source[0] += f"\n```{{eval-rst}}\n.. py:data:: {package}.{name}\n\n   {about}\n```\n"
+            source[0] += (
+                f"\n```{{eval-rst}}\n.. py:currentmodule:: {package}\n\n.. py:data:: {name}\n\n   {about}\n```\n"
+            )
 
 
 def _about(name: str, package: str) -> str:
