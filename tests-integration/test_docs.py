@@ -81,5 +81,5 @@ def test_commands_print_what_the_pages_show():
 def test_a_page_that_shows_something_else_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n")
-    with pytest.raises(AssertionError, match=r"prints\n2\n\nbut the page shows\n3"):
+    with pytest.raises(AssertionError, match=r"page\.md:2 prints\s+2\s+but the page shows\s+3"):
         run(RUNNER, page)
