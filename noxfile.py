@@ -38,7 +38,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_existing_virtualenvs = True
-nox.options.sessions = ["lint", "types", "tests", "integration", "build", "wheels"]
+nox.options.sessions = ["lint", "types", "docs", "tests", "integration", "build", "wheels"]
 
 
 @nox.session
@@ -161,6 +161,17 @@ def types(session: nox.Session) -> None:
     sources = [f"{PROJECTS[p]}/src" for p in PACKAGES]
     run(session, "pyrefly", "check", "--python-interpreter-path", str(TOGETHER / "python"), *sources)
     pytest(session, "types", "-p", "no:xdist", "tests-integration/packaging/test_public_surface.py")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site in `build/docs`, made offline; a dead link or any other warning fails it."""
+    install(session, *editable(*PACKAGES), "sphinx", "furo", "myst-parser", "pytest")
+    site = ROOT / "build" / "docs"
+    shutil.rmtree(site, ignore_errors=True)
+    strict = ("--fail-on-warning", "--keep-going", "--nitpicky", "--quiet")
+    run(session, "python", "-m", "sphinx", *strict, "-d", f"{site}.doctrees", "docs", str(site))
+    pytest(session, "docs", "tests-integration/packaging/test_site.py")
 
 
 @nox.session

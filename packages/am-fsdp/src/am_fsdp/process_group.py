@@ -52,6 +52,8 @@ class Stop:
 def stop_on_signal() -> Iterator[Stop]:
     """Let training end between two steps when SIGTERM or SIGINT comes, and leave the process group in any case.
 
+    For example::
+
         with stop_on_signal() as stop:
             for step in range(steps):
                 train(step)
