@@ -57,11 +57,12 @@ step, that of a run to which nothing happened.
   launcher, continues.
 
 `nox -s survival`, {versions}, gloo on two cores that had other work too. Which rank fails in which step is drawn with a
-seed. *Seconds* go from the fault to the first word of the restarted ranks, or to the end of the launcher; where a start
+seed. *Told* is when the cause was printed, in seconds after the fault. *Seconds* go from the fault to the first word of
+the restarted ranks (most of it is importing torch and transformers anew), or to the end of the launcher; where a start
 is refused or passes a checkpoint over, they are those of the whole run.
 
-| fault | injected | layout | a rank's words | then | seconds | losses |
-|---|---|---|---|---|---|---|
+| fault | injected | layout | a rank's words | then | told | seconds | losses |
+|---|---|---|---|---|---|---|---|
 {rows}
 
 ## Five hundred steps
@@ -91,7 +92,17 @@ def main(folder: str) -> None:
 def row(one: dict) -> str:
     words, end = (re.sub(r"/\S*/(?=\w)", "", one[name]).replace("|", "\\|") for name in ("words", "end"))  # no folders
     losses = "" if one["end"] == "refused" else "bit-identical"
-    cells = (one["fault"], FAULTS[one["fault"]], one["layout"], f"`{words}`", end, f"{one['seconds']:.0f}", losses)
+    told = f"{one['told']:.1f}" if "told" in one else ""
+    cells = (
+        one["fault"],
+        FAULTS[one["fault"]],
+        one["layout"],
+        f"`{words}`",
+        end,
+        told,
+        f"{one['seconds']:.0f}",
+        losses,
+    )
     return f"| {' | '.join(cells)} |"
 
 
