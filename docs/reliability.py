@@ -90,7 +90,7 @@ def main(folder: str) -> None:
 
 
 def row(one: dict) -> str:
-    words, end = (re.sub(r"/\S*/(?=\w)", "", one[name]).replace("|", "\\|") for name in ("words", "end"))  # no folders
+    words, end = (without_folders(one[name]).replace("|", "\\|") for name in ("words", "end"))
     losses = "" if one["end"] == "refused" else "bit-identical"
     told = f"{one['told']:.1f}" if "told" in one else ""
     cells = (
@@ -104,6 +104,11 @@ def row(one: dict) -> str:
         losses,
     )
     return f"| {' | '.join(cells)} |"
+
+
+def without_folders(text: str) -> str:
+    """Names of checkpoints and of files in them, without where the run was."""
+    return re.sub(r"(?<!\S)/\S*/(?=step-)|(?<!\S)/\S*/(?=\w)", "", text)
 
 
 def soak(one: dict) -> list[str]:
@@ -121,7 +126,7 @@ def draw(soaks: list[dict]) -> None:
             axes.plot(range(1, 501), run["MiB"], style, linewidth=1, label=f"{one['layout']}, rank {rank}")
     axes.set(xlabel="step", ylabel="resident memory, MiB", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower center")
     figure.savefig(HERE / "images" / "soak.png")
 
 
