@@ -57,11 +57,12 @@ step, that of a run to which nothing happened.
   launcher, continues.
 
 `nox -s survival`, {versions}, gloo on two cores that had other work too. Which rank fails in which step is drawn with a
-seed. *Seconds* go from the fault to the first word of the restarted ranks, or to the end of the launcher; where a start
+seed. *Told* is when the cause was printed, in seconds after the fault. *Seconds* go from the fault to the first word of
+the restarted ranks (most of it is importing torch and transformers anew), or to the end of the launcher; where a start
 is refused or passes a checkpoint over, they are those of the whole run.
 
-| fault | injected | layout | a rank's words | then | seconds | losses |
-|---|---|---|---|---|---|---|
+| fault | injected | layout | a rank's words | then | told | seconds | losses |
+|---|---|---|---|---|---|---|---|
 {rows}
 
 ## Five hundred steps
@@ -89,10 +90,25 @@ def main(folder: str) -> None:
 
 
 def row(one: dict) -> str:
-    words, end = (re.sub(r"/\S*/(?=\w)", "", one[name]).replace("|", "\\|") for name in ("words", "end"))  # no folders
+    words, end = (without_folders(one[name]).replace("|", "\\|") for name in ("words", "end"))
     losses = "" if one["end"] == "refused" else "bit-identical"
-    cells = (one["fault"], FAULTS[one["fault"]], one["layout"], f"`{words}`", end, f"{one['seconds']:.0f}", losses)
+    told = f"{one['told']:.1f}" if "told" in one else ""
+    cells = (
+        one["fault"],
+        FAULTS[one["fault"]],
+        one["layout"],
+        f"`{words}`",
+        end,
+        told,
+        f"{one['seconds']:.0f}",
+        losses,
+    )
     return f"| {' | '.join(cells)} |"
+
+
+def without_folders(text: str) -> str:
+    """Names of checkpoints and of files in them, without where the run was."""
+    return re.sub(r"(?<!\S)/\S*/(?=step-)|(?<!\S)/\S*/(?=\w)", "", text)
 
 
 def soak(one: dict) -> list[str]:
@@ -110,7 +126,7 @@ def draw(soaks: list[dict]) -> None:
             axes.plot(range(1, 501), run["MiB"], style, linewidth=1, label=f"{one['layout']}, rank {rank}")
     axes.set(xlabel="step", ylabel="resident memory, MiB", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", ncols=2)
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower center")
     figure.savefig(HERE / "images" / "soak.png")
 
 

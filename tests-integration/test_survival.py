@@ -47,19 +47,19 @@ SEED = int(os.environ.get("AM_SEED", "7"))
 FAULTS = {
     "SIGKILL in the middle of a step": (
         {"act": "kill"},
-        r"rank {rank} does not answer, last seen in step {step}: killed",
+        r"rank {rank} does not answer, last seen in step {step}: killed, stopped or cut off",
     ),
     "SIGKILL while a checkpoint's tensors are written": (
         {"act": "kill", "file": "_0.distcp", "after": 2},
-        r"rank {rank} does not answer, last seen in the checkpoint after step 6: killed",
+        r"rank {rank} does not answer, last seen in the checkpoint after step 6: killed, stopped or cut off",
     ),
     "SIGKILL while a checkpoint's manifest is written": (
         {"act": "kill", "file": "step-000006/manifest.json.new", "rank": 0},
-        r"rank 0 does not answer, last seen in the checkpoint after step 6: killed",
+        r"rank 0 does not answer, last seen in the checkpoint after step 6: killed, stopped or cut off",
     ),
     "SIGKILL while `latest` is replaced": (
         {"act": "kill", "file": "/latest.new", "rank": 0, "after": 2},
-        r"rank 0 does not answer, last seen in the checkpoint after step 6: killed",
+        r"rank 0 does not answer, last seen in the checkpoint after step 6: killed, stopped or cut off",
     ),
     "an exception": ({"act": "raise"}, r"rank {rank} failed in step {step}: RuntimeError: a layer that breaks"),
     "SIGSTOP: a rank that stops answering": (
