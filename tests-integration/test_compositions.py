@@ -160,6 +160,8 @@ def test_what_one_layout_saves_another_resumes(model, tmp_path):
         optimizers = [optimizer_of(part) for part in laid_out.parts]
         for step in range(2):
             train(laid_out, rows, optimizers, layout["pp"], step)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 7.0  # who resumes brings a rate of their own
         checkpoint.save(tmp_path / str(number), 2, laid_out.parts, optimizers)
         for part in laid_out.parts:
             label = f"weights saved by {compositions.name(layout)}"

@@ -75,7 +75,7 @@ def newest_first(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:
-    """Read a checkpoint into the parts and their optimizers; returns the step it was written after."""
+    """Read a checkpoint into the parts and their optimizers, which keep their learning rate; returns its step."""
     state = _state(0, parts, optimizers)
     dcp.load(state, checkpoint_id=path)
     for part, optimizer in zip(parts, optimizers, strict=True):
@@ -83,9 +83,12 @@ def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.opti
         mine = get_model_state_dict(part)
         set_model_state_dict(part, {name: state["model"][first(name)] for name in mine})
         mine = get_optimizer_state_dict(part, optimizer, options=_FLAT)
+        rates = [group["lr"] for group in optimizer.param_groups]
         set_optimizer_state_dict(
             part, optimizer, {name: state["optimizer"][first(name)] for name in mine}, options=_FLAT
         )
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
     return int(state["step"])
 
 
