@@ -11,7 +11,7 @@ memory of these modules are not divided.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +157,8 @@ def _by_tokens(value: Any, hidden: torch.Tensor) -> bool:
 def _each(change: Callable[[Any], Any], given: Any) -> Any:
     if isinstance(given, (tuple, list)):
         return type(given)(change(x) for x in given)
-    if isinstance(given, Mapping):
-        return type(given)({key: change(x) for key, x in given.items()})
+    if isinstance(given, dict):
+        return {key: change(x) for key, x in given.items()}
     return given
 
 

@@ -40,7 +40,7 @@ def mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list({id(module): (name, module) for name, module in found}.values())
 
 
-def towers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def towers(model: Any) -> list[tuple[str, nn.Module]]:
     """What makes hidden states of images and sounds, with names: has convolutions and stands beside the embedding."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     found: dict[str, nn.Module] = {}
