@@ -38,9 +38,9 @@ def test_a_session_that_a_workflow_runs_exists(name):
 
 
 def test_the_declared_ranges_are_tried_on_a_schedule_with_all_tags():
-    assert matrix("ranges.yml") == ["floor", "latest", "compat"]
-    assert "schedule:" in WORKFLOWS["ranges.yml"]
-    assert "fetch-depth: 0" in WORKFLOWS["ranges.yml"]
+    assert matrix("weekly.yml") == ["floor", "latest", "compat", "sweep", "compositions", "survival"]
+    assert "schedule:" in WORKFLOWS["weekly.yml"]
+    assert "fetch-depth: 0" in WORKFLOWS["weekly.yml"]
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
