@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from am_moe import apply_ac
 from am_moe.context_parallel import COMM_TYPES, apply_cp, shard_batch, shard_loss, unshard_sequence
-from am_moe.context_parallel.mixers import _Collect, _Gather, _Spread
+from am_moe.context_parallel.mixers import Running, _Collect, _Gather, _Spread, run_on_whole_sequences
 from am_testkit.exact import relative_error, whole
 from am_testkit.zoo import logits_of, small
 
@@ -151,3 +151,24 @@ def test_what_convolves_inside_attention_or_mixes_in_an_unknown_way_is_refused()
     mixer.mamba.conv1d = nn.Linear(4, 4)  # nothing is left to know it by
     with pytest.raises(ValueError, match="has neither attention that the registry serves nor a known mixer"):
         apply_cp(model, mesh)
+
+
+class Smoothing(nn.Module):
+    """Owns a convolution, and adds its mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, hidden_states, attention_mask=None):
+        return hidden_states if attention_mask is None else hidden_states + attention_mask[..., None]
+
+
+@pytest.mark.ranks(2)
+def test_a_mask_of_numbers_on_one_rank_is_refused_on_every_rank():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mixer = Smoothing()
+    run_on_whole_sequences(mixer, "mixer", mesh, lambda: Running(2, 4, padded=True))
+    mask = torch.zeros(2, 4) if dist.get_rank() else None
+    with pytest.raises(ValueError, match="mixer is given a padding mask of floating-point numbers"):
+        mixer(torch.ones(2, 4, 4), attention_mask=mask)

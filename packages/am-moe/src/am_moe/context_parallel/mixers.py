@@ -87,14 +87,19 @@ class _WholeSequences:
         names = [name for name, value in masks.items() if value is None or _by_tokens(value, hidden)]
         if not names:
             return {}
-        has = torch.tensor([given[name] is not None for name in names], dtype=torch.int32, device=hidden.device)
+        has = torch.tensor([_mask_kind(given[name]) for name in names], dtype=torch.int32, device=hidden.device)
         for axis in range(self.mesh.ndim):
             dist.all_reduce(has, dist.ReduceOp.MAX, group=self.mesh.get_group(axis))
+        if max(kinds := has.tolist()) > 1:  # on every rank alike
+            raise ValueError(
+                f"{self.name} is given a padding mask of floating-point numbers, which may be added or multiplied; "
+                "context parallelism does not know what it means for tokens without padding"
+            )
         shape = hidden.shape[:2]
         # Of one dtype, whatever a model makes of it: it is multiplied with, or compared.
         return {
             name: hidden.new_ones(shape, dtype=torch.int64) if given[name] is None else given[name].long()
-            for name, any_has in zip(names, has.tolist(), strict=True)
+            for name, any_has in zip(names, kinds, strict=True)
             if any_has
         }
 
@@ -103,7 +108,7 @@ class _WholeSequences:
             return output
         result = self._mine(output)
         rows, tokens = self.sizes.pop()
-        first = next((x for x in (result if isinstance(result, tuple) else (result,))), None)
+        first = result[0] if isinstance(result, tuple) else result
         if output is not None and first is None:  # None too where the module raised
             raise ValueError(
                 f"{self.name} ({type(module).__name__}) mixes tokens, but does not return {rows} x {tokens} of them; "
@@ -148,6 +153,11 @@ class _WholeSequences:
 
     def _divides(self, rows: int) -> bool:
         return rows % self.mesh.size() == 0
+
+
+def _mask_kind(mask: torch.Tensor | None) -> int:
+    """0 for none, 1 for flags, 2 for numbers."""
+    return 0 if mask is None else 1 + mask.is_floating_point()
 
 
 def _by_tokens(value: Any, hidden: torch.Tensor) -> bool:
