@@ -153,6 +153,15 @@ def test_what_convolves_inside_attention_or_mixes_in_an_unknown_way_is_refused()
         apply_cp(model, mesh)
 
 
+@pytest.mark.ranks(2)
+def test_a_part_of_a_pipeline_may_hold_mixers_alone():
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    part = small("qwen3_next")
+    part.model.layers = nn.ModuleList(layer for layer in part.model.layers if hasattr(layer, "linear_attn"))
+    assert 0 < len(part.model.layers) < 4
+    assert apply_cp(part, mesh) is part
+
+
 class Smoothing(nn.Module):
     """Owns a convolution, and adds its mask."""
 

@@ -81,7 +81,8 @@ def check_supported(model: nn.Module) -> None:
     """
     name = type(model).__name__
     attention = [module for _, module in registry_attention(model)]
-    if not attention:
+    # A pipeline part may hold mixers alone.
+    if not attention and (not mixers(model) or _by_signature(model)):
         raise ValueError(
             f"{name} has no attention that looks its function up in transformers' registry (ALL_ATTENTION_FUNCTIONS), "
             "and none of Transformer Engine; context parallelism has nothing to take the place of"
