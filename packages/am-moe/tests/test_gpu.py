@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_moe import apply_ep
+from am_moe import apply_ac, apply_ep, apply_fsdp
+from am_testkit.exact import assert_same, gradients
+from am_testkit.models import next_token_loss, tiny, token_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TOKENS, HIDDEN, INNER, EXPERTS, CHOICES = 16384, 2048, 768, 128, 8
@@ -95,3 +97,22 @@ def test_the_way_through_dispatch_costs_little_beside_the_products(mesh):
     for name, each in speed.items():
         print(f"| {name} | {each:.0f} |")
     assert speed["am-moe on one rank"] > 0.5 * speed["transformers, grouped_mm"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_a_model_trains_through_dispatch_recomputation_and_fsdp(mesh, dispatcher, family):
+    one = tiny(family, layers=2, attention="sdpa").cuda()
+    model = apply_ac(apply_ep(copy.deepcopy(one), mesh, dispatcher=dispatcher), ignore_router=True)
+    apply_fsdp(model, mesh, ep_enabled=True, ep_shard_enabled=False)
+    steps = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, one)]
+    ids, labels = (t.cuda() for t in token_batch(4, 16))
+    for _ in range(3):
+        results = [m(ids, use_cache=False).logits for m in (model, one)]
+        assert_same(*results, 1e-5, "logits")  # routers compute in float32
+        for logits, step in zip(results, steps, strict=True):
+            step.zero_grad()
+            next_token_loss(logits, labels).backward()
+        assert_same(gradients(model), gradients(one), 1e-5, "gradients")
+        for step in steps:
+            step.step()

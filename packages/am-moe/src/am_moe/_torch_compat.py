@@ -22,6 +22,14 @@ def group_of(name: str) -> dist.ProcessGroup:
     return _resolve_process_group(name)
 
 
+def handed_out(tensor: torch.Tensor) -> torch.Tensor:
+    """What the forward of an autograd function returns in place of a tensor that it wrote in place, as collectives do.
+
+    Under `torch.compile`, torch 2.11 takes such a tensor for a constant: its gradient would be zero.
+    """
+    return tensor.view_as(tensor)
+
+
 def side_by_side(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     """One mesh of two axes of the same root mesh, either of which may have been flattened; no collective."""
     return DeviceMesh._concatenate([first, second])

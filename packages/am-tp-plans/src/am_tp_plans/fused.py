@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from am_tp_plans.local import handed_out
 from am_tp_styles.gradients import reduce_replicated_gradients
 
 
@@ -156,7 +157,7 @@ class _Exchange(torch.autograd.Function):
         ctx.rows = rows
         needed = stored.new_empty(stored.shape)
         dist.all_to_all_single(needed, stored[rows.order], rows.receives, rows.sends, group=rows.group)
-        return needed
+        return handed_out(needed)
 
     @staticmethod
     def backward(ctx, *gradients):

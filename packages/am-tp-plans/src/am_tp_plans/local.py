@@ -204,7 +204,15 @@ class SumOutputs(torch.autograd.Function):
 def _summed(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     total = tensor.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
-    return total
+    return handed_out(total)
+
+
+def handed_out(tensor: torch.Tensor) -> torch.Tensor:
+    """What the forward of an autograd function returns in place of a tensor that it wrote in place, as collectives do.
+
+    Under `torch.compile`, torch 2.11 takes such a tensor for a constant: its gradient would be zero.
+    """
+    return tensor.view_as(tensor)
 
 
 def _differentiable(value: Any) -> bool:

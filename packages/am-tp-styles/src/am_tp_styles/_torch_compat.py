@@ -59,7 +59,8 @@ def kept_as_sharded(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Te
 class _Finished(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Any) -> torch.Tensor:
-        return tensor.wait()
+        done = tensor.wait()
+        return done.view_as(done)  # under torch.compile, torch 2.11 loses the gradient of what forward wrote in place
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:

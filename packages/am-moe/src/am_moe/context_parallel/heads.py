@@ -13,6 +13,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from am_moe._torch_compat import handed_out
+
 
 def spread_heads(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
     """From `(B, H, S, D)` with all heads to `(B, H / A, A S, D)`, in the order of the sequence.
@@ -58,7 +60,7 @@ class _AllToAll(torch.autograd.Function):
         rows = rows.contiguous()
         received = torch.empty_like(rows)
         dist.all_to_all_single(received, rows, group=group)
-        return received
+        return handed_out(received)
 
     @staticmethod
     def backward(ctx, *gradients):
