@@ -26,7 +26,7 @@ from am_tp_plans import (
 from am_tp_plans.rehearsal import rehearse
 
 # Styles of transformers' expert parallelism; am-moe has its own.
-OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts"}
+OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router"}
 
 
 def test_every_style_of_the_installed_transformers_is_translated():
@@ -45,9 +45,11 @@ def test_unknown_styles_are_refused_by_name():
 
 
 def test_a_plan_is_collected_from_class_instance_and_inner_models():
-    plan = get_hf_tp_shard_plan(tiny("gemma3_text"))
+    model = tiny("gemma3_text")
+    plan = get_hf_tp_shard_plan(model)
     assert isinstance(plan["lm_head"], ColwiseParallel)
-    assert isinstance(plan["model.embed_tokens"], VocabParallelEmbedding)
+    if "embed_tokens" in model.model._tp_plan:  # not in transformers 5.17
+        assert isinstance(plan["model.embed_tokens"], VocabParallelEmbedding)
     assert isinstance(plan["model.layers.*.self_attn.q_norm"], ReplicatedWithGradAllReduce)
     assert not any("shared_expert" in key for key in get_hf_tp_shard_plan(tiny("qwen3_moe")))
 

@@ -122,6 +122,14 @@ def test_it_ends_in_bounded_time_and_nothing_outlives_it(run):
         assert not status.exists() or "State:\tZ" in status.read_text()
 
 
+def test_tests_over_ranks_come_before_those_of_the_process_itself(tmp_path):
+    lines = ["import pytest", "def test_a(): pass", "@pytest.mark.ranks(1)", "def test_b(): pass", "def test_c(): pass"]
+    (tmp_path / "test_order.py").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-c", os.devnull, f"--rootdir={tmp_path}"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    assert re.findall(r"::test_(\w)", done.stdout) == ["b", "a", "c"]
+
+
 def test_a_test_over_ranks_leaves_no_open_file_behind():
     run_forked(lambda: None, str, 2, 60.0)
     before = len(os.listdir("/proc/self/fd"))

@@ -27,6 +27,9 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from am_moe._torch_compat import handed_out
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,42 @@ def sum_by_slices(rows_NF: torch.Tensor, index_N: torch.Tensor, counts: list[int
         counts: how many rows each slice has.
         size: how many sums there are.
     """
+    return _Sum.apply(rows_NF, index_N, counts, size)
+
+
+def take_by_slices(x_TD: torch.Tensor, index_N: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """`x_TD[index_N]`, whose gradient is a `sum_by_slices`, with `index_N` and `counts` as there."""
+    return _Take.apply(x_TD, index_N, counts)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, index, counts, size):
+        ctx.save_for_backward(index)
+        return handed_out(_summed(rows, index, counts, size))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
+        return gradients[0][ctx.saved_tensors[0]], None, None, None
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index, counts):
+        ctx.save_for_backward(index)
+        ctx.counts, ctx.size = counts, len(x)
+        return x[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
+        return _summed(gradients[0], ctx.saved_tensors[0], ctx.counts, ctx.size), None, None
+
+
+def _summed(rows_NF: torch.Tensor, index_N: torch.Tensor, counts: list[int], size: int) -> torch.Tensor:
     exact = torch.float32 if rows_NF.dtype.itemsize < 4 else rows_NF.dtype
     y = torch.zeros(size, rows_NF.shape[1], dtype=exact, device=rows_NF.device)
     for rows, index in zip(rows_NF.split(counts), index_N.split(counts), strict=True):
-        y = y.index_add_(0, index, rows.to(exact))
+        y.index_add_(0, index, rows.to(exact))
     return y.to(rows_NF.dtype)

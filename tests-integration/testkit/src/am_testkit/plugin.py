@@ -65,6 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    # A torch with CUDA in it starts threads at the first backward of a process, and CUDA itself where a test uses a
+    # GPU; ranks that are forked afterwards can do neither. So whatever runs in this process comes last.
+    items.sort(key=lambda item: asked(item) is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
