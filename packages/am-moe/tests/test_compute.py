@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from am_moe import apply_ep
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
-from am_testkit.zoo import small
+from am_testkit.zoo import OLDEST, small
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -45,6 +45,8 @@ def test_a_kernel_gives_what_the_loop_gives(implementation, dtype):
 @pytest.mark.parametrize("model_type", ["gpt_oss", "aria_text", "nemotron_h", "mixtral"])
 @pytest.mark.ranks(2)
 def test_grouped_products_on_two_ranks_are_those_of_one_whatever_the_layout(model_type):
+    if OLDEST and model_type == "aria_text":
+        pytest.skip("its experts are not stacked in this transformers")
     model = small(model_type, dtype=torch.float32)
     one = copy.deepcopy(model)
     apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))

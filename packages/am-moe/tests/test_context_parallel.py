@@ -381,7 +381,7 @@ REFUSED = {
     "bloom": "no attention that looks its function up",
     "llama4_text": "layers of type chunked_attention",
     "inkling_text": "layers of type hybrid_sliding",
-    "deepseek_v32": "layers of type indexed_attention",
+    "deepseek_v32": "layers of type (indexed_attention|deepseek_sparse_attention)",
     "git": r"GitAttention\) computes attention by itself",
     "camembert": "counts positions from its padding token's id",
     "blt": "attends to another sequence",

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_moe import ExpertParallel, apply_ep
-from am_moe.dispatch import get_dispatcher, sum_by_slices
+from am_moe.dispatch import get_dispatcher, sum_rows
 from am_moe.dispatchers.all_to_all import AllToAll
 from am_testkit.exact import assert_same, whole
 
@@ -224,6 +224,6 @@ def test_dispatchers_that_do_not_exist_are_refused():
 
 def test_rows_of_half_precision_are_added_in_float32():
     rows = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)
-    total = sum_by_slices(rows, torch.zeros(5, dtype=torch.int64), [1] * 5, 1)
+    total = sum_rows(rows, torch.zeros(5, dtype=torch.int64), 1)
     assert total.dtype is torch.bfloat16
     assert total.item() == 260.0

@@ -16,12 +16,11 @@ from am_moe import ExpertLoad, apply_ep, describe_experts, explain, plot_load
 from am_moe.__main__ import main
 from am_moe.explain import leaving_rows
 from am_testkit.models import tiny
-from am_testkit.zoo import small
+from am_testkit.zoo import OLDEST, small
 
 
 def test_experts_are_described_whatever_their_layout():
-    described = {name: str(describe_experts(small(name))[0]) for name in ("gpt_oss", "dbrx", "longcat_flash", "jetmoe")}
-    assert described == {
+    expected = {
         "gpt_oss": "model.layers.0.mlp.experts: 4 experts of GptOssExperts, routed; gate_up_proj, gate_up_proj_bias, "
         "down_proj, down_proj_bias",
         "dbrx": "transformer.blocks.0.ffn.experts: 4 experts of DbrxExperts, routed; mlp.w1 (48 rows each), "
@@ -30,6 +29,9 @@ def test_experts_are_described_whatever_their_layout():
         "down_proj; larger ids return the token",
         "jetmoe": "model.layers.0.mlp.input_linear: 4 experts of JetMoeParallelExperts, linear; weight",
     }
+    if OLDEST:  # which refuses the sizes in DbrxConfig
+        del expected["dbrx"]
+    assert {name: str(describe_experts(small(name))[0]) for name in expected} == expected
 
 
 def test_parameters_that_all_experts_share_are_told_from_stacked_ones():

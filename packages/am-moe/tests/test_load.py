@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from am_moe import ExpertLoad, apply_ac, apply_ep, apply_fsdp
 from am_testkit.models import next_token_loss, tiny, token_batch
-from am_testkit.zoo import small
+from am_testkit.zoo import OLDEST, small
 
 
 def experts_mesh():
@@ -55,6 +55,8 @@ def test_every_choice_is_counted_once_over_all_ranks(recompute):
 @pytest.mark.parametrize("model_type", ["jetmoe", "llama4_text", "gpt_oss", "dbrx"])
 @pytest.mark.ranks(2)
 def test_experts_that_are_called_otherwise_are_counted_alike(model_type):
+    if OLDEST and model_type == "dbrx":
+        pytest.skip("this transformers refuses the sizes in DbrxConfig")
     model = small(model_type, layers=2)
     apply_ep(model, experts_mesh())
     load = ExpertLoad(model)

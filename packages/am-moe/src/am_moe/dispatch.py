@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 from am_moe._torch_compat import handed_out
@@ -110,52 +111,45 @@ def get_dispatcher(name: str | Dispatcher, ranks: int) -> Dispatcher:
     return known["local"] if ranks == 1 else known[name]
 
 
-def sum_by_slices(rows_NF: torch.Tensor, index_N: torch.Tensor, counts: list[int], size: int) -> torch.Tensor:
-    """Add rows up by index, in order: `(size, F)`; rows of half precision are added in float32.
-
-    Args:
-        rows_NF: slices of rows, one after the other.
-        index_N: where each goes; the indices of one slice are all different, so that the order of the sum is that of
-            the slices and not that of the device's threads.
-        counts: how many rows each slice has.
-        size: how many sums there are.
-    """
-    return _Sum.apply(rows_NF, index_N, counts, size)
+def sum_rows(rows_NF: torch.Tensor, index_N: torch.Tensor, size: int) -> torch.Tensor:
+    """Add rows up by index: `(size, F)`. Those of one index are added in their order, half precision in float32."""
+    return _Sum.apply(rows_NF, index_N, size)
 
 
-def take_by_slices(x_TD: torch.Tensor, index_N: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """`x_TD[index_N]`, whose gradient is a `sum_by_slices`, with `index_N` and `counts` as there."""
-    return _Take.apply(x_TD, index_N, counts)
+def take_rows(x_TD: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
+    """`x_TD[index_N]`, whose gradient is a `sum_rows`."""
+    return _Take.apply(x_TD, index_N)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, index, counts, size):
+    def forward(ctx, rows, index, size):
         ctx.save_for_backward(index)
-        return handed_out(_summed(rows, index, counts, size))
+        return handed_out(_summed(rows, index, size))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
-        return gradients[0][ctx.saved_tensors[0]], None, None, None
+        return gradients[0][ctx.saved_tensors[0]], None, None
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, index, counts):
+    def forward(ctx, x, index):
         ctx.save_for_backward(index)
-        ctx.counts, ctx.size = counts, len(x)
+        ctx.size = len(x)
         return x[index]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
-        return _summed(gradients[0], ctx.saved_tensors[0], ctx.counts, ctx.size), None, None
+        return _summed(gradients[0], ctx.saved_tensors[0], ctx.size), None
 
 
-def _summed(rows_NF: torch.Tensor, index_N: torch.Tensor, counts: list[int], size: int) -> torch.Tensor:
-    exact = torch.float32 if rows_NF.dtype.itemsize < 4 else rows_NF.dtype
-    y = torch.zeros(size, rows_NF.shape[1], dtype=exact, device=rows_NF.device)
-    for rows, index in zip(rows_NF.split(counts), index_N.split(counts), strict=True):
-        y.index_add_(0, index, rows.to(exact))
-    return y.to(rows_NF.dtype)
+def _summed(rows_NF: torch.Tensor, index_N: torch.Tensor, size: int) -> torch.Tensor:
+    """One kernel that reads each row once; `index_add_` would round to half precision, or add in any order."""
+    if not len(rows_NF):
+        return rows_NF.new_zeros(size, rows_NF.shape[1])
+    order_N = torch.argsort(index_N, stable=True)
+    counts = torch.bincount(index_N, minlength=size)
+    return nn.functional.embedding_bag(order_N, rows_NF.contiguous(), counts.cumsum(0) - counts, mode="sum")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from am_moe.dispatch import Received, sum_by_slices, take_by_slices
+from am_moe.dispatch import Received, sum_rows, take_rows
 from am_moe.experts import Experts
 
 
@@ -33,8 +33,7 @@ def run_local_experts(module: Any, experts: Experts, local: int, scale: float, r
     rows_RD, ids_RK, weights_RK = received.rows_RD, received.ids_RK, received.weights_RK
     here_KR = (ids_RK < local).t()
     choice_N, row_N = here_KR.nonzero(as_tuple=True)
-    counts = here_KR.sum(-1).tolist()
-    x_ND, weights_N = take_by_slices(rows_RD, row_N, counts), weights_RK[row_N, choice_N]
+    x_ND, weights_N = take_rows(rows_RD, row_N), weights_RK[row_N, choice_N]
     if (counted := getattr(module, "when_computed", None)) is not None:
         counted(len(row_N))
     with slice_of_parameters(module, experts, local, scale, rows_RD.dtype) as parameters:
@@ -44,7 +43,7 @@ def run_local_experts(module: Any, experts: Experts, local: int, scale: float, r
             out_NF = run(module, x_ND, ids_N, weights_N, local)
         else:
             out_NF = _nothing(experts, x_ND, weights_N, parameters)
-    return sum_by_slices(out_NF.to(rows_RD.dtype), row_N, counts, len(rows_RD))
+    return sum_rows(out_NF.to(rows_RD.dtype), row_N, len(rows_RD))
 
 
 def _nothing(experts: Experts, x_ND, weights_N, parameters: list[torch.Tensor]) -> torch.Tensor:

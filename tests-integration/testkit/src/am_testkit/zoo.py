@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 from typing import Any
 
 import torch
 from torch import nn
+
+# Some models of today's transformers are absent from, or written otherwise in, the oldest that is supported.
+OLDEST = importlib.metadata.version("transformers").startswith("5.17.")
 
 # What an integer of a config means, by the names that transformers gives it.
 _SIZES: dict[int, str] = {

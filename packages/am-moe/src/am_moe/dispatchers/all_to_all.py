@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from am_moe.collectives import all_to_all
-from am_moe.dispatch import Received, sum_by_slices, take_by_slices
+from am_moe.dispatch import Received, sum_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class AllToAll:
         ids_SK = torch.where(here_SK, ids_TK[token_S] - owner_S[:, None] * num_local_experts, num_local_experts)
         weights_SK = torch.where(here_SK, weights_TK[token_S], 0)
         ids_RK = all_to_all(ids_SK, sent, received, group)
-        rows_RD, weights_RK = _Exchange.apply(sent, received, group, take_by_slices(x_TD, token_S, sent), weights_SK)
+        rows_RD, weights_RK = _Exchange.apply(sent, received, group, take_rows(x_TD, token_S), weights_SK)
         return Received(rows_RD, ids_RK, weights_RK, Routes(token_S, x_TD.shape[0], sent, received))
 
     def combine(self, out_RF: torch.Tensor, received: Received, group: dist.ProcessGroup) -> torch.Tensor:
         routes: Routes = received.back
         (back_SF,) = _Exchange.apply(routes.received, routes.sent, group, out_RF)
-        return sum_by_slices(back_SF, routes.token_S, routes.sent, routes.num_tokens)
+        return sum_rows(back_SF, routes.token_S, routes.num_tokens)
 
 
 class _Exchange(torch.autograd.Function):
