@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from am_moe import _torch_compat
 from am_moe._torch_compat import group_of
 
 
@@ -24,14 +25,14 @@ def _all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group:
 def _all_gather(rows: torch.Tensor, group: str) -> torch.Tensor:
     ranks = dist.get_world_size(group_of(group))
     out = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(out, rows.contiguous(), group=group_of(group))
+    _torch_compat.all_gather(out, rows.contiguous(), group=group_of(group))
     return out
 
 
 @torch.library.custom_op("am_moe::reduce_scatter", mutates_args=(), schema="(Tensor rows, str group) -> Tensor")
 def _reduce_scatter(rows: torch.Tensor, group: str) -> torch.Tensor:
     out = rows.new_empty(rows.shape[0] // dist.get_world_size(group_of(group)), *rows.shape[1:])
-    dist.reduce_scatter_tensor(out, rows.contiguous(), group=group_of(group))
+    _torch_compat.reduce_scatter(out, rows.contiguous(), group=group_of(group))
     return out
 
 
