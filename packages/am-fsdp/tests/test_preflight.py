@@ -41,17 +41,28 @@ print(json.dumps({name: asdict(preflight(make, axes, **sizes, **how)) for name, 
 """
 
 
+# qwen3 has norms on its heads besides, which change what a tensor axis does.
+MEASURED = {"llama": list(LAYOUTS), "qwen3": ["hybrid", "sequence", "selective"]}
+
+
 def preflights_elsewhere(family):
     """The reports of a process that is in no process group; the same on every rank."""
     said = [None]
     if dist.get_rank() == 0:
-        command = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps([family, LAYOUTS])]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            SCRIPT,
+            json.dumps([family, {name: LAYOUTS[name] for name in MEASURED[family]}]),
+        ]
         said = [json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)]
     dist.broadcast_object_list(said, src=0)
     return said[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", MEASURED)
 @pytest.mark.ranks(4, timeout=120)
 def test_a_preflight_counts_what_four_real_ranks_do(family):
     ids, _ = token_batch(2, 8, vocab_size=60)

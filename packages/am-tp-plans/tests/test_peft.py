@@ -41,7 +41,6 @@ def axis():
         ("llama", False, "layers"),
         ("qwen3", True, "layers"),
         ("llama", True, "model"),
-        ("qwen3", False, "model"),
     ],
 )
 @pytest.mark.ranks(2, timeout=180)
