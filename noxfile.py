@@ -108,7 +108,8 @@ def compositions(session: nox.Session) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     session.env["AM_SWEEP"] = str(folder)
-    pytest(session, "compositions", "tests-integration/test_compositions.py", *session.posargs)
+    tests = ("tests-integration/test_compositions.py", "tests-integration/test_train.py")
+    pytest(session, "compositions", *tests, *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder), "compositions")
 
 

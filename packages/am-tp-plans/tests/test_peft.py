@@ -38,7 +38,6 @@ def axis():
     ("family", "sequence_parallel", "compiled"),
     [
         *itertools.product(["llama", "qwen3"], [False, True], [""]),
-        ("llama", False, "layers"),
         ("qwen3", True, "layers"),
         ("llama", True, "model"),
     ],
