@@ -106,6 +106,16 @@ def test_images_go_through_the_encoder_of_the_first_stage():
 
 
 @pytest.mark.ranks(2)
+def test_stages_whose_first_parameters_have_another_dtype_agree_on_the_hidden_state():
+    model = tiny("llama")
+    model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(lambda m, args: args[0].float())
+    model.model.layers[2].self_attn.q_proj.register_forward_hook(lambda m, args, out: out.double())
+    model.model.layers[2].self_attn.q_proj.float()  # the first parameter of the second stage
+    ids, labels = token_batch(4, 16)
+    check(model, copy.deepcopy(model), ids, labels, {}, False)
+
+
+@pytest.mark.ranks(2)
 def test_a_model_whose_layers_take_the_ids_gets_them_on_every_stage():
     model = small("deepseek_v4")
     ids, labels = token_batch(4, 16)

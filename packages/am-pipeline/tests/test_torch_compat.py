@@ -77,6 +77,9 @@ def test_the_compute_dtype_of_a_part_follows_its_mixed_precision_policy():
     assert compat.compute_dtype(plain) is torch.bfloat16
     other = fully_shard(nn.Linear(4, 4), mesh=mesh)
     assert compat.compute_dtype(other) is torch.float32
+    some_in_float32 = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4, dtype=torch.bfloat16))
+    assert compat.compute_dtype(some_in_float32) is torch.bfloat16
+    assert compat.element_size(some_in_float32) == 2
 
 
 @pytest.mark.ranks(2)

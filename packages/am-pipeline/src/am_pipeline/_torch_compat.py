@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -124,17 +125,25 @@ def _to_others(messages: list[dist.P2POp]) -> list[dist.P2POp]:
 
 
 def compute_dtype(part: nn.Module) -> torch.dtype:
-    """The dtype of the hidden state in a part: FSDP's mixed-precision dtype if it has one, else the parameters'."""
+    """The dtype of the hidden state in a part: FSDP's mixed-precision dtype if it has one, else most parameters'.
+
+    Not the first one's: models keep some modules in float32, and neighbouring stages must agree.
+    """
     if isinstance(part, FSDPModule):
         policy = part._get_fsdp_state()._mp_policy
         if policy.param_dtype is not None:
             return policy.param_dtype
-    for parameter in part.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    return torch.get_default_dtype()
+    return _dtype_of_most(part) or torch.get_default_dtype()
 
 
 def element_size(model: nn.Module) -> int:
-    """Bytes of one of a model's floating-point parameters."""
-    return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
+    """Bytes of one of most of a model's floating-point parameters."""
+    return (_dtype_of_most(model) or torch.float32).itemsize
+
+
+def _dtype_of_most(module: nn.Module) -> torch.dtype | None:
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            elements[parameter.dtype] += parameter.numel()
+    return elements.most_common(1)[0][0] if elements else None
