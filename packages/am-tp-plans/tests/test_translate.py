@@ -26,7 +26,7 @@ from am_tp_plans import (
 from am_tp_plans.rehearsal import rehearse
 
 # Styles of transformers' expert parallelism; am-moe has its own.
-OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router"}
+OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router", "megamoe_experts", "megamoe_router"}
 
 
 def test_every_style_of_the_installed_transformers_is_translated():
