@@ -31,7 +31,7 @@ OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router", "me
 
 def test_every_style_of_the_installed_transformers_is_translated():
     names = set(ALL_PARALLEL_STYLES.keys()) - OF_EXPERT_PARALLELISM
-    assert len(names) > 15
+    assert len(names) >= 15
     for name in names:
         assert isinstance(translate_to_torch_parallel_style(name), ParallelStyle), name
     assert translate_to_torch_parallel_style("colwise") is not translate_to_torch_parallel_style("colwise")
