@@ -93,9 +93,10 @@ def test_saved_routing_saves_the_routers_products_alone():
             loss.backward()
         numbers[mode] = forward.number, backward.number
     heads = 1  # the head's product is in no block
-    again = numbers["full"][1] - numbers["none"][1]
-    # Torch before 2.13 stops before the last one, whose result nobody reads.
-    assert numbers["none"][0] - heads - again in (0, 1), "every product of the blocks again"
+    # Torch 2.11 stops before the last one, whose result nobody reads.
+    left_out = int(torch.__version__.startswith("2.11."))
+    again = numbers["full"][1] - numbers["none"][1] + left_out
+    assert again == numbers["none"][0] - heads, "every product of the blocks again"
     assert numbers["full"][1] - numbers["selective"][1] == 2, "but those of the two routers"
 
 

@@ -116,6 +116,26 @@ def test_stages_whose_first_parameters_have_another_dtype_agree_on_the_hidden_st
 
 
 @pytest.mark.ranks(2)
+def test_a_head_in_another_dtype_than_the_layers_leaves_the_hidden_state_alone():
+    model = tiny("llama", layers=2, vocab_size=2048)
+    model.lm_head.float()  # more parameters than the layer of its stage has
+    model.lm_head.register_forward_pre_hook(lambda m, args: args[0].float())
+    model.lm_head.register_forward_hook(lambda m, args, out: out.double())
+    ids, labels = token_batch(4, 16)
+    check(model, copy.deepcopy(model), ids, labels, {}, False)
+
+
+@pytest.mark.ranks(2)
+def test_layers_in_different_dtypes_are_refused_on_every_rank():
+    model = tiny("llama", layers=2)
+    model.model.layers[1].float()
+    ids, labels = token_batch(4, 16)
+    schedule, _, first, last, _ = build(model)
+    with pytest.raises(ValueError, match=r"some stages have layers in torch\.float32 and others in torch\.float64"):
+        schedule.step(*((ids,) if first else ()), target=labels if last else None)
+
+
+@pytest.mark.ranks(2)
 def test_a_model_whose_layers_take_the_ids_gets_them_on_every_stage():
     model = small("deepseek_v4")
     ids, labels = token_batch(4, 16)

@@ -38,6 +38,7 @@ def axis():
     ("family", "sequence_parallel", "compiled"),
     [
         *itertools.product(["llama", "qwen3"], [False, True], [""]),
+        ("llama", False, "layers"),
         ("qwen3", True, "layers"),
         ("llama", True, "model"),
     ],

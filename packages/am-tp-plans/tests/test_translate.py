@@ -12,7 +12,7 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from am_testkit.exact import assert_same
 from am_testkit.models import tiny
-from am_testkit.zoo import small
+from am_testkit.zoo import OLDEST, small
 from am_tp_plans import (
     LocalShards,
     ReplicatedWithGradAllReduce,
@@ -31,7 +31,7 @@ OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router", "me
 
 def test_every_style_of_the_installed_transformers_is_translated():
     names = set(ALL_PARALLEL_STYLES.keys()) - OF_EXPERT_PARALLELISM
-    assert len(names) >= 15
+    assert len(names) > (14 if OLDEST else 15)
     for name in names:
         assert isinstance(translate_to_torch_parallel_style(name), ParallelStyle), name
     assert translate_to_torch_parallel_style("colwise") is not translate_to_torch_parallel_style("colwise")
@@ -45,10 +45,9 @@ def test_unknown_styles_are_refused_by_name():
 
 
 def test_a_plan_is_collected_from_class_instance_and_inner_models():
-    model = tiny("gemma3_text")
-    plan = get_hf_tp_shard_plan(model)
+    plan = get_hf_tp_shard_plan(tiny("gemma3_text"))
     assert isinstance(plan["lm_head"], ColwiseParallel)
-    if "embed_tokens" in model.model._tp_plan:  # not in transformers 5.17
+    if not OLDEST:  # whose plan leaves the embedding whole
         assert isinstance(plan["model.embed_tokens"], VocabParallelEmbedding)
     assert isinstance(plan["model.layers.*.self_attn.q_norm"], ReplicatedWithGradAllReduce)
     assert not any("shared_expert" in key for key in get_hf_tp_shard_plan(tiny("qwen3_moe")))

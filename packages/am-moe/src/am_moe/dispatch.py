@@ -30,8 +30,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from am_moe._torch_compat import handed_out
-
 
 @dataclass(frozen=True)
 class Received:
@@ -125,7 +123,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, index, size):
         ctx.save_for_backward(index)
-        return handed_out(_summed(rows, index, size))
+        return _summed(rows, index, size)
 
     @staticmethod
     @once_differentiable
@@ -150,6 +148,6 @@ def _summed(rows_NF: torch.Tensor, index_N: torch.Tensor, size: int) -> torch.Te
     """One kernel that reads each row once; `index_add_` would round to half precision, or add in any order."""
     if not len(rows_NF):
         return rows_NF.new_zeros(size, rows_NF.shape[1])
-    order_N = torch.argsort(index_N, stable=True)
-    counts = torch.bincount(index_N, minlength=size)
-    return nn.functional.embedding_bag(order_N, rows_NF.contiguous(), counts.cumsum(0) - counts, mode="sum")
+    sorted_N, order_N = index_N.sort(stable=True)
+    starts = torch.searchsorted(sorted_N, torch.arange(size, device=index_N.device))  # no sync, as a bincount has
+    return nn.functional.embedding_bag(order_N, rows_NF.contiguous(), starts, mode="sum")

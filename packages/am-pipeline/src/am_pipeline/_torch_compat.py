@@ -124,16 +124,19 @@ def _to_others(messages: list[dist.P2POp]) -> list[dist.P2POp]:
     return [message for message in messages if message.peer != dist.get_rank()]
 
 
-def compute_dtype(part: nn.Module) -> torch.dtype:
+def compute_dtype(part: nn.Module, layers: str = "") -> torch.dtype:
     """The dtype of the hidden state in a part: FSDP's mixed-precision dtype if it has one, else most parameters'.
 
     Not the first one's: models keep some modules in float32, and neighbouring stages must agree.
+
+    Args:
+        layers: full name of what counts: a head or an embedding of another dtype does not change the layers'.
     """
     if isinstance(part, FSDPModule):
         policy = part._get_fsdp_state()._mp_policy
         if policy.param_dtype is not None:
             return policy.param_dtype
-    return _dtype_of_most(part) or torch.get_default_dtype()
+    return _dtype_of_most(part.get_submodule(layers)) or torch.get_default_dtype()
 
 
 def element_size(model: nn.Module) -> int:

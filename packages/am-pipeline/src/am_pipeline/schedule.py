@@ -32,7 +32,7 @@ from am_pipeline._torch_compat import (
 )
 from am_pipeline.inputs import share_from_first, split_inputs
 from am_pipeline.order import read_order
-from am_pipeline.shapes import reset_pp_stage_shapes
+from am_pipeline.shapes import hidden_dtype, reset_pp_stage_shapes
 from am_pipeline.shared import check_shared_layouts, sum_shared_gradients
 from am_pipeline.stage import DecoderStage
 
@@ -156,6 +156,7 @@ def scale_grads_by_divisor(stages: list[PipelineStage], divisor: int) -> None:
 
 
 # Schedules that compute the gradients of inputs and of weights in two passes over one graph.
+_HIDDEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 _SPLIT_BACKWARD = (ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble, ScheduleDualPipeV)
 
 
@@ -228,6 +229,9 @@ class _Exact(SplitsInputs):
                 here.no_target = int(target is None and not self._evaluating)
                 here.tokens = _count_tokens(target, self.ignore_index)
                 here.rows = target.shape[0] if isinstance(target, torch.Tensor) and target.dim() else 0
+        if not self._checked:
+            places = [_HIDDEN.index(hidden_dtype(stage)) for stage in stages]
+            here.last_dtype, here.first_dtype = max(places), -min(places)
         agreed = torch.tensor(list(vars(here).values()), dtype=torch.int64, device=device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
         call = _Call(*agreed.tolist())
@@ -242,6 +246,11 @@ class _Exact(SplitsInputs):
             )
         if call.rows not in (0, call.batch):
             raise ValueError(f"the target has {call.rows} rows, but the batch has {call.batch} sequences")
+        if call.last_dtype != -call.first_dtype:
+            one, other = _HIDDEN[call.last_dtype], _HIDDEN[-call.first_dtype]
+            raise ValueError(
+                f"some stages have layers in {one} and others in {other}, but the hidden state has one dtype throughout"
+            )
         self.target_tokens = call.tokens
         if not self._checked:
             check_shared_layouts(stages)
@@ -268,6 +277,8 @@ class _Call:
     tokens: int = 0
     rows: int = 0
     shares: int = 0
+    last_dtype: int = 0  # of the stages' hidden states, by place in `_HIDDEN`
+    first_dtype: int = 0  # the same, negative
 
 
 def _count_tokens(target: Any, ignore_index: int) -> int:

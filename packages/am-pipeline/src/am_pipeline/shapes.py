@@ -64,7 +64,7 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
                 f"seq_len={seq_len} does not divide over the {shards} ranks that shard the sequence; "
                 f"pad it to {-(-seq_len // shards) * shards}"
             )
-        dtype = compute_dtype(stage.submod)
+        dtype = hidden_dtype(stage)
         shapes = _crossing_shapes(stage, model_config, microbatch_size, seq_len, shards)
         crossing = tuple(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes)
         ids = torch.empty(microbatch_size, seq_len, dtype=torch.int64, device="meta")
@@ -72,6 +72,11 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
         set_shapes(stage, (ids,) if stage.is_first else crossing, crossing)
         if isinstance(stage, DecoderStage):
             stage.boundary.expected = [(shape, dtype) for shape in shapes]
+
+
+def hidden_dtype(stage: PipelineStage) -> torch.dtype:
+    """The dtype that a stage receives and sends."""
+    return compute_dtype(stage.submod, stage.plan.anatomy.stack if isinstance(stage, DecoderStage) else "")
 
 
 def _crossing_shapes(stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int) -> list[tuple[int, ...]]:

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from am_moe._torch_compat import handed_out
 from am_moe.context_parallel.kernel import Scores, accumulate_dtype, block_backward, block_forward, finite, merge
 from am_moe.context_parallel.plan import Block, Interval, Plan
 from am_moe.context_parallel.transport import Gathered, Piece, PointToPoint, place
@@ -61,7 +60,7 @@ class _Shared(torch.autograd.Function):
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.settings = scores, plan, group, transport
-        return handed_out(out)
+        return out
 
     @staticmethod
     @once_differentiable
