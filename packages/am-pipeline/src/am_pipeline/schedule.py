@@ -259,7 +259,7 @@ class _Exact(SplitsInputs):
             reset_pp_stage_shapes(self, stages, None, call.batch // n_microbatches(self), call.seq_len)
             self._seq_len = call.seq_len
         # Keyword inputs (images, positions) may make more depend on the ids than text alone does.
-        if call.shares or stages[0].plan.residual.needs_ids:
+        if call.shares or stages[0].plan.needs_first_input:
             ids = {"input_ids": args[0]} if any(stage.is_first for stage in stages) else {}
             first = stages[0].stage_index_to_group_rank[0]
             kwargs = share_from_first(kwargs | ids, first, group, device)
