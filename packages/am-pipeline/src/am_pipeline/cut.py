@@ -15,8 +15,9 @@ from am_pipeline.balance import Costs, balanced, costs_of
 from am_pipeline.boundary import Boundary, Passage
 from am_pipeline.crossing import CannotCutError, Crossed
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
-from am_pipeline.reading import Reading, Stages
+from am_pipeline.reading import Reading, Stages, holders_of
 from am_pipeline.skeleton import copy_without
+from am_pipeline.units import Units
 from am_pipeline.weightless import Weightless
 
 
@@ -82,7 +83,9 @@ class CutPlan:
 
     def parameters_of(self, model: nn.Module, stage: int) -> list[str]:
         """The names of the parameters that a stage holds, each once."""
-        return [name for name, _ in model.named_parameters() if _holds_any(self, stage, name)]
+        copies = {name: [s for s, _ in group.copies] for group in self.shared for _, name in group.copies}
+        names = [name for name, _ in model.named_parameters()]
+        return [n for n in names if stage in copies.get(n, _holders(self.reading.units, self.stages, n))]
 
     def __str__(self) -> str:
         rows = [f"stage {index}  {self.modules_of(index)}" for index in range(len(self.stages))]
@@ -171,11 +174,11 @@ def _plan_with(
     if by_hand is None:
         stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
     else:
-        _check_stages(model, reading.anatomy, by_hand)
+        _check_stages(model, reading, by_hand)
         stages = by_hand
     _check_runs(reading, stages)
     stages, passages = reading.cut(stages)
-    return CutPlan(reading.anatomy, stages, _find_shared(model, stages), passages, reading)
+    return CutPlan(reading.anatomy, stages, _find_shared(model, reading.units, stages), passages, reading)
 
 
 def build_part(
@@ -243,7 +246,8 @@ def _exists(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _check_stages(model: nn.Module, anatomy: Anatomy, stages: tuple[tuple[str, ...], ...]) -> None:
+def _check_stages(model: nn.Module, reading: Reading, stages: Stages) -> None:
+    anatomy = reading.anatomy
     expected = [anatomy.layer(i) for i in range(anatomy.num_layers)]
     named = [name for names in stages for name in sorted(set(names) & set(expected), key=expected.index)]
     if named != expected:
@@ -256,11 +260,8 @@ def _check_stages(model: nn.Module, anatomy: Anatomy, stages: tuple[tuple[str, .
     for index, names in enumerate(stages):
         if not set(names) & set(expected):
             raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy.stack}; it needs one")
-    orphans = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if not any(_holds(names, name) for names in stages)
-    ]
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    orphans = [name for name in names if not _holders(reading.units, stages, name)]
     if orphans:
         raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
 
@@ -292,25 +293,16 @@ def _refuse_layer_drop(model: nn.Module) -> None:
         )
 
 
-def _holds(names: tuple[str, ...], parameter: str) -> bool:
-    """Whether a stage with these modules holds a parameter; one that sits on an ancestor of them is held by all."""
-    owner = parameter.rpartition(".")[0]
-    return owner == "" or any(owner == n or owner.startswith(f"{n}.") or n.startswith(f"{owner}.") for n in names)
+def _holders(units: Units, stages: Stages, parameter: str) -> set[int]:
+    """The stages that hold a parameter: those of its unit; all of them where it belongs to the code between units."""
+    unit = units.of(parameter.rpartition(".")[0])
+    return set(range(len(stages))) if unit is None else holders_of(stages, unit)
 
 
-def _holds_any(plan: CutPlan, stage: int, name: str) -> bool:
-    """Whether a stage holds a parameter under this name or another one that it is tied to."""
-    if _holds(plan.stages[stage], name):
-        return True
-    tied = next((g for g in plan.shared if any(n == name for _, n in g.copies)), None)
-    return tied is not None and any(s == stage for s, _ in tied.copies)
-
-
-def _find_shared(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> tuple[SharedParameter, ...]:
-    copies: dict[int, list[tuple[int, str]]] = {}
+def _find_shared(model: nn.Module, units: Units, stages: Stages) -> tuple[SharedParameter, ...]:
+    copies: dict[int, dict[int, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for stage, names in enumerate(stages):
-            held = copies.setdefault(id(parameter), [])
-            if _holds(names, name) and stage not in [s for s, _ in held]:
-                held.append((stage, name))
-    return tuple(SharedParameter(tuple(sorted(held))) for held in copies.values() if len(held) > 1)
+        held = copies.setdefault(id(parameter), {})
+        for stage in _holders(units, stages, name):
+            held.setdefault(stage, name)
+    return tuple(SharedParameter(tuple(sorted(held.items()))) for held in copies.values() if len(held) > 1)
