@@ -1,9 +1,12 @@
 """Small decoders, each with one habit of real repositories that makes a model hard to cut.
 
-A habit is a class: its forward shows the habit and nothing else, its attributes say what a cut must do with it. `EXACT`:
-be made and equal one process. `REFUSED`: be refused in words that name what is in the way. `EITHER`: one of the two.
+A habit is a class: its forward shows the habit and nothing else, its attributes say what a cut must do with it.
 
-Shapes: ids `(B, S)`, hidden states `x` `(B, S, D)`. Ids are drawn from 1 to 61; a row ends in `EOS`, some also in `PAD`.
+    EXACT     be made, and equal one process
+    REFUSED   be refused, in words that name what is in the way
+    EITHER    one of the two
+
+Shapes: ids `(B, S)`, hidden states `x` `(B, S, D)`. Ids are from 1 to 61; a row ends in `EOS`, some also in `PAD`.
 """
 
 from __future__ import annotations
@@ -11,9 +14,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -893,7 +895,7 @@ class EarlyExitOnTheHiddenState(Decoder):
     def run(self, x):
         for layer in self.layers:
             x = layer(x)
-            if x.norm() > 28:
+            if x.norm(dim=-1).mean() > 5:
                 break
         return x
 
@@ -901,12 +903,13 @@ class EarlyExitOnTheHiddenState(Decoder):
 class NumberReadFromAHiddenState(Decoder):
     expect, words = REFUSED, r"layers\.\d"
 
-    def run(self, x):
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x)
             if index == 0:
                 scale = x.abs().mean().item()
-        return x + scale
+        return self.finish(x) / scale
 
 
 class NumberReadFromTheEmbedding(Decoder):
@@ -941,6 +944,8 @@ class ListOfNumbersFromAHiddenState(Decoder):
 
 class TokensSelectedByTheHiddenState(Decoder):
     """Mixture of depths: the shapes do not depend on values, the rows that are taken do."""
+
+    expect = EITHER
 
     def run(self, x):
         for layer in self.layers:
@@ -1662,6 +1667,10 @@ class HookThatChangesTheEmbedding(Decoder):
 
 
 class ForwardReplacedOnTheInstance(Decoder):
+    """What replaces it holds on to the module that it was replaced on, not to a copy."""
+
+    expect = EITHER
+
     def more(self):
         plain = self.layers[1].forward
         self.layers[1].forward = lambda x: plain(x) * 0.5
@@ -1889,6 +1898,8 @@ class DictOfInputs(Decoder):
 
 
 class PositionsAsAKeyword(Decoder):
+    expect = EITHER
+
     def more(self):
         self.places = nn.Embedding(32, D)
 
@@ -1925,6 +1936,8 @@ class AdapterThatAKeywordTurnsOn(Decoder):
 
 
 class AdapterThatIsTurnedOn(AdapterThatAKeywordTurnsOn):
+    expect = EITHER
+
     @staticmethod
     def inputs(ids):
         return (ids,), {"extra": (ids[..., None] * torch.arange(1, D + 1) / VOCAB).sin().double()}
@@ -1952,10 +1965,12 @@ class ReturnsATuple(Decoder):
 
 
 class ReturnsANamedTuple(Decoder):
-    kind = namedtuple("Result", ["logits", "hidden"])
+    class Result(NamedTuple):
+        logits: torch.Tensor
+        hidden: torch.Tensor
 
     def finish(self, x):
-        return self.kind(super().finish(x), x)
+        return self.Result(super().finish(x), x)
 
 
 class ReturnsANestedDict(Decoder):
@@ -2098,6 +2113,8 @@ class DropPathInsideLayers(Decoder):
 
 
 class LayersSkippedByATorchDraw(Decoder):
+    """No two stages draw the same, so that being refused is all it can be."""
+
     expect = EITHER
     in_training = True
 
@@ -2109,12 +2126,14 @@ class LayersSkippedByATorchDraw(Decoder):
 
 
 class LayersSkippedByAPythonDraw(Decoder):
+    """No two stages draw the same, so that being refused is all it can be."""
+
     expect = EITHER
     in_training = True
 
     def run(self, x):
         for layer in self.layers:
-            if not self.training or random.random() > 0.3:  # noqa: S311
+            if not self.training or random.random() > 0.3:
                 x = layer(x)
         return x
 
