@@ -57,7 +57,7 @@ def test_the_habits_that_are_cut_train_over_ranks_as_in_one_process(schedule):
             try:
                 compare_with_one_process(habit, everyone)
             except AssertionError as wrong:
-                failures[name] = [str(wrong)]
+                failures[name] = str(wrong).splitlines()[:1]
     table = "\n".join(f"{name}\n  " + "\n  ".join(lines) for name, lines in failures.items())
     assert not failures, f"{len(failures)} of {len(HABITS)} habits\n{table}"
 
