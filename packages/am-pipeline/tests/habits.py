@@ -1740,7 +1740,10 @@ class CheckpointedLayers(Decoder):
 
 
 class CheckpointedLayersReentrant(Decoder):
+    """A custom function around each layer: the received hidden state is inside it, out of reach of gradients."""
+
     in_training = True
+    expect, words = REFUSED, "use_reentrant=False"
 
     def run(self, x):
         for layer in self.layers:
@@ -2042,9 +2045,10 @@ class DropoutOnTheEmbedding(Decoder):
 
 
 class DroppedEmbeddingAtTheHead(Decoder):
-    """One draw, read on the first and on the last stage."""
+    """One draw between the units, read on the first and on the last stage."""
 
     in_training = True
+    expect, words = REFUSED, "drawn anew on every stage"
 
     def forward(self, input_ids):
         x0 = F.dropout(self.embed(input_ids), 0.3, self.training)

@@ -165,8 +165,9 @@ class Boundary:
             return (), kwargs
         kwargs = {key: value for key, value in kwargs.items() if key not in self.passage.withheld}
         for crossed, tensor in zip(self.passage.receives, received, strict=True):
-            tensor = _Received.apply(tensor) if tensor.requires_grad else tensor
-            self._received[crossed.value] = tensor.clone() if crossed.written else tensor
+            tensor = _Received.apply(tensor) if tensor.requires_grad and self.watch is None else tensor
+            self._received[crossed.value] = self._copied(tensor) if crossed.written else tensor
+            self._to_send[crossed.value] = tensor
         if name not in kwargs:
             if name in self.passage.needs:
                 raise ValueError(
@@ -178,15 +179,24 @@ class Boundary:
         return (), kwargs
 
     def _leave(self, part: nn.Module, args: tuple, output: Any) -> Any:
-        received, to_send = self._received, self._to_send
+        to_send = self._to_send
         self._received, self._to_send, self._active = {}, {}, False
+        missing = [unit for unit, call in self.passage.returns if self._counts[unit] <= call]
+        if missing and not self.passes_on:
+            raise RuntimeError(
+                f"with these inputs the forward does not call {missing[0]}, as it did when the model was cut: what it runs "
+                "may not depend on the numbers in its inputs"
+            )
         if self.is_last:
             return select_output(output)
         outputs = []
         for place, crossed in enumerate(self.passage.sends):
-            tensor = received.get(crossed.value, to_send.get(crossed.value))
+            tensor = to_send.get(crossed.value)
             if tensor is None:
                 raise RuntimeError(f"{type(part).__name__} did not compute {crossed.value}, which later stages need")
+            if self.watch is not None:
+                outputs.append(tensor)
+                continue
             if self.expected is not None:
                 tensor = self._as_agreed(tensor, *self.expected[place], crossed)
             # A backward in two passes detaches what was sent in place, which a view does not allow.
@@ -211,7 +221,10 @@ class Boundary:
     def _take(self, value: Value, tensor: torch.Tensor) -> None:
         self._refuse_hidden(value)
         crossed = next(c for c in self.passage.sends if c.value == value)
-        self._to_send[value] = tensor.clone() if crossed.written else tensor
+        self._to_send[value] = self._copied(tensor) if crossed.written else tensor
+
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if self.watch is None else self.watch.copy(tensor)
 
     def _refuse_hidden(self, value: Value) -> None:
         """Inside a custom function, or a checkpoint that is one, gradients do not reach what the stage hands over."""

@@ -76,7 +76,7 @@ class Crossed:
 
     Attributes:
         value: what it is.
-        shape, dtype: of a model whose numbers are as they were when it was cut.
+        shape, dtype, requires_grad: of a model that is as it was when it was cut.
         of_layer: whether a layer made it: its tokens are then sharded where layers shard theirs.
         written: whether code writes into it after it was made, so that what is sent is a copy.
     """
@@ -84,6 +84,7 @@ class Crossed:
     value: Value
     shape: Shape
     dtype: torch.dtype
+    requires_grad: bool
     of_layer: bool
     written: bool
 
@@ -143,9 +144,10 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
     def travel(value: Value, stage: int, reader: str) -> None:
         earlier = [holder for holder in holders(value.unit) if holder < stage]
         if not earlier:
-            raise CannotCutError(
-                f"{reader} on stage {stage} reads {value}, which is made later, on stage {_stages(holders(value.unit))}"
-            )
+            ran = [int(c.unit.rpartition(".")[2]) for c in trace.calls if units.is_layer(c.unit)]
+            order = "" if ran == sorted(set(ran)) else f"its forward runs the layers in the order {ran}: "
+            where = _stages(holders(value.unit))
+            raise CannotCutError(f"{order}{reader} on stage {stage} reads {value}, which is made later, on stage {where}")
         run(max(earlier), calls[value.unit, value.call])
         for place in range(max(earlier) + 1, stage + 1):
             if value not in needs.enters[place]:
@@ -160,12 +162,15 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
             raise CannotCutError(f"{call.unit} draws random numbers and would run on stages {elsewhere[0]} and {stage}")
         need(stage, call.reads, call.unit)
 
+    for hook in trace.hooked:
+        if made := next((s for s in hook.sources if isinstance(s, (Value, Inner, Weight))), None):
+            raise CannotCutError(f"{hook.place} puts a hook on the gradient of {made}, which every stage would do")
     for look in trace.looks:
         refuse_look(look.sources, look.place)
         for stage in range(last + 1):
             need(stage, look.sources, f"{look.place}, which looks at it,")
     for name, sources in trace.kept.items():
-        if any(isinstance(s, (Value, Inner)) for s in sources) and units.of(name.rpartition(".")[0]) is None:
+        if any(isinstance(s, (Value, Inner)) for s in sources):
             made = next(s for s in sources if isinstance(s, (Value, Inner)))
             raise CannotCutError(f"its forward writes {made} into {name}, which is on every stage")
     for call in trace.calls:

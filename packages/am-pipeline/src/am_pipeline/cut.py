@@ -206,6 +206,11 @@ def build_part(
     boundary.passes_on = not patch_inner_model
     boundary.prove = partial(_passage_for_call, plan, stage)
     part = copy_without(model, plan.reading.units, set(plan.stages[stage]), boundary)
+    for name in plan.reading.small.kept if stage else ():  # each stage advances its own
+        owner, _, leaf = name.rpartition(".")
+        module = part.get_submodule(owner)
+        if leaf in module._buffers:
+            setattr(module, leaf, module._buffers[leaf].clone())
     if patch_causal_lm_model:
         boundary.install(part)
     return part, boundary

@@ -92,6 +92,7 @@ class Leaf:
 
     def __init__(self, value: Value, tensor: torch.Tensor) -> None:
         self.value, self.shape, self.dtype = value, tuple(tensor.shape), tensor.dtype
+        self.requires_grad = tensor.requires_grad
 
 
 class Argument:
@@ -141,16 +142,18 @@ class Trace:
     Attributes:
         calls: of units, in order.
         output: the sources of what the model returned.
-        output_digest: its fingerprint.
+        output_keys: fingerprints of its tensors.
         looks: numbers read between units that depend on anything but constants.
+        hooked: tensors on whose gradients code between units puts hooks.
         written: values that were written into after they were returned.
-        kept: parameters and buffers beside the units that were written into, and from what.
+        kept: parameters and buffers that code between units wrote into, and from what.
     """
 
     calls: list[Call] = field(default_factory=list)
     output: frozenset[Source] = frozenset()
-    output_digest: int = 0
+    output_keys: tuple[int, ...] = ()
     looks: list[Look] = field(default_factory=list)
+    hooked: list[Look] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
 
@@ -198,7 +201,7 @@ class Tracer(TorchDispatchMode):
         self.narrow = False  # what absent units return has fewer tokens than it should
         self.draws = 0
         self.quiet = False
-        self._values: dict[tuple, Value] = {}
+        self._values: dict[int, tuple[torch.Tensor, int, Value]] = {}  # by the identity of what units returned
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         for name, tensor in tensors:
             known = self.memory.get(storage_key(tensor))
@@ -220,10 +223,7 @@ class Tracer(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
         self.trace.output = frozenset().union(*(self._of(t).sources for t in output))
-        self.trace.output_digest = hash(tuple(self._fingerprint(t) for t in output))
-        for memory in self.memory.values():
-            if memory.weight and memory.sources:
-                self.trace.kept[memory.weight[0]] = memory.sources
+        self.trace.output_keys = tuple(map(self._fingerprint, output))
         return self.trace
 
     def input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -232,9 +232,12 @@ class Tracer(TorchDispatchMode):
         self._remember(tensor, frozenset([Input(name)]), hash(("input", name)))
         return tensor
 
-    def given(self, value: Value, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def given(self, value: Value, shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool) -> torch.Tensor:
         """A value of a unit that does not run here."""
-        tensor = self.unknown(shape, dtype).requires_grad_(dtype.is_floating_point)
+        tensor = self.unknown(shape, dtype)
+        if requires_grad:
+            with self._quietly(), torch.enable_grad():  # code may write into it, which a leaf does not allow
+                tensor = tensor.requires_grad_().clone()
         self._remember(tensor, frozenset([value]), _key_of(value))
         return tensor
 
@@ -243,11 +246,24 @@ class Tracer(TorchDispatchMode):
         with self._quietly(), self.fake:
             return torch.empty(shape, dtype=dtype)
 
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that counts as the tensor itself."""
+        memory = self._of(tensor)
+        with self._quietly():
+            copied = tensor.clone()
+        self._remember(copied, memory.sources, memory.key)
+        return copied
+
     def absent(self, unit: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Stands for what a unit that does not run here would have returned; nobody may read it."""
         tensor = self.unknown(shape, dtype)
         self._remember(tensor, frozenset([Inner(unit, -1, unit)]), hash(("absent", unit, len(self.memory))))
         return tensor
+
+    def hook(self, tensor: torch.Tensor) -> None:
+        """A hook on the gradient of a tensor: code between units puts it on both sides of a cut."""
+        if self.active is None:
+            self.trace.hooked.append(Look(self._of(tensor).sources, _place()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.quiet:
@@ -263,9 +279,9 @@ class Tracer(TorchDispatchMode):
         written = [id(t) for t in written_arguments(func, args, kwargs)]
         seen = hash((name, _static(args), _static(tuple(kwargs.items())), *map(self._fingerprint, tensors)))
         random = is_random(func)
-        if random:
+        if random and self.active is None:
             self.draws += 1
-            seen = hash((seen, self.draws if self.active is None else 0))
+            seen = hash((seen, self.draws))
         if self.active is not None:
             self._read_inside(self.active, memories, seen)
             self.active.random |= random
@@ -307,6 +323,8 @@ class Tracer(TorchDispatchMode):
         inside = frozenset([Inner(call.unit, call.index, self.path[-1])]) if call is not None else sources
         for tensor in written:
             memory = self._of(tensor)
+            if memory.weight and call is None:
+                self.trace.kept[memory.weight[0]] = memory.sources | sources
             if memory.exported:
                 self.trace.written |= {s for s in memory.sources if isinstance(s, Value)}
             if call is None or memory.maker is not call:
@@ -386,6 +404,11 @@ class Tracer(TorchDispatchMode):
         self.memory[storage_key(tensor)] = memory
         return memory
 
+    def _value_of(self, tensor: torch.Tensor) -> Value | None:
+        """The value that this very tensor is, unchanged: a view of it may have another gradient."""
+        leaf, key, value = self._values.get(id(tensor), (None, 0, None))
+        return value if leaf is tensor and self._of(tensor).key == key else None
+
     def _fingerprint(self, tensor: torch.Tensor) -> int:
         return hash((self._of(tensor).key, *_geometry(tensor)))
 
@@ -398,7 +421,7 @@ class Tracer(TorchDispatchMode):
                 call = Call(name, self.counts[name])
                 self.counts[name] += 1
                 found = list(tensors_in((args, kwargs)))
-                call.takes = tuple(self._values.get((self._of(t).key, *_geometry(t))) for t in found)
+                call.takes = tuple(map(self._value_of, found))
                 self.trace.calls.append(call)
                 self.active = call
 
@@ -436,7 +459,7 @@ class Tracer(TorchDispatchMode):
             value = values.setdefault(storage_key(leaf), Value(call.unit, call.index, len(values)))
             memory.sources, memory.key = frozenset([value]), _key_of(value)
             memory.maker, memory.writer, memory.exported = None, None, True
-            self._values[memory.key, *_geometry(leaf)] = value
+            self._values[id(leaf)] = leaf, memory.key, value
             template.append(Leaf(value, leaf))
             return leaf
 
@@ -462,8 +485,11 @@ class _Lookers(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__") and isinstance(args[0], torch.Tensor):
+        name = getattr(func, "__name__", "")
+        if name in ("tolist", "numpy", "__array__") and isinstance(args[0], torch.Tensor):
             self.tracer._look(self.tracer._of(args[0]).sources)
+        if name == "register_hook":
+            self.tracer.hook(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -516,6 +542,11 @@ def _that_add_up(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[i
     """Sizes of pieces, made to add up where they were numbers that nobody knows."""
     missing = tensor.shape[dim] - sum(sizes)
     return [sizes[0] + missing, *sizes[1:]] if missing > 0 else sizes
+
+
+def sent_key(value: Value, tensor: torch.Tensor) -> int:
+    """The fingerprint of a tensor that is this value, unchanged."""
+    return hash((_key_of(value), *_geometry(tensor)))
 
 
 def _key_of(value: Value) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from am_pipeline.crossing import (
 from am_pipeline.forms import SIZES, Form, resolve_form, text_form
 from am_pipeline.inputs import ENCODER_INPUTS
 from am_pipeline.nested import map_leaves
-from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value
+from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value, sent_key
 from am_pipeline.skeleton import copy_without
 from am_pipeline.units import Units
 from am_pipeline.weightless import Weightless
@@ -75,6 +76,7 @@ class Reading:
             opened |= nested
         if not any(self.units.is_layer(call.unit) for call in self.small.calls):
             raise CannotCutError("its forward does not run them on text")
+        self._refuse_other_paths()
         self.large = self._trace_whole(self.form.sizes[1]) if len(self.form.sizes) > 1 else self.small
         if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
             raise CannotCutError("its forward runs other modules for longer inputs")
@@ -265,7 +267,8 @@ class Reading:
             )
         if small.dtype.is_complex:
             raise CannotCutError(f"{value} has to travel to later stages, and is complex: messages are not")
-        return Crossed(value, shape, small.dtype, self.units.is_layer(value.unit), value in self.small.written)
+        written = value in self.small.written
+        return Crossed(value, shape, small.dtype, small.requires_grad, self.units.is_layer(value.unit), written)
 
     def _shape(self, value: Value, small: tuple[int, ...], large: tuple[int, ...]) -> Shape | None:
         if len(self.form.sizes) > 1:
@@ -300,9 +303,9 @@ class Reading:
         given = {n: v for n, v in self._inputs(tracer, self.form, size).items() if n not in passage.withheld}
         if stage and self.form.first.name not in passage.needs:
             del given[self.form.first.name]
-        received = [tracer.given(c.value, c.shape.at(*size), c.dtype) for c in passage.receives]
+        received = [tracer.given(c.value, c.shape.at(*size), c.dtype, c.requires_grad) for c in passage.receives]
         try:
-            trace = tracer.run(lambda: part(*received, **given) if stage == last else _nothing(part(*received, **given)))
+            trace = tracer.run(lambda: part(*received, **given))
         except Exception as error:
             asked = _asked_of(error)
             if asked is not None and not self.units.is_layer(asked) and stage not in holders_of(stages, asked):
@@ -315,8 +318,12 @@ class Reading:
                 raise CannotCutError(
                     f"{call[0]} would compute on other values on stage {stage} than in the whole model"
                 )
-        if stage == last and trace.output_digest != self.small.output_digest:
+        if stage == last and trace.output_keys != self.small.output_keys:
             raise CannotCutError("the last stage would compute its output from other values than the whole model")
+        sent = tuple(sent_key(c.value, tracer.unknown(c.shape.at(*size), c.dtype)) for c in passage.sends)
+        if stage < last and trace.output_keys != sent:
+            wrong = next(c for c, mine, key in zip(passage.sends, trace.output_keys, sent, strict=True) if mine != key)
+            raise CannotCutError(f"stage {stage} would send something else than {wrong.value}")
 
     def _trace_whole(self, size: tuple[int, int]) -> Trace:
         return self._trace(self.form, size)
@@ -332,6 +339,23 @@ class Reading:
     def _inputs(tracer: Tracer, form: Form, size: tuple[int, int]) -> dict[str, Any]:
         tensors = {form.first.name: form.first, **form.tensors}
         return {name: tracer.input(name, given.at(*size)) for name, given in tensors.items()} | dict(form.others)
+
+    def _refuse_other_paths(self) -> None:
+        """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""
+        place = next((look.place for look in self.small.looks if any(isinstance(s, Input) for s in look.sources)), None)
+        if place is None or self.form.first.sample.is_floating_point():
+            return
+        ids = self.form.first.sample
+        for other in (torch.zeros_like(ids), ids * 5 % 11, ids + 1):
+            form = replace(self.form, first=replace(self.form.first, sample=other))
+            try:
+                trace = self._trace(form, form.sizes[0])
+            except Exception:  # what does not run at all needs no cut
+                continue
+            for one, two in zip_longest(self.small.calls, trace.calls):
+                if one is None or two is None or (one.unit, one.reads) != (two.unit, two.reads):
+                    unit = (one or two).unit if one is None or two is None else one.unit
+                    raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
     def _anatomy(self) -> Anatomy:
         """Which modules beside the stack run before, after and between its layers; those that do not, by their place."""
@@ -395,7 +419,3 @@ def _leaves(returned: Any) -> Iterator[Any]:
     found: list[Any] = []
     map_leaves(returned, found.append)
     yield from found
-
-
-def _nothing(_sent: Any) -> Iterable[torch.Tensor]:
-    return ()
