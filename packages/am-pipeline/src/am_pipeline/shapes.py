@@ -71,6 +71,7 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
         # The last stage's output is never sent, only counted.
         set_shapes(stage, (ids,) if stage.is_first else crossing, crossing)
         if isinstance(stage, DecoderStage):
+            stage.receives, stage.sends = () if stage.is_first else crossing, crossing
             stage.boundary.expected = [(shape, dtype) for shape in shapes]
 
 
