@@ -162,8 +162,10 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.reshape(-1)
     if flat.is_meta:
         return torch.zeros((), dtype=torch.int64)
-    whole = flat.numel() * flat.element_size() % 8 == 0 and flat.storage_offset() * flat.element_size() % 8 == 0
-    return flat.view(torch.int64 if whole and flat.numel() else torch.uint8).sum(dtype=torch.int64)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # words start at multiples of their size
+    words = torch.uint8 if flat.numel() * flat.element_size() % 8 else torch.int64
+    return flat.view(words).sum(dtype=torch.int64)
 
 
 def _message(op, tensor: torch.Tensor, stage: PipelineStage, peer_stage: int) -> dist.P2POp:
