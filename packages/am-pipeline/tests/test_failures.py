@@ -201,7 +201,7 @@ def test_what_a_loss_returns_is_checked_and_long_words_are_cut():
     def long(output, target):
         raise ValueError("é" * 3000)
 
-    with pytest.raises(RuntimeError, match="ValueError: é{400,600}$"):
+    with pytest.raises(RuntimeError, match=r"ValueError: é{400,600}$"):
         run(build(tiny("llama"), loss_fn=long), ids, labels)
 
 

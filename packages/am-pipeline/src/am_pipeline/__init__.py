@@ -15,7 +15,7 @@ from am_pipeline.order import (
     schedule_order,
     simulate,
 )
-from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model
+from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model, set_sequence_shards
 from am_pipeline.placement import (
     calculate_virtual_stages,
     generate_hf_model_fqn_per_model_part,
@@ -60,6 +60,7 @@ __all__ = [
     "scale_grads_by_divisor",
     "scale_grads_by_tokens",
     "schedule_order",
+    "set_sequence_shards",
     "simulate",
     "split_model_into_stages",
     "stage_ids_this_rank",

@@ -68,8 +68,8 @@ class PipelineSchedule(StepHooks, Schedule):
         """
         if self.averaged_axes:
             raise ValueError(
-                f"the mesh has several ranks along {', '.join(map(repr, self.averaged_axes))}, whose labels count, too: "
-                "call scale_grads_by_tokens(schedule), or read schedule.pipeline_tokens for this pipeline's labels alone"
+                f"the mesh has several ranks along {', '.join(self.averaged_axes)}, whose labels count, too: call "
+                "scale_grads_by_tokens(schedule), or read schedule.pipeline_tokens for the labels of this pipeline"
             )
         return self.pipeline_tokens
 

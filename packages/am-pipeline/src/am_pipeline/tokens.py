@@ -55,7 +55,7 @@ def scale_grads_by_tokens(
     total = torch.tensor(schedule.pipeline_tokens if tokens is None else tokens, device=stages[0].device)
     ranks = 1
     for axis in axes:
-        sub_mesh = _axis(mesh, axis)
+        sub_mesh = axis_of(mesh, axis)
         dist.all_reduce(total, group=sub_mesh.get_group())
         ranks *= sub_mesh.size()
     divisor = total.clamp(min=1).to(torch.float64) / ranks
@@ -67,7 +67,12 @@ def scale_grads_by_tokens(
     return total
 
 
-def _axis(mesh: Any, name: str) -> DeviceMesh:
+def axis_of(mesh: Any, name: str) -> DeviceMesh:
+    """One axis of a mesh, flattened ones included.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     try:
         return mesh[name]
     except (KeyError, RuntimeError) as error:
