@@ -11,16 +11,16 @@ same rows, so that all raise the same error, or none.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from am_pipeline.failure import ERRORS, kind_of
 from am_pipeline.inputs import TEXT_BYTES
 from am_pipeline.shared import SharedCopies
 
-_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -29,7 +29,7 @@ class Report:
     """What one rank says about its call of a step; numbers of the first and the last stage are 0 elsewhere.
 
     Attributes:
-        error: 1 + the place of its kind in `_ERRORS` if something is wrong with this rank's call, whose words are the
+        error: 1 + the place of its kind in `ERRORS` if something is wrong with this rank's call, whose words are the
             text; else 0.
         batch, seq_len: shape of the ids, from the first stage's rank.
         rows: sequences of the target, from the last stage's rank.
@@ -52,8 +52,7 @@ class Report:
         self.lowest_dtype, self.highest_dtype = min(places), max(places)
 
     def note_error(self, error: Exception) -> None:
-        kinds = [place for place, kind in enumerate(_ERRORS) if isinstance(error, kind)]
-        self.error = 1 + (kinds[0] if kinds else _ERRORS.index(RuntimeError))
+        self.error = kind_of(error)
 
 
 @dataclass
@@ -67,39 +66,58 @@ class Agreement:
     text: str = field(repr=False)
 
 
-def agree(
+def exchange_reports(
     report: Report,
     text: str,
     tokens: torch.Tensor | int,
     copies: SharedCopies,
-    first_rank: int,
     group: dist.ProcessGroup,
     device: torch.device,
-    cause: Exception | None = None,
-) -> Agreement:
-    """Exchange the ranks' reports.
+) -> list[list[int]]:
+    """The rows of all ranks of a pipeline.
 
     Args:
         report: this rank's.
         text: words of its error, or the description of what the first stage's rank shares.
         tokens: labels in this rank's target.
         copies: this rank's copies of shared parameters.
-        first_rank: group rank of the first stage.
         group, device: of the pipeline.
-        cause: the error of this rank, if it found one.
 
     Collectives (`group`): one all-gather of about 1.2 kB per rank; one host sync.
+    """
+    known: list[Any] = [*astuple(report), tokens, *copies.words(), *_write_text(text)]
+    # What a device knows stays there until the one sync: a scalar tensor is copied into its place.
+    words = [0 if isinstance(word, torch.Tensor) else word for word in known]
+    row = torch.tensor(words, dtype=torch.int64, pin_memory=device.type != "cpu" and torch.accelerator.is_available())
+    row = row.to(device, non_blocking=True)
+    for place, word in enumerate(known):
+        if isinstance(word, torch.Tensor):
+            row[place].copy_(word, non_blocking=True)
+    everyone = torch.empty(dist.get_world_size(group), len(known), dtype=torch.int64, device=device)
+    dist.all_gather(list(everyone.unbind()), row, group=group)
+    return everyone.tolist()
+
+
+def read_reports(
+    rows: list[list[int]], copies: SharedCopies, first_rank: int, cause: Exception | None = None
+) -> Agreement:
+    """What the rows of all ranks say. The same on every rank, errors included.
+
+    Args:
+        rows: from `exchange_reports`, by group rank.
+        copies: as given there.
+        first_rank: group rank of the first stage.
+        cause: the error of this rank, if it found one.
 
     Raises:
-        ValueError, TypeError, RuntimeError: what is wrong with some rank's call, on every rank.
+        ValueError, TypeError, RuntimeError: what is wrong with some rank's call.
     """
-    rows = _exchange(report, text, tokens, copies, group, device)
-    width = len(astuple(report))
+    width = len(fields(Report))
     reports = [Report(*row[:width]) for row in rows]
     texts = [_read_text(row[-TEXT_BYTES // 8 :]) for row in rows]
     for rank, each in enumerate(reports):
         if each.error:
-            raise _ERRORS[each.error - 1](texts[rank]) from cause
+            raise ERRORS[each.error - 1](texts[rank]) from cause
     _check_reports(reports)
     copies.check([row[width + 1 : -TEXT_BYTES // 8] for row in rows])
     first = reports[first_rank]
@@ -124,27 +142,6 @@ def _check_reports(reports: list[Report]) -> None:
             f"some stages have layers in {_DTYPES[highest]} and others in {_DTYPES[lowest]}, but the hidden state has "
             "one dtype throughout"
         )
-
-
-def _exchange(
-    report: Report,
-    text: str,
-    tokens: torch.Tensor | int,
-    copies: SharedCopies,
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> list[list[int]]:
-    known: list[Any] = [*astuple(report), tokens, *copies.words(), *_write_text(text)]
-    # What a device knows stays there until the one sync: a scalar tensor is copied into its place.
-    words = [0 if isinstance(word, torch.Tensor) else word for word in known]
-    row = torch.tensor(words, dtype=torch.int64, pin_memory=device.type != "cpu" and torch.accelerator.is_available())
-    row = row.to(device, non_blocking=True)
-    for place, word in enumerate(known):
-        if isinstance(word, torch.Tensor):
-            row[place].copy_(word, non_blocking=True)
-    everyone = torch.empty(dist.get_world_size(group), len(known), dtype=torch.int64, device=device)
-    dist.all_gather(list(everyone.unbind()), row, group=group)
-    return everyone.tolist()
 
 
 def _write_text(text: str) -> list[int]:

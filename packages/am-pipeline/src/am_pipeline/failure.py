@@ -7,6 +7,7 @@ the agreed shapes, computes nothing more, and after the step all ranks of the pi
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
+ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
 
 
@@ -40,21 +42,48 @@ class StepFailure:
             logger.error("%s; the step goes on with zeros until the other ranks can be told", self.text)
 
 
-def vote(failure: StepFailure, group: dist.ProcessGroup) -> None:
+def vote(failure: StepFailure, groups: Sequence[dist.ProcessGroup]) -> None:
     """End a step: all ranks return, or all raise what went wrong on any of them.
 
-    Collectives (`group`, on the CPU): an all-reduce of one int64; after a failure an all-gather of a kilobyte. The host
-    waits for the hosts of the other ranks to have issued the step, never for a device: an error is raised by a host,
-    so there is nothing on a device to wait for.
+    Args:
+        failure: this rank's.
+        groups: `host_group` of the pipeline, and of each other axis along which ranks step together.
+
+    Collectives (each of `groups`, on the CPU): an all-reduce of one int64; after a failure an all-gather of a kilobyte.
+    The host waits for the hosts of the other ranks to have issued the step, never for a device: an error is raised by a
+    host, so there is nothing on a device to wait for.
 
     Raises:
         RuntimeError: what each failing rank recorded, on every rank; on a failing one from the original exception.
     """
-    failed = torch.tensor(int(failure.error is not None))
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-    if failed.item():
-        texts = [text for text in _gather_texts(failure.text, group) if text]
-        raise RuntimeError("the pipeline step failed: " + "; ".join(texts)) from failure.error
+    if _largest(int(failure.error is not None), groups):
+        raise RuntimeError(f"the pipeline step failed: {_all_texts(failure.text, groups)}") from failure.error
+
+
+def refuse_together(refusal: Exception | None, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Tell the other pipelines what this one agreed on, before its parts wait for theirs.
+
+    Args:
+        refusal: why this pipeline cannot run the step, the same on all its ranks; None if it can.
+        groups: `host_group` of each other axis along which ranks step together; none for a pipeline by itself.
+
+    Collectives (each of `groups`, on the CPU): as for `vote`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: the refusal, or that of another pipeline in its words.
+    """
+    if groups:
+        kind = _largest(0 if refusal is None else kind_of(refusal), groups)
+        if kind:
+            text = _all_texts("" if refusal is None else str(refusal), groups)
+            refusal = refusal or ERRORS[kind - 1](text)
+    if refusal is not None:
+        raise refusal
+
+
+def kind_of(error: Exception) -> int:
+    """1 + its place in `ERRORS`; of a kind that is not there, that of RuntimeError."""
+    return 1 + next((place for place, kind in enumerate(ERRORS) if isinstance(error, kind)), len(ERRORS) - 1)
 
 
 def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -68,10 +97,21 @@ def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(ranks, backend="gloo", use_local_synchronization=True))
 
 
-def _gather_texts(text: str, group: dist.ProcessGroup) -> list[str]:
-    data = text.encode()[:_TEXT_BYTES]
-    row = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
-    row[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, row, group=group)
-    return [bytes(each.tolist()).rstrip(b"\0").decode(errors="ignore") for each in rows]
+def _largest(word: int, groups: Sequence[dist.ProcessGroup]) -> int:
+    """Over all ranks that the groups connect: one axis after the other."""
+    largest = torch.tensor(word)
+    for group in groups:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return int(largest)
+
+
+def _all_texts(text: str, groups: Sequence[dist.ProcessGroup]) -> str:
+    for group in groups:
+        data = text.encode()[:_TEXT_BYTES]
+        row = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+        row[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, row, group=group)
+        texts = [bytes(each.tolist()).rstrip(b"\0").decode(errors="ignore") for each in rows]
+        text = "; ".join(dict.fromkeys(each for each in texts if each))
+    return text

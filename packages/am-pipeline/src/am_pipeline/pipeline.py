@@ -121,6 +121,7 @@ def pipeline_model(
         raise ValueError(f"the {pp_axis_name!r} axis has one rank: there is nothing to pipeline")
     data_axes = (*dp_axis_names, *((cp_axis_name,) if cp_axis_name is not None else ()))
     averaged = tuple(name for name in data_axes if axis_of(world_mesh, name).size() > 1)
+    peers = tuple(name for name in axes if name != pp_axis_name and world_mesh[name].size() > 1)
     device = _device_of(world_mesh) if device is None else torch.device(device)
     call = None if parallelize_fn is None else _call_of(parallelize_fn)
     if pipeline_parallel_schedule_csv:
@@ -157,13 +158,12 @@ def pipeline_model(
             "ep_axis_name": ep_axis_name,
             "ep_shard_axis_names": ep_shard_axis_names,
         }
-        talks = world_mesh.size() > world_mesh[pp_axis_name].size()
         for index, part in enumerate(parts):
             replaced = call(part, world_mesh, moe_mesh, axis_names)
             if replaced is not None:
                 parts[index] = stages[index].submod = replaced
             if isinstance(stages[index], DecoderStage):
-                stages[index].has_collectives = talks
+                stages[index].has_collectives = bool(peers)
     if seq_len is not None:
         precompute_stage_shapes(stages, getattr(model, "config", None), microbatch_size, seq_len)
     schedule = build_pipeline_schedule(
@@ -176,7 +176,7 @@ def pipeline_model(
         scale_grads,
         reduce_grads,
     )
-    schedule.mesh, schedule.averaged_axes = world_mesh, averaged
+    schedule.mesh, schedule.averaged_axes, schedule.peer_axes = world_mesh, averaged, peers
     return schedule, parts, any(s.is_first for s in stages), any(s.is_last for s in stages), stages
 
 

@@ -21,8 +21,8 @@ from am_pipeline._torch_compat import (
     settle_fsdp,
     stages_of,
 )
-from am_pipeline.agreement import Agreement, Report, agree
-from am_pipeline.failure import StepFailure, host_group, vote
+from am_pipeline.agreement import Agreement, Report, exchange_reports, read_reports
+from am_pipeline.failure import StepFailure, host_group, refuse_together, vote
 from am_pipeline.gradients import GradientsSetAside
 from am_pipeline.inputs import describe_inputs, receive_inputs, split_inputs
 from am_pipeline.shapes import hidden_dtype, reset_pp_stage_shapes
@@ -45,6 +45,7 @@ class PipelineSchedule(StepHooks, Schedule):
             its ranks. A target of several tensors: of its `labels`, else of its first tensor of integers.
         mesh: the mesh given to `pipeline_model`; None otherwise.
         averaged_axes: its data and context axes of more than one rank, over which FSDP2 averages gradients.
+        peer_axes: all its axes but the pipeline's of more than one rank, along which ranks step together.
     """
 
     local_batch_size: int = 0
@@ -52,12 +53,13 @@ class PipelineSchedule(StepHooks, Schedule):
     pipeline_tokens: int = 0
     mesh: DeviceMesh | None = None
     averaged_axes: tuple[str, ...] = ()
+    peer_axes: tuple[str, ...] = ()
     _running: _Running | None = None
     _shape: tuple[int, int] | None = None
     _evaluating: bool = False
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
-    _host_group: dist.ProcessGroup | None = None
+    _host_groups: tuple[dist.ProcessGroup, ...] = ()
 
     @property
     def target_tokens(self) -> int:
@@ -135,10 +137,12 @@ class PipelineSchedule(StepHooks, Schedule):
             self._evaluating = False
 
     def _run(self, stages: list[DecoderStage], call: _CallOnThisRank, more: dict[str, Any]) -> Any:
-        group = stages[0].group
+        if not self._host_groups:
+            groups = [stages[0].group]
+            if self.mesh is not None and any(stage.has_collectives for stage in stages):
+                groups += [self.mesh[axis].get_group() for axis in self.peer_axes]
+            self._host_groups = tuple(host_group(group) for group in groups)
         agreement, offered = self._agree(stages, call)
-        if self._host_group is None:
-            self._host_group = host_group(group)
         self._follow(stages, agreement)
         failure = StepFailure()
         self._running = _Running(failure)
@@ -147,7 +151,7 @@ class PipelineSchedule(StepHooks, Schedule):
         try:
             self._prepare(stages, call, agreement, offered)
             outputs = super().step(**more)
-            vote(failure, self._host_group)
+            vote(failure, self._host_groups)
             if not self._evaluating:
                 sum_shared_gradients(stages)
             losses = self._running.losses
@@ -192,7 +196,13 @@ class PipelineSchedule(StepHooks, Schedule):
             report.note_error(error)
         first = stages[0].stage_index_to_group_rank[0]
         group, device = stages[0].group, stages[0].device
-        agreement = agree(report, text, tokens, self._copies, first, group, device, cause)
+        rows = exchange_reports(report, text, tokens, self._copies, group, device)
+        refusal: Exception | None = None
+        try:
+            agreement = read_reports(rows, self._copies, first, cause)
+        except (ValueError, TypeError, RuntimeError) as error:
+            agreement, refusal = Agreement(0, 0, 0, 0, ""), error
+        refuse_together(refusal, self._host_groups[1:])
         if offered:
             agreement.text = text  # whole, where others may have its beginning
         return agreement, offered
@@ -241,7 +251,13 @@ class PipelineSchedule(StepHooks, Schedule):
         if agreement.described:
             first = stages[0].stage_index_to_group_rank[0]
             shared = receive_inputs(
-                agreement.text, agreement.described, offered, first, stages[0].group, self._host_group, stages[0].device
+                agreement.text,
+                agreement.described,
+                offered,
+                first,
+                stages[0].group,
+                self._host_groups[0],
+                stages[0].device,
             )
         holds_first = any(stage.is_first for stage in stages)
         try:
