@@ -72,7 +72,8 @@ class DecoderStage(PipelineStage):
             except Exception as error:
                 self._keep_company(f"backward of microbatch {bwd_chunk_id}", error)
         self.fwd_cache.pop(bwd_chunk_id, None)
-        self.bwd_cache[bwd_chunk_id] = self._zeros(self.receives)
+        gradients = zip(self.receives, self._zeros(self.receives), strict=True)
+        self.bwd_cache[bwd_chunk_id] = tuple(zeros if like.requires_grad else None for like, zeros in gradients)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if not self._skips:
