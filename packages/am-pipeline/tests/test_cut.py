@@ -10,6 +10,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from am_pipeline import build_part, generate_hf_model_fqn_per_model_part, plan_cut
+from am_pipeline.boundary import select_output
+from am_pipeline.nested import tensors_in
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -35,14 +37,32 @@ def test_parts_in_a_row_equal_the_whole_model(family, settings, num_stages):
     expected = whole(ids, use_cache=False).logits
     next_token_loss(expected, labels).backward()
 
-    plan = plan_cut(model, num_stages)
-    hidden = ids
-    for stage in range(num_stages):
-        hidden = build_part(model, plan, stage)[0](hidden)
-    next_token_loss(hidden, labels).backward()
+    logits = chained(model, plan_cut(model, num_stages), ids)
+    next_token_loss(logits, labels).backward()
 
-    assert_same(hidden, expected, 1e-12, "logits")
+    assert_same(logits, expected, 1e-12, "logits")
     assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
+
+
+def chained(model, plan, ids, **inputs):
+    """The output of all parts in a row, each with the ids where it needs them."""
+    sent = (ids,)
+    for stage, passage in enumerate(plan.passages):
+        needed = {"input_ids": ids} if stage and "input_ids" in passage.needs else {}
+        output = build_part(model, plan, stage)[0](*sent, **needed, **inputs)
+        sent = output if isinstance(output, tuple) else (output,)
+    return output
+
+
+def same_as_whole(model, ids, plan, **inputs):
+    whole = copy.deepcopy(model)
+    expected = whole(ids, **inputs)
+    expected.square().mean().backward()
+    output = chained(model, plan, ids, **inputs)
+    output.square().mean().backward()
+    assert_same(output, expected, 1e-12, "output")
+    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
+    assert_same({n: p.grad for n, p in model.named_parameters() if n in wanted}, wanted, 1e-10, "gradients")
 
 
 def test_a_part_keeps_names_and_class_and_holds_nothing_of_the_others():
@@ -126,7 +146,7 @@ def test_a_model_without_a_stack_is_refused():
         plan_cut(nn.Sequential(nn.Linear(2, 2)), 2)
 
 
-def test_a_model_that_works_between_its_layers_is_refused():
+def test_work_between_the_layers_is_done_where_the_next_layer_is():
     class Scaled(LlamaModel):
         def forward(self, input_ids, **kwargs):
             hidden = self.embed_tokens(input_ids)
@@ -136,27 +156,34 @@ def test_a_model_that_works_between_its_layers_is_refused():
                 hidden = layer(hidden, position_embeddings=rotary) * 0.5
             return self.norm(hidden)
 
-    with pytest.raises(ValueError, match="changes the hidden state between layer 0 and layer 1"):
-        plan_cut(Scaled(tiny("llama").config), 2)
+    model = Scaled(tiny("llama").config).double()
+    for stages in (2, 4):
+        same_as_whole(model, token_batch(2, 6)[0], plan_cut(model, stages))
+        model.zero_grad()
 
 
 @pytest.mark.parametrize(
     ("beside", "traveling", "needs_ids"),
     [
-        (lambda ids, hidden: {"tokens": ids}, [], True),
-        (lambda ids, hidden: {"first": hidden + 0}, ["embed_tokens"], False),
+        (lambda ids, embedded: (ids % 3)[..., None], [], True),
+        (lambda ids, embedded: embedded * 2, ["embed_tokens"], False),
     ],
 )
 def test_what_layers_take_beside_the_hidden_state_is_found(beside, traveling, needs_ids):
-    residual = plan_cut(_llama_with(beside), 2).residual
-    assert [name for name, _ in residual.traveling] == traveling
-    assert residual.needs_ids is needs_ids
+    plan = plan_cut(_llama_with(beside), 2)
+    assert [crossed.value.unit for crossed in plan.traveling] == traveling
+    assert plan.needs_first_input is needs_ids
 
 
-def test_dropout_does_not_confuse_the_rehearsal():
-    residual = plan_cut(tiny("gpt2").train(), 2).residual
-    assert not residual.traveling
-    assert not residual.needs_ids
+def test_dropout_before_the_layers_needs_nothing_later():
+    plan = plan_cut(tiny("gpt2").train(), 2)
+    assert not plan.traveling
+
+
+def test_a_mask_drawn_once_for_layers_of_several_stages_is_refused():
+    model = _llama_with(lambda ids, hidden: torch.nn.functional.dropout(hidden, 0.5)).train()
+    with pytest.raises(ValueError, match="random numbers drawn at .* would be drawn anew on every stage"):
+        plan_cut(model, 2)
 
 
 def test_layers_skipped_at_random_are_refused():
@@ -167,7 +194,7 @@ def test_layers_skipped_at_random_are_refused():
 
 
 def test_a_part_that_needs_the_ids_says_so():
-    model = _llama_with(lambda ids, hidden: {"tokens": ids})
+    model = _llama_with(lambda ids, embedded: ids[..., None])
     part, _ = build_part(model, plan_cut(model, 2), 1)
     with pytest.raises(ValueError, match="needs the ids on every stage"):
         part(torch.zeros(1, 4, 32))
@@ -184,40 +211,48 @@ def test_other_heads_are_cut_too(kind):
     whole = copy.deepcopy(model)
     ids, _ = token_batch(2, 12)
     ids[0, 7:] = config.pad_token_id
-    expected = whole(ids, use_cache=False)[0]
-    expected.square().sum().backward()
-    plan = plan_cut(model, 2)
-    hidden = build_part(model, plan, 0)[0](ids)
-    output = build_part(model, plan, 1)[0](hidden, input_ids=ids)
-    output.square().sum().backward()
-    assert_same(output, expected, 1e-12, "output")
+    expected = list(tensors_in(select_output(whole(ids, use_cache=False))))
+    assert len(expected) == (2 if kind == "QuestionAnswering" else 1)
+    sum(tensor.square().sum() for tensor in expected).backward()
+    output = list(tensors_in(chained(model, plan_cut(model, 2), ids)))
+    sum(tensor.square().sum() for tensor in output).backward()
+    for mine, whole_output in zip(output, expected, strict=True):
+        assert_same(mine, whole_output, 1e-12, "output")
     given = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
     assert_same({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, given, 1e-10, "gradients")
 
 
 def test_layers_that_share_keys_and_values_beside_the_hidden_state_are_refused():
-    with pytest.raises(ValueError, match="hand keys and values to later layers"):
+    words = r"model\.layers\.2 takes more from model\.layers\.0 than it returns: .* inside model\.layers\.0\.self_attn"
+    with pytest.raises(ValueError, match=words):
         plan_cut(
             small("gemma3n_text", num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2), 2
         )
 
 
-def test_a_later_layer_that_takes_an_earlier_hidden_state_is_refused():
+def test_hidden_states_of_earlier_layers_travel_to_the_layer_that_takes_them():
     class Skip(LlamaModel):
         def forward(self, input_ids, **kwargs):
             hidden = self.embed_tokens(input_ids)
             rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
             kept = []
             for layer in self.layers:
-                hidden = layer(hidden, position_embeddings=rotary, skip=list(kept))
+                hidden = layer(hidden + sum(kept), position_embeddings=rotary)
                 kept.append(hidden)
             return self.norm(hidden)
 
-    with pytest.raises(ValueError, match="takes the hidden state of an earlier layer too"):
-        plan_cut(Skip(tiny("llama").config), 2)
+    model = Skip(tiny("llama").config).double()
+    plan = plan_cut(model, 4)
+    assert [[str(c.value.unit) for c in passage.sends] for passage in plan.passages] == [
+        ["layers.0"],
+        ["layers.0", "layers.1"],
+        ["layers.0", "layers.1", "layers.2"],
+        [],
+    ]
+    same_as_whole(model, token_batch(2, 6)[0], plan)
 
 
-def test_a_head_that_reads_the_weights_of_another_module_is_refused():
+def test_a_head_that_reads_the_weights_of_another_module_shares_them():
     class Reads(LlamaModel):
         def forward(self, input_ids, **kwargs):
             hidden = self.embed_tokens(input_ids)
@@ -226,11 +261,13 @@ def test_a_head_that_reads_the_weights_of_another_module_is_refused():
                 hidden = layer(hidden, position_embeddings=rotary)
             return nn.functional.linear(self.norm(hidden), self.embed_tokens.weight)
 
-    with pytest.raises(ValueError, match="reads the weights of a module beside the stack directly"):
-        plan_cut(Reads(tiny("llama").config), 2)
+    model = Reads(tiny("llama").config).double()
+    plan = plan_cut(model, 2)
+    assert "embed_tokens.weight (stage 0) = embed_tokens.weight (stage 1)" in str(plan)
+    same_as_whole(model, token_batch(2, 6)[0], plan)
 
 
-def test_work_between_absent_layers_that_only_some_inputs_cause_is_refused_when_it_happens():
+def test_work_between_the_layers_that_only_some_inputs_cause_is_proved_when_they_come():
     class DeepStack(LlamaModel):
         def forward(self, input_ids, features=None, **kwargs):
             hidden = self.embed_tokens(input_ids)
@@ -241,20 +278,35 @@ def test_work_between_absent_layers_that_only_some_inputs_cause_is_refused_when_
                     hidden = hidden + features
             return self.norm(hidden)
 
-    model = DeepStack(tiny("llama").config)
-    ids, _ = token_batch(1, 6)
-    with pytest.raises(RuntimeError, match="put those layers on the first stage"):
-        build_part(model, plan_cut(model, 2), 0)[0](ids, features=torch.ones(1, 6, 32))
+    model = DeepStack(tiny("llama").config).double()
+    features = torch.randn(2, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    same_as_whole(model, token_batch(2, 6)[0], plan_cut(model, 2), features=features)
 
 
-def _llama_with(side_inputs):
-    class WithSideInputs(LlamaModel):
+def test_inputs_that_cut_otherwise_than_the_plan_are_refused_by_name():
+    class Backwards(LlamaModel):
+        def forward(self, input_ids, backwards=None, **kwargs):
+            hidden = self.embed_tokens(input_ids)
+            rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+            for layer in reversed(self.layers) if backwards is not None else self.layers:
+                hidden = layer(hidden, position_embeddings=rotary)
+            return self.norm(hidden)
+
+    model = Backwards(tiny("llama").config)
+    part, _ = build_part(model, plan_cut(model, 2), 0)
+    words = r"cannot be called with input_ids, backwards.*: layers\.1 on stage 0 reads what layers\.2 returns"
+    with pytest.raises(ValueError, match=words):
+        part(torch.ones(1, 6, dtype=torch.int64), backwards=True)
+
+
+def _llama_with(beside):
+    class WithMore(LlamaModel):
         def forward(self, input_ids, **kwargs):
             hidden = self.embed_tokens(input_ids)
             rotary = self.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-            beside = side_inputs(input_ids, hidden)
+            more = beside(input_ids, hidden)
             for layer in self.layers:
-                hidden = layer(hidden, position_embeddings=rotary, **beside)
+                hidden = layer(hidden + more, position_embeddings=rotary)
             return self.norm(hidden)
 
-    return WithSideInputs(tiny("llama").config)
+    return WithMore(tiny("llama").config)

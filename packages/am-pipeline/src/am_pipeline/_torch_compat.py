@@ -279,3 +279,40 @@ def _dtype_of_most(module: nn.Module) -> torch.dtype | None:
         if parameter.is_floating_point():
             elements[parameter.dtype] += parameter.numel()
     return elements.most_common(1)[0][0] if elements else None
+
+
+def fake_mode() -> Any:
+    """A mode whose tensors have shapes, dtypes and strides on the CPU, and no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The identity of a tensor's memory, the same for all views of it as long as one of them lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def written_arguments(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes into."""
+    written = []
+    for index, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            written += value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return written
+
+
+def is_random(function: Any) -> bool:
+    """Whether an operator draws from a generator."""
+    return torch.Tag.nondeterministic_seeded in function.tags
+
+
+def operator_name(function: Any) -> str:
+    return str(function)

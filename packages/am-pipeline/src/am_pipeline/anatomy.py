@@ -21,12 +21,14 @@ class Anatomy:
         before: full names of the modules with parameters that run before the stack (embeddings, encoders).
         after: full names of the modules with parameters that run after it (final norm, head). A module that runs
             on both sides is in both.
+        between: full names of those that run between two layers, which every stage holds.
     """
 
     stack: str
     num_layers: int
     before: tuple[str, ...]
     after: tuple[str, ...]
+    between: tuple[str, ...] = ()
 
     def layer(self, index: int) -> str:
         return f"{self.stack}.{index}"
@@ -35,8 +37,8 @@ class Anatomy:
 def candidate_stacks(model: nn.Module) -> list[str]:
     """The outermost `ModuleList`s whose modules all have parameters, the likeliest decoder stack first.
 
-    Lists as long as the layer count of `model.config` come before others, and heavier lists before lighter ones.
-    Lists nested in another list, such as experts in a layer, do not count.
+    Where lists are as long as the layer count of `model.config`, only they count; heavier lists come before lighter
+    ones. Lists nested in another list, such as experts in a layer, do not count.
 
     Raises:
         ValueError: there is no such list.
@@ -50,11 +52,8 @@ def candidate_stacks(model: nn.Module) -> list[str]:
     if not lists:
         raise ValueError(f"{type(model).__name__} has no ModuleList of layers: there is no decoder stack to cut")
     count = config_value(model, *_LAYER_COUNTS)
-
-    def rank(name: str) -> tuple:
-        return len(lists[name]) != count, -sum(p.numel() for p in lists[name].parameters())
-
-    return sorted(lists, key=rank)
+    fitting = [name for name, layers in lists.items() if len(layers) == count] or list(lists)
+    return sorted(fitting, key=lambda name: -sum(p.numel() for p in lists[name].parameters()))
 
 
 def modules_beside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
@@ -70,39 +69,6 @@ def modules_beside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Modul
                 yield full, child
 
     return walk(model, "")
-
-
-def owners(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules at or below `module` that have parameters of their own: what a stand-in replaces."""
-    containers = (nn.ParameterDict, nn.ParameterList)
-    holders = (module, *(child for child in module.children() if isinstance(child, containers)))
-    if any(next(holder.parameters(recurse=False), None) is not None for holder in holders):
-        yield name, module
-        return
-    for child_name, child in module.named_children():
-        yield from owners(f"{name}.{child_name}", child)
-
-
-def sort_around(model: nn.Module, stack: str, called: dict[str, tuple[bool, bool]]) -> Anatomy:
-    """The anatomy, given which owners a run of the model called before and after the stack.
-
-    What was not called (an image encoder, a pooler) goes by its place of registration.
-    """
-    before, after = [], []
-    stack_seen = False
-    for name, module in modules_beside(model, stack):
-        if name == stack:
-            stack_seen = True
-            continue
-        sides = {}
-        for owner, _ in owners(name, module):
-            early, late = called.get(owner, (False, False))
-            sides[owner] = (early, late) if early or late else (not stack_seen, stack_seen)
-        if len(set(sides.values())) == 1:
-            sides = {name: next(iter(sides.values()))}
-        before += [n for n, (early, _) in sides.items() if early]
-        after += [n for n, (_, late) in sides.items() if late]
-    return Anatomy(stack, len(model.get_submodule(stack)), tuple(before), tuple(after))
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -1,141 +1,241 @@
-"""What crosses a cut: the stand-ins for modules that a stage does not hold, and the hooks on its root.
+"""What crosses a cut while a part runs: the stand-ins for units that a stage does not hold, and the hooks on its root.
 
-A stage keeps the model's own forward. The layers it does not hold are stand-ins that hand their input on; the
-hidden state enters and leaves the stage through them::
+A stage keeps the model's own forward. Units that it does not hold are stand-ins. A value that the stage was sent is
+what its stand-in returns; what the stage sends is taken from the unit that made it, or where it reaches a stand-in::
 
-    stage 0   embed  L0  L1 [S2] S3  S4  S5  -    -        S2 keeps its input: that is what the stage sends
-    stage 1   dummy  S0 [S1] L2  L3 [S4] S5  -    -        S1 returns what the stage received, S4 keeps its input
+    stage 0   embed  L0  L1 [S2] S3  S4  S5  -    -        S2 is handed what L1 returned: that is what the stage sends
+    stage 1   dummy  S0 [S1] L2  L3 [S4] S5  -    -        S1 returns what the stage received, S4 is handed L3's
     stage 2   dummy  S0  S1  S2 [S3] L4  L5  norm head     S3 returns what the stage received
 
-What runs before the stack on a later stage (masks, position ids, rotary tables) sees dummies of the right shape and
-dtype. Where a layer or the head needs more of the prologue than that (per-layer embeddings, the embedded ids once
-more), the output of the module in question travels along with the hidden state, and its stand-in returns it.
+All other stand-ins return tensors of the right shape that hold no numbers: NaN. The cut has proved that nothing that
+counts on this stage reads them. A stand-in that is called when the cut did not foresee it raises.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from am_pipeline._torch_compat import is_view
-from am_pipeline.inputs import ENCODER_INPUTS
+from am_pipeline.crossing import Crossed, Shape, batch_and_sequence
+from am_pipeline.nested import map_leaves, tensors_in
+from am_pipeline.provenance import Argument, Tracer, Value
 
-# Stands for all layers where stand-ins are named.
-LAYERS = "<layers>"
+
+class Missing:
+    """A tensor that an absent unit would return: what was received for it, or no numbers."""
+
+    def __init__(self, value: Value, shape: Shape | None, small: tuple[int, ...], dtype, of_layer: bool, written: bool):
+        self.value, self.shape, self.small, self.dtype = value, shape, small, dtype
+        self.of_layer, self.written = of_layer, written
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What one stage gets, sends and leaves out, for one form of input. Plain data.
+
+    Attributes:
+        receives, sends: the tensors that enter and leave, in order.
+        returns: for every call of a unit that is absent, what its stand-in returns.
+        handed: by call of an absent unit, which of its arguments are values to send: `(position, value)`.
+        made: by call of a held unit, which of the tensors it returns are values to send: `(place, value)`.
+        narrow: calls of absent units after which nothing counts; their tokens may be one.
+        first_input: name, shape and dtype of the model's first argument.
+        needs: inputs that the stage depends on.
+        withheld: inputs that later stages are not given: the units that read them are on the first.
+    """
+
+    receives: tuple[Crossed, ...]
+    sends: tuple[Crossed, ...]
+    returns: Mapping[tuple[str, int], Any]
+    handed: Mapping[tuple[str, int], tuple[tuple[int, Value], ...]]
+    made: Mapping[tuple[str, int], tuple[tuple[int, Value], ...]]
+    narrow: frozenset[tuple[str, int]]
+    first_input: tuple[str, Shape, torch.dtype]
+    needs: frozenset[str]
+    withheld: frozenset[str] = frozenset()
 
 
 @dataclass
 class Boundary:
-    """The hidden state on its way in and out of one stage, for the microbatch that is running.
+    """The values on their way in and out of one stage, for the microbatch that is running.
 
     Attributes:
         is_first, is_last: where the stage is.
-        batch_dim, sequence_dim: dims of the hidden state.
-        returned: how many values a layer returns as a tuple; 0 for a bare tensor.
-        traveling: names of the modules before the stack whose outputs later stages need.
-        needs_ids: whether later stages need the real ids.
-        narrow: whether what follows the last held layer may run on one token, since nobody reads it.
-        last: index, result and its version of the absent layer that ran last.
+        passage: what the stage gets, sends and leaves out.
+        prove: for a part that is called by hand: `(first argument, other inputs, sizes, training)` to the passage of
+            such a call. None once a schedule has said which passage it is.
         expected: `(shape, dtype)` of each tensor that this stage sends, agreed with the next; None before that.
-        received, sent, aside: the microbatch's hidden state in and out, and the outputs that travel, by name.
-        fill: changes the dummies of the named stand-ins, when a model is rehearsed.
-        extra: what absent layers return beside the hidden state: nothing, or a mark when a model is rehearsed.
-        calls: the stand-ins called so far, when a model is rehearsed.
+        passes_on: stand-ins hand their input on, for a forward that was written for stages by hand.
+        watch: follows the values, when a part is proved.
     """
 
     is_first: bool
     is_last: bool
-    batch_dim: int = 0
-    sequence_dim: int = 1
-    returned: int = 0
-    traveling: tuple[str, ...] = ()
-    needs_ids: bool = False
-    narrow: bool = True
-    last: tuple[int, torch.Tensor, int] | None = None
+    passage: Passage
+    prove: Callable[[torch.Tensor | None, dict[str, Any], tuple[int, int], bool], Passage] | None = None
     expected: list[tuple[tuple[int, ...], torch.dtype]] | None = None
-    received: torch.Tensor | None = None
-    sent: torch.Tensor | None = None
-    aside: dict[str, torch.Tensor] = field(default_factory=dict)
-    extra: torch.Tensor | None = None
-    fill: dict[str, float] = field(default_factory=dict)
-    calls: list[str] | None = None
+    passes_on: bool = False
+    watch: Tracer | None = None
+    _active: bool = False
+    _with_gradients: bool = False
+    _hooked: set[str] = field(default_factory=set)
+    _counts: Counter[str] = field(default_factory=Counter)
+    _received: dict[Value, torch.Tensor] = field(default_factory=dict)
+    _to_send: dict[Value, torch.Tensor] = field(default_factory=dict)
+    _sizes: tuple[int, int] = (0, 0)
+    _shards: int = 1
+    _device: torch.device | str = "cpu"
 
     def install(self, part: nn.Module) -> None:
         """Adapt the part's call: a stage takes ids or what the stage before it sent, and returns what it sends."""
         part.register_forward_pre_hook(self._enter, with_kwargs=True)
         part.register_forward_hook(self._leave)
-        if self.is_first:
-            for name in self.traveling:
-                part.get_submodule(name).register_forward_hook(self._keep(name))
 
-    def _keep(self, name: str):
-        def keep(_module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-            # Some embeddings return one row for the whole batch; what travels has the batch dim.
-            shape = self.expected[1 + self.traveling.index(name)][0] if self.expected else output.shape
-            self.aside[name] = output.expand(shape).contiguous()
+    def stand_in(self, unit: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What an absent unit returns to the code that calls it."""
+        if self.passes_on:
+            return args[0] if args else kwargs["hidden_states"]
+        if not self._active:
+            raise RuntimeError(
+                f"{unit} is on another stage, and was called outside of its part's forward: a checkpoint around "
+                "several layers runs them again in backward; recompute layer by layer"
+            )
+        call = (unit, self._counts[unit])
+        self._counts[unit] += 1
+        if call not in self.passage.returns:
+            raise RuntimeError(
+                f"with these inputs the forward calls {unit} (call {call[1] + 1}), which is on another stage and is not "
+                "called when the model is cut; give plan_cut inputs of this form, or put it on the first stage"
+            )
+        handed = self.passage.handed.get(call, ())
+        tensors = list(tensors_in((args, kwargs)))
+        for position, value in handed:
+            self._take(value, tensors[position])
 
-        return keep
+        def fill(leaf: Any) -> Any:
+            if isinstance(leaf, Argument):
+                return tensors[leaf.position]
+            return self._fill(leaf, call) if isinstance(leaf, Missing) else leaf
+
+        return map_leaves(self.passage.returns[call], fill)
+
+    def _fill(self, leaf: Missing, call: tuple[str, int]) -> torch.Tensor:
+        if leaf.value in self._received:
+            self._refuse_hidden(leaf.value)
+            return self._received[leaf.value]
+        batch, length = self._sizes
+        length = 1 if call in self.passage.narrow else length // self._shards if leaf.of_layer else length
+        shape = leaf.small if leaf.shape is None else leaf.shape.at(batch, length)
+        if self.watch is not None:
+            return self.watch.absent(call[0], shape, leaf.dtype)
+        dtype = leaf.dtype
+        if self.passage.receives and dtype == self.passage.receives[0].dtype:  # the part may compute in another
+            dtype = next(iter(self._received.values())).dtype
+        empty = no_numbers(shape, dtype, self._device)
+        return empty.clone() if leaf.written else empty
 
     def _enter(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         # Training never reads a key-value cache, and a stage would fill only its own layers of it.
         if "use_cache" in inspect.signature(part.forward).parameters:
             kwargs.setdefault("use_cache", False)
+        self._shards = getattr(part, "sequence_shards", 1)
+        name = self.passage.first_input[0]
+        count = 0 if self.is_first else len(self.passage.receives)
+        received, args = args[:count], args[count:]
+        kwargs |= zip(inspect.signature(part.forward).parameters, args, strict=False)
+        first = kwargs.get(name)
+        seen = received[0] if received else first if first is not None else next(tensors_in(kwargs))
+        self._device = seen.device
+        self._sizes = self._sizes_of(received) if received else tuple(seen.shape[:2])
+        if self.prove is not None:
+            others = {n: value for n, value in kwargs.items() if n not in (name, "use_cache")}
+            self.passage = self.prove(first, others, self._sizes, part.training)
+        self._hook(part)
+        self._counts.clear()
+        self._active, self._with_gradients = True, torch.is_grad_enabled()
         if self.is_first:
-            if args:
-                kwargs.pop("input_ids", None)  # shared with later stages that this rank may hold too
-            return args, kwargs
-        kwargs = {name: value for name, value in kwargs.items() if name not in ENCODER_INPUTS}
-        self.received, *rest = args
-        for name in self.traveling:
-            self.aside[name] = _Received.apply(rest[0])
-            rest = rest[1:]
-        if "input_ids" not in kwargs:
-            if self.needs_ids:
+            return (), kwargs
+        kwargs = {key: value for key, value in kwargs.items() if key not in self.passage.withheld}
+        for crossed, tensor in zip(self.passage.receives, received, strict=True):
+            tensor = _Received.apply(tensor) if tensor.requires_grad else tensor
+            self._received[crossed.value] = tensor.clone() if crossed.written else tensor
+        if name not in kwargs:
+            if name in self.passage.needs:
                 raise ValueError(
-                    f"{type(part).__name__} needs the ids on every stage: call the part with input_ids= too "
+                    f"{type(part).__name__} needs the ids on every stage: call the part with {name}= too "
                     "(a schedule built by this package does it)"
                 )
-            shards = getattr(part, "sequence_shards", 1)
-            batch = self.received.shape[self.batch_dim]
-            length = self.received.shape[self.sequence_dim] * shards
-            kwargs["input_ids"] = torch.zeros(batch, length, dtype=torch.int64, device=self.received.device)
-        return tuple(rest), kwargs
+            _, shape, dtype = self.passage.first_input
+            kwargs[name] = torch.zeros(shape.at(*self._sizes), dtype=dtype, device=self._device)
+        return (), kwargs
 
-    def _leave(self, part: nn.Module, args: tuple, output: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        sent, aside = self.sent, self.aside
-        self.received, self.sent, self.last, self.aside = None, None, None, {}
+    def _leave(self, part: nn.Module, args: tuple, output: Any) -> Any:
+        received, to_send = self._received, self._to_send
+        self._received, self._to_send, self._active = {}, {}, False
         if self.is_last:
-            return _logits(output)
-        if sent is None:
-            raise RuntimeError(f"{type(part).__name__} returned without running its decoder layers")
-        outputs = [sent, *(aside[name] for name in self.traveling)]
-        # A backward in two passes detaches what was sent in place, which a view does not allow.
-        outputs = [tensor.clone() if is_view(tensor) else tensor for tensor in outputs]
-        if self.expected is not None:
-            outputs = [self._as_agreed(*pair) for pair in zip(outputs, self.expected, strict=True)]
+            return select_output(output)
+        outputs = []
+        for place, crossed in enumerate(self.passage.sends):
+            tensor = received.get(crossed.value, to_send.get(crossed.value))
+            if tensor is None:
+                raise RuntimeError(f"{type(part).__name__} did not compute {crossed.value}, which later stages need")
+            if self.expected is not None:
+                tensor = self._as_agreed(tensor, *self.expected[place], crossed)
+            # A backward in two passes detaches what was sent in place, which a view does not allow.
+            tensor = tensor.contiguous()
+            outputs.append(tensor.clone() if is_view(tensor) else tensor)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def changed_since(self, index: int, hidden: torch.Tensor) -> bool:
-        """Whether this is not what the stand-in of the layer `index` returned, if that was the last to run."""
-        if self.last is None or self.last[0] != index:
-            return False
-        # Backward hooks on modules hand on another tensor over the same memory.
-        before = self.last[1]
-        moved = hidden.data_ptr() != before.data_ptr() or hidden.shape != before.shape
-        return moved or hidden._version != self.last[2]
+    def _hook(self, part: nn.Module) -> None:
+        """Take what held units return, after everything that was installed on them since the part was built."""
+        for unit in {unit for unit, _ in self.passage.made} - self._hooked:
+            part.get_submodule(unit).register_forward_hook(partial(self._made, unit))
+            self._hooked.add(unit)
+
+    def _made(self, unit: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+        if not self._active:
+            return
+        call = (unit, self._counts[unit])
+        self._counts[unit] += 1
+        for place, value in self.passage.made.get(call, ()):
+            self._take(value, list(tensors_in(output))[place])
+
+    def _take(self, value: Value, tensor: torch.Tensor) -> None:
+        self._refuse_hidden(value)
+        crossed = next(c for c in self.passage.sends if c.value == value)
+        self._to_send[value] = tensor.clone() if crossed.written else tensor
+
+    def _refuse_hidden(self, value: Value) -> None:
+        """Inside a custom function, or a checkpoint that is one, gradients do not reach what the stage hands over."""
+        if self._with_gradients and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{value} crosses the cut inside a custom autograd function or a reentrant checkpoint, which hide it "
+                "from the stage; recompute with use_reentrant=False"
+            )
+
+    def _sizes_of(self, received: tuple[torch.Tensor, ...]) -> tuple[int, int]:
+        for crossed, tensor in zip(self.passage.receives, received, strict=True):
+            places = batch_and_sequence(crossed.shape)
+            if places is not None:
+                batch, length = (crossed.shape.dims[i].size_of(tensor.shape[i]) for i in places)
+                return batch, length * (self._shards if crossed.of_layer else 1)
+        raise RuntimeError("no tensor between the stages tells the batch size and the sequence length")
 
     @staticmethod
-    def _as_agreed(sent: torch.Tensor, expected: tuple[tuple[int, ...], torch.dtype]) -> torch.Tensor:
-        shape, dtype = expected
+    def _as_agreed(
+        sent: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, crossed: Crossed
+    ) -> torch.Tensor:
         if tuple(sent.shape) != shape or torch.promote_types(sent.dtype, dtype) != dtype:
             raise RuntimeError(
-                f"this stage produced a hidden state of shape {tuple(sent.shape)}, {sent.dtype}, but the next stage "
+                f"this stage sends {crossed.value} of shape {tuple(sent.shape)}, {sent.dtype}, but the next stage "
                 f"expects {shape}, {dtype}; if a parallelize_fn shards the sequence between layers it must set "
                 "`sequence_shards` on the part"
             )
@@ -154,134 +254,71 @@ class _Received(torch.autograd.Function):
         return grad_outputs[0].contiguous()
 
 
-class _Absent(nn.Module):
+class Absent(nn.Module):
     """A stand-in without parameters. What model code reads of the original, other than tensors, stays readable."""
 
-    def __init__(self, original: nn.Module, boundary: Boundary) -> None:
+    def __init__(self, original: nn.Module, name: str, boundary: Boundary) -> None:
         super().__init__()
-        for name, value in vars(original).items():
-            if not name.startswith("_") and name != "training" and not isinstance(value, (torch.Tensor, nn.Module)):
-                self.__dict__[name] = value
+        for key, value in vars(original).items():
+            if not key.startswith("_") and key != "training" and not isinstance(value, (torch.Tensor, nn.Module)):
+                self.__dict__[key] = value
+        self.__dict__["_name"] = name
         self.__dict__["_kind"] = type(original)
-        self.__dict__["_inner"] = {name: _Absent(child, boundary) for name, child in original.named_children()}
+        self.__dict__["_inner"] = {n: _absent(child, f"{name}.{n}", boundary) for n, child in original.named_children()}
         self.__dict__["_tensors"] = {n: (p.shape, p.dtype) for n, p in original.named_parameters(recurse=False)}
         self.__dict__["boundary"] = boundary
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.boundary.stand_in(self._name, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         inner = self.__dict__.get("_inner", {})
         if name in inner:
             return inner[name]
         tensors = self.__dict__.get("_tensors", {})
-        if name in tensors:
-            return self._poison(name, *tensors[name])
+        if name in tensors:  # code may ask for the dtype or shape of a parameter that is elsewhere
+            return no_numbers(*tensors[name], self.boundary._device)
         inherited = getattr(self.__dict__.get("_kind"), name, None)
         if isinstance(inherited, property) and inherited.fget is not None:
             return inherited.fget(self)
         if inherited is not None and not callable(inherited):
             return inherited
-        return super().__getattr__(name)
-
-    def _poison(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Code may ask for the dtype or shape of a parameter that is elsewhere; its values are no number."""
-        received = self.boundary.received
-        value = float("nan") if dtype.is_floating_point else 0
-        return torch.full((), value, dtype=dtype, device=received.device if received is not None else "cpu").expand(
-            shape
-        )
+        raise NotHeldError(f"{self._name} is on another stage, and its {name!r} is asked for", self._name)
 
 
-class AbsentLayer(_Absent):
-    """Stands where a decoder layer was that another stage holds; hands its input on."""
+class NotHeldError(AttributeError):
+    """Code asks a stand-in for more than a call of the module."""
 
-    def __init__(self, layer: nn.Module, index: int, boundary: Boundary) -> None:
-        super().__init__(layer, boundary)
-        self.index = index
-        self.receives = False
-        self.sends = False
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden: Any = hidden_state_of(args, kwargs)
-        boundary = self.boundary
-        if boundary.calls is None and boundary.changed_since(self.index - 1, hidden):
-            raise RuntimeError(
-                f"with these inputs the forward changes the hidden state between layers ({self._kind.__name__}) that "
-                "this stage does not hold (vision features added to early layers, for example): "
-                "put those layers on the first stage"
-            )
-        if self.sends:
-            boundary.sent = hidden
-            if boundary.narrow:
-                hidden = hidden.narrow(boundary.sequence_dim, 0, 1)
-        if boundary.calls is not None:
-            hidden = dummy(hidden.shape, hidden.dtype, hidden.device, boundary.fill.get(LAYERS, 1.0))
-        if self.receives:
-            hidden = boundary.received
-        boundary.last = (self.index, hidden, hidden._version)
-        if not boundary.returned:
-            return hidden
-        return (hidden, *(boundary.extra for _ in range(boundary.returned - 1)))
+    def __init__(self, message: str, unit: str) -> None:
+        super().__init__(message)
+        self.unit = unit
 
 
-class AbsentModule(_Absent):
-    """Stands where any other module with parameters was: a dummy of the shape and dtype that it would return."""
-
-    def __init__(self, original: nn.Module, name: str, boundary: Boundary) -> None:
-        super().__init__(original, boundary)
-        self.__dict__["_name"] = name
-        self.__dict__["_embeds"] = isinstance(original, nn.Embedding)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        boundary = self.boundary
-        if boundary.calls is not None:
-            boundary.calls.append(self._name)
-        if self._name in boundary.aside and not boundary.is_first:
-            return boundary.aside[self._name]
-        return self._dummy(args, kwargs)
-
-    def _dummy(self, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-        """It depends on nothing but the shape, because a later stage has nothing else."""
-        received = self.boundary.received
-        value = next(tensors_in((args, kwargs)), None)
-        shape = tuple(value.shape if value is not None else args[0])  # some embeddings take the shape of the ids
-        width = self.__dict__.get("out_features", self.__dict__.get("nf"))
-        if self._embeds:
-            shape = (*shape, self.embedding_dim)
-        elif width is not None and value is not None and not value.is_floating_point():
-            shape = (*shape, width)  # an embedding with an adapter
-        elif width is not None:
-            shape = (*shape[:-1], width)
-        device = value.device if value is not None else received.device if received is not None else "cpu"
-        dtype = torch.get_default_dtype() if received is None else received.dtype
-        return dummy(shape, dtype, device, self.boundary.fill.get(self._name, 1.0))
+def _absent(child: nn.Module, name: str, boundary: Boundary) -> nn.Module:
+    """The stand-in of a module below an absent one; containers stay what they are."""
+    if isinstance(child, nn.ModuleDict):
+        return nn.ModuleDict({n: _absent(c, f"{name}.{n}", boundary) for n, c in child.items()})
+    if isinstance(child, nn.ModuleList):
+        return nn.ModuleList(_absent(c, f"{name}.{n}", boundary) for n, c in child.named_children())
+    return Absent(child, name, boundary)
 
 
-def dummy(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, fill: float) -> torch.Tensor:
-    """Numbers between 0.5 and 1.5, all over the place, other ones for another `fill`."""
-    wave = torch.arange(math.prod(shape), dtype=torch.float32, device=device)
-    return (1 + 0.5 * torch.sin(wave * fill)).view(tuple(shape)).to(dtype)
+def no_numbers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """A tensor of one element's memory: NaN, the smallest integer, or False."""
+    if dtype.is_floating_point or dtype.is_complex:
+        value: float | int = float("nan")
+    else:
+        value = 0 if dtype is torch.bool else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)
 
 
-def hidden_state_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden state in a layer call: the first positional argument, or `hidden_states=`."""
-    return args[0] if args else kwargs["hidden_states"]
+def select_output(output: Any) -> Any:
+    """What a last stage returns of a model's output: its logits, or else its last hidden state; anything else whole.
 
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-
-
-def _logits(output: Any) -> torch.Tensor:
-    """The tensor a last stage returns: logits where the model has a head, the last hidden state where it has none."""
-    if isinstance(output, torch.Tensor):
-        return output
+    A tuple of a transformers model is in the order of its output class, logits first.
+    """
     for name in ("logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if value is not None:
+        value = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+        if isinstance(value, torch.Tensor):
             return value
-    return output[0]
+    return output

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from am_pipeline.anatomy import Anatomy, candidate_stacks
 from am_pipeline.balance import Costs, balanced, costs_of
-from am_pipeline.boundary import Boundary
+from am_pipeline.boundary import Boundary, Passage
+from am_pipeline.crossing import CannotCutError, Crossed
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
-from am_pipeline.rehearsal import Residual, rehearse
+from am_pipeline.reading import Reading, Stages, holders_of
 from am_pipeline.skeleton import copy_without
+from am_pipeline.units import Units
+from am_pipeline.weightless import Weightless
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,24 @@ class SharedParameter:
 
 @dataclass(frozen=True)
 class CutPlan:
-    """Which stage holds which modules, checked against the model; printing it gives a table."""
+    """Which stage holds which modules, proved on the model; printing it gives a table.
+
+    Attributes:
+        anatomy: where the model's parts sit.
+        stages: full names of the modules that each stage holds.
+        shared: parameters that more than one stage holds.
+        passages: what each stage receives, sends and leaves out.
+        reading: what the plan was made from.
+    """
 
     anatomy: Anatomy
-    residual: Residual
     stages: tuple[tuple[str, ...], ...]
     shared: tuple[SharedParameter, ...]
+    passages: tuple[Passage, ...]
+    reading: Reading
+
+    def __deepcopy__(self, memo: dict) -> CutPlan:
+        return self
 
     def layers_of(self, stage: int) -> range:
         """The decoder layers that a stage holds."""
@@ -43,13 +61,19 @@ class CutPlan:
         held = sorted(int(n[len(prefix) :]) for n in self.stages[stage] if n.startswith(prefix))
         return range(held[0], held[-1] + 1)
 
-    def crossings(self, stage: int) -> tuple[int | None, int | None]:
-        """The absent layers through which the hidden state enters and leaves a stage, of those that run."""
-        held = self.layers_of(stage)
-        earlier = [index for index in self.residual.ran if index < held.start]
-        later = [index for index in self.residual.ran if index >= held.stop]
-        receiver = earlier[-1] if stage > 0 and earlier else None
-        return receiver, later[0] if stage < len(self.stages) - 1 and later else None
+    @property
+    def traveling(self) -> tuple[Crossed, ...]:
+        """What is sent beside the hidden state of the last layer before a cut, each once."""
+        beside: dict[Crossed, None] = {}
+        for stage, passage in enumerate(self.passages):
+            layer = self.anatomy.layer(self.layers_of(stage)[-1])
+            beside |= {c: None for c in passage.sends if c.value.unit != layer or c.value.leaf}
+        return tuple(beside)
+
+    @property
+    def needs_first_input(self) -> bool:
+        """Whether stages after the first depend on the ids themselves."""
+        return any(self.reading.form.first.name in passage.needs for passage in self.passages[1:])
 
     def modules_of(self, stage: int) -> str:
         """What a stage holds, in a few words: `model.layers.0-3  model.embed_tokens`."""
@@ -59,7 +83,9 @@ class CutPlan:
 
     def parameters_of(self, model: nn.Module, stage: int) -> list[str]:
         """The names of the parameters that a stage holds, each once."""
-        return [name for name, _ in model.named_parameters() if _holds_any(self, stage, name)]
+        copies = {name: [s for s, _ in group.copies] for group in self.shared for _, name in group.copies}
+        names = [name for name, _ in model.named_parameters()]
+        return [n for n in names if stage in copies.get(n, _holders(self.reading.units, self.stages, n))]
 
     def __str__(self) -> str:
         rows = [f"stage {index}  {self.modules_of(index)}" for index in range(len(self.stages))]
@@ -72,10 +98,13 @@ def plan_cut(
     module_names_per_stage: list[list[str]] | None = None,
     balance: str | Costs = "flops",
 ) -> CutPlan:
-    """Decide and check which stage holds what. Runs no collective and leaves the model as it is.
+    """Decide which stage holds what, and prove that the parts compute what the model does.
 
-    Besides reading the structure, the plan runs the model's own forward on a few tokens with every module that has
-    parameters replaced by a stand-in, which tells how the hidden state travels and whether it can be cut.
+    The model's own forward is run on a few tokens without numbers, and every value is followed to where it is read:
+    what a stage reads comes from what it is sent, from its inputs or from modules that it holds. What else layers, norm or
+    head take (an embedding once more, the mean of all layers, a second tensor of the layer before) travels along. Then
+    every part is run in the same way, and must repeat the whole model's operators on the same values. Runs no collective,
+    needs no memory and leaves the model as it is.
 
     Args:
         model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers; may be on meta.
@@ -86,20 +115,70 @@ def plan_cut(
     Raises:
         ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
             than one stage would hold, layers out of order, a stage without a layer, or a model that cannot be
-            cut between its layers, and why.
+            cut between its layers: which value, where it is made and where it is read.
     """
-    if module_names_per_stage is None:
-        if num_stages is None:
-            raise ValueError("plan_cut needs num_stages or module_names_per_stage")
-        anatomy, residual = rehearse(model)
-        stages = _balanced_stages(model, anatomy, num_stages, balance)
+    if module_names_per_stage is None and num_stages is None:
+        raise ValueError("plan_cut needs num_stages or module_names_per_stage")
+    return plan_stages(model, lambda _layers: num_stages or 0, module_names_per_stage, balance)
+
+
+def plan_stages(
+    model: nn.Module,
+    count: Callable[[int], int],
+    module_names_per_stage: list[list[str]] | None = None,
+    balance: str | Costs = "flops",
+) -> CutPlan:
+    """`plan_cut` where the number of stages depends on how many layers the model turns out to have."""
+    _refuse_layer_drop(model)
+    by_hand = None
+    if module_names_per_stage is not None:
+        by_hand = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
+    stack = _stack_in(model, by_hand) if by_hand else None
+    candidates = [stack] if stack else candidate_stacks(model)
+    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in candidates}
+    weightless = Weightless(model)
+    plans: list[CutPlan] = []
+    reasons: list[CannotCutError] = []
+    for name in candidates:
+        if plans and sizes[name] < sizes[plans[0].anatomy.stack]:
+            break
+        try:
+            plans.append(_plan_with(model, weightless, name, by_hand, count, balance))
+        except CannotCutError as why:
+            reasons.append(why)
+    if not plans:
+        where = f"{type(model).__name__} cannot be cut between the layers of {candidates[0]}"
+        raise ValueError(f"{where}: {reasons[0]}") from reasons[0].__cause__
+    if len(plans) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has several stacks of the same size, {[plan.anatomy.stack for plan in plans]}; "
+            "name the modules of each stage yourself with module_names_per_stage"
+        )
+    return plans[0]
+
+
+def _plan_with(
+    model: nn.Module,
+    weightless: Weightless,
+    stack: str,
+    by_hand: Stages | None,
+    count: Callable[[int], int],
+    balance: str | Costs,
+) -> CutPlan:
+    try:
+        reading = Reading(weightless, stack, [name for names in by_hand or () for name in names])
+    except CannotCutError:
+        raise
+    except Exception as error:  # whatever the model's own code raises is the reason it cannot be read
+        raise CannotCutError(f"its forward failed on a few tokens: {type(error).__name__}: {error}") from error
+    if by_hand is None:
+        stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
     else:
-        stages = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
-        anatomy, residual = rehearse(model, _stack_in(model, stages))
-        _check_stages(model, anatomy, stages)
-    plan = CutPlan(anatomy, residual, stages, _find_shared(model, stages))
-    _check_crossings(model, plan)
-    return plan
+        _check_stages(model, reading, by_hand)
+        stages = by_hand
+    _check_runs(reading, stages)
+    stages, passages = reading.cut(stages)
+    return CutPlan(reading.anatomy, stages, _find_shared(model, reading.units, stages), passages, reading)
 
 
 def build_part(
@@ -123,42 +202,37 @@ def build_part(
         patch_causal_lm_model: take a hidden state instead of ids on later stages and return a plain tensor. False
             leaves the call of the whole part as it is.
     """
-    last = len(plan.stages) - 1
-    residual = plan.residual
-    boundary = Boundary(
-        stage == 0,
-        stage == last,
-        residual.hidden.batch_dim,
-        residual.hidden.sequence_dim,
-        residual.returned,
-        tuple(name for name, _ in residual.traveling),
-        residual.needs_ids,
-        residual.narrow,
-    )
-    part = copy_without(model, plan.anatomy.stack, set(plan.stages[stage]), boundary)
-    if patch_inner_model:
-        stack: Any = part.get_submodule(plan.anatomy.stack)
-        receiver, sender = plan.crossings(stage)
-        if receiver is not None:
-            stack[receiver].receives = True
-        if sender is not None:
-            stack[sender].sends = True
+    boundary = Boundary(stage == 0, stage == len(plan.stages) - 1, plan.passages[stage])
+    boundary.passes_on = not patch_inner_model
+    boundary.prove = partial(_passage_for_call, plan, stage)
+    part = copy_without(model, plan.reading.units, set(plan.stages[stage]), boundary)
     if patch_causal_lm_model:
         boundary.install(part)
     return part, boundary
 
 
-def _balanced_stages(
-    model: nn.Module, anatomy: Anatomy, num_stages: int, balance: str | Costs
-) -> tuple[tuple[str, ...], ...]:
+def _passage_for_call(
+    plan: CutPlan,
+    stage: int,
+    first: torch.Tensor | None,
+    inputs: dict[str, Any],
+    sizes: tuple[int, int],
+    training: bool,
+) -> Passage:
+    if not inputs and training == plan.reading.form.training and not plan.reading.form.tensors:
+        return plan.passages[stage]
+    return plan.reading.passages_for(plan.stages, first, inputs, *sizes, training=training)[1][stage]
+
+
+def _balanced_stages(model: nn.Module, anatomy: Anatomy, num_stages: int, balance: str | Costs) -> Stages:
     if balance == "layers":  # the same number of layers; the first stages take what remains
         ranges = split_layers(anatomy.num_layers, num_stages)
     else:
         ranges = balanced(costs_of(model, anatomy, balance) if isinstance(balance, str) else balance, num_stages)
-    stages = [[anatomy.layer(i) for i in layers] for layers in ranges]
+    stages = [[*(anatomy.layer(i) for i in layers), *anatomy.between] for layers in ranges]
     stages[0] = [*anatomy.before, *stages[0]]
-    stages[-1] = [*stages[-1], *anatomy.after]
-    return tuple(tuple(names) for names in stages)
+    stages[-1] = [*stages[-1], *(name for name in anatomy.after if name not in stages[-1])]
+    return tuple(tuple(dict.fromkeys(names)) for names in stages)
 
 
 def _exists(model: nn.Module, name: str) -> bool:
@@ -172,7 +246,8 @@ def _exists(model: nn.Module, name: str) -> bool:
     return True
 
 
-def _check_stages(model: nn.Module, anatomy: Anatomy, stages: tuple[tuple[str, ...], ...]) -> None:
+def _check_stages(model: nn.Module, reading: Reading, stages: Stages) -> None:
+    anatomy = reading.anatomy
     expected = [anatomy.layer(i) for i in range(anatomy.num_layers)]
     named = [name for names in stages for name in sorted(set(names) & set(expected), key=expected.index)]
     if named != expected:
@@ -185,11 +260,8 @@ def _check_stages(model: nn.Module, anatomy: Anatomy, stages: tuple[tuple[str, .
     for index, names in enumerate(stages):
         if not set(names) & set(expected):
             raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy.stack}; it needs one")
-    orphans = [
-        name
-        for name, _ in model.named_parameters(remove_duplicate=False)
-        if not any(_holds(names, name) for names in stages)
-    ]
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    orphans = [name for name in names if not _holders(reading.units, stages, name)]
     if orphans:
         raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
 
@@ -200,35 +272,37 @@ def _stack_in(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> str | No
     return next((stack for stack in candidate_stacks(model) if f"{stack}.0" in named), None)
 
 
-def _check_crossings(model: nn.Module, plan: CutPlan) -> None:
-    for stage in range(len(plan.stages)):
-        receiver, sender = plan.crossings(stage)
-        if (stage > 0 and receiver is None) or (stage < len(plan.stages) - 1 and sender is None):
-            raise ValueError(
-                f"{type(model).__name__} cannot be cut here: on text alone its forward runs only the layers "
-                f"{list(plan.residual.ran)} of {plan.anatomy.stack}, none of them before or after stage {stage}"
+def _check_runs(reading: Reading, stages: Stages) -> None:
+    """On text alone a model may leave layers out; every stage needs one that runs."""
+    for stage, names in enumerate(stages):
+        if not any(reading.anatomy.layer(index) in names for index in reading.ran):
+            raise CannotCutError(
+                f"on text alone its forward runs only the layers {sorted(set(reading.ran))}, none of them on "
+                f"stage {stage}"
             )
 
 
-def _holds(names: tuple[str, ...], parameter: str) -> bool:
-    """Whether a stage with these modules holds a parameter; one that sits on an ancestor of them is held by all."""
-    owner = parameter.rpartition(".")[0]
-    return owner == "" or any(owner == n or owner.startswith(f"{n}.") or n.startswith(f"{owner}.") for n in names)
+def _refuse_layer_drop(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    rates = (getattr(config, name, 0.0) for name in ("layerdrop", "decoder_layerdrop"))
+    rate = max((rate for rate in rates if isinstance(rate, float)), default=0.0)
+    if model.training and rate:
+        raise ValueError(
+            f"{type(model).__name__} skips layers at random in training (layerdrop {rate}), on every stage others; "
+            "set it to 0 in its config"
+        )
 
 
-def _holds_any(plan: CutPlan, stage: int, name: str) -> bool:
-    """Whether a stage holds a parameter under this name or another one that it is tied to."""
-    if _holds(plan.stages[stage], name):
-        return True
-    tied = next((g for g in plan.shared if any(n == name for _, n in g.copies)), None)
-    return tied is not None and any(s == stage for s, _ in tied.copies)
+def _holders(units: Units, stages: Stages, parameter: str) -> set[int]:
+    """The stages that hold a parameter: those of its unit; all of them where it belongs to the code between units."""
+    unit = units.of(parameter.rpartition(".")[0])
+    return set(range(len(stages))) if unit is None else holders_of(stages, unit)
 
 
-def _find_shared(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> tuple[SharedParameter, ...]:
-    copies: dict[int, list[tuple[int, str]]] = {}
+def _find_shared(model: nn.Module, units: Units, stages: Stages) -> tuple[SharedParameter, ...]:
+    copies: dict[int, dict[int, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        for stage, names in enumerate(stages):
-            held = copies.setdefault(id(parameter), [])
-            if _holds(names, name) and stage not in [s for s, _ in held]:
-                held.append((stage, name))
-    return tuple(SharedParameter(tuple(sorted(held))) for held in copies.values() if len(held) > 1)
+        held = copies.setdefault(id(parameter), {})
+        for stage in _holders(units, stages, name):
+            held.setdefault(stage, name)
+    return tuple(SharedParameter(tuple(sorted(held.items()))) for held in copies.values() if len(held) > 1)

@@ -10,10 +10,9 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from am_pipeline._torch_compat import element_size
 from am_pipeline.anatomy import config_value
 from am_pipeline.balance import Costs, costs_of
-from am_pipeline.cut import CutPlan, plan_cut
+from am_pipeline.cut import CutPlan, plan_cut, plan_stages
 from am_pipeline.order import Event, bubble_fraction, peak_live, schedule_order, simulate
 from am_pipeline.placement import calculate_virtual_stages
-from am_pipeline.rehearsal import rehearse
 from am_pipeline.schedule import schedule_class
 
 # Activations of one layer in bytes per token and hidden unit at 16 bits, without attention scores: Korthikanti et al.,
@@ -110,9 +109,11 @@ def plan_pipeline(
     kind = schedule_class(None, schedule)
     if module_names_per_stage is None:
         single = issubclass(kind, PipelineScheduleSingle)
-        layers = rehearse(model)[0].num_layers
-        count, _ = calculate_virtual_stages(layers, layers_per_stage, ranks, single, round_to_pp_multiple)
-        cut = plan_cut(model, count, balance=balance if layers_per_stage is None else "layers")
+
+        def stages_for(layers: int) -> int:
+            return calculate_virtual_stages(layers, layers_per_stage, ranks, single, round_to_pp_multiple)[0]
+
+        cut = plan_stages(model, stages_for, balance=balance if layers_per_stage is None else "layers")
     else:
         cut = plan_cut(model, module_names_per_stage=module_names_per_stage)
     count = len(cut.stages)

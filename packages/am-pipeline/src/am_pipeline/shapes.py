@@ -11,6 +11,7 @@ import torch
 from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline._torch_compat import Schedule, compute_dtype, forget_shapes, set_shapes
+from am_pipeline.crossing import Crossed
 from am_pipeline.stage import DecoderStage
 
 
@@ -64,15 +65,13 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
                 f"seq_len={seq_len} does not divide over the {shards} ranks that shard the sequence; "
                 f"pad it to {-(-seq_len // shards) * shards}"
             )
-        dtype = hidden_dtype(stage)
-        shapes = _crossing_shapes(stage, model_config, microbatch_size, seq_len, shards)
-        crossing = tuple(torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes)
+        received, sent = _crossing(stage, model_config, microbatch_size, seq_len, shards)
         ids = torch.empty(microbatch_size, seq_len, dtype=torch.int64, device="meta")
         # The last stage's output is never sent, only counted.
-        set_shapes(stage, (ids,) if stage.is_first else crossing, crossing)
+        set_shapes(stage, (ids,) if stage.is_first else _on_meta(received), _on_meta(sent or received))
         if isinstance(stage, DecoderStage):
-            stage.receives, stage.sends = () if stage.is_first else crossing, crossing
-            stage.boundary.expected = [(shape, dtype) for shape in shapes]
+            stage.boundary.expected = sent
+            stage.receives, stage.sends = () if stage.is_first else _on_meta(received), _on_meta(sent or received)
 
 
 def hidden_dtype(stage: PipelineStage) -> torch.dtype:
@@ -80,12 +79,30 @@ def hidden_dtype(stage: PipelineStage) -> torch.dtype:
     return compute_dtype(stage.submod, stage.plan.anatomy.stack if isinstance(stage, DecoderStage) else "")
 
 
-def _crossing_shapes(stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int) -> list[tuple[int, ...]]:
-    if isinstance(stage, DecoderStage):
-        residual = stage.plan.residual
-        hidden = residual.hidden.at(batch, seq_len // shards)
-        return [hidden, *(shape.at(batch, seq_len) for _, shape in residual.traveling)]
-    return [(batch, seq_len // shards, get_hidden_and_vocab_size(config)[0])]
+Sent = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def _crossing(stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int) -> tuple[Sent, Sent]:
+    """Shape and dtype of every tensor that a stage receives and sends."""
+    dtype = hidden_dtype(stage)
+    if not isinstance(stage, DecoderStage):
+        hidden = [((batch, seq_len // shards, get_hidden_and_vocab_size(config)[0]), dtype)]
+        return hidden, hidden
+    passage = stage.boundary.passage
+    cut_with = next((c.dtype for c in (*passage.receives, *passage.sends) if c.of_layer), dtype)
+
+    def sizes(crossed: Crossed) -> tuple[tuple[int, ...], torch.dtype]:
+        # What had the hidden state's dtype when the model was cut has it now, whatever the part computes in.
+        kind = dtype if crossed.dtype == cut_with else crossed.dtype
+        return crossed.shape.at(batch, seq_len // shards if crossed.of_layer else seq_len), kind
+
+    return [sizes(c) for c in passage.receives], [sizes(c) for c in passage.sends]
+
+
+def _on_meta(sizes: Sent) -> tuple[torch.Tensor, ...]:
+    return tuple(
+        torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point) for shape, dtype in sizes
+    )
 
 
 def get_hidden_and_vocab_size(model_config: Any) -> tuple[int, int]:

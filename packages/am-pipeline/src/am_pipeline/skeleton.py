@@ -7,37 +7,26 @@ import copy
 import torch
 from torch import nn
 
-from am_pipeline.anatomy import owners
-from am_pipeline.boundary import AbsentLayer, AbsentModule, Boundary
+from am_pipeline.boundary import Absent, Boundary
+from am_pipeline.units import Units
 
 
-def copy_without(model: nn.Module, stack: str, held: set[str], boundary: Boundary) -> nn.Module:
-    """The model with stand-ins for every module that has parameters and is not in `held` or below one that is.
-
-    A module without parameters of its own keeps its forward; only those of its children that have some are replaced.
+def copy_without(model: nn.Module, units: Units, held: set[str], boundary: Boundary) -> nn.Module:
+    """The model with stand-ins for every unit that is neither in `held` nor below a module that is.
 
     Args:
         model: the whole model; it is not changed.
-        stack: full name of its decoder stack.
+        units: of that model.
         held: full names of the modules to keep.
         boundary: what the stand-ins read and write.
     """
     memo: dict[int, object] = {}
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            full = f"{prefix}{name}"
-            if full in held:
-                continue
-            if prefix == f"{stack}.":
-                memo[id(child)] = AbsentLayer(child, int(name), boundary)
-            elif full == stack or any(n.startswith(f"{full}.") for n in (*held, stack)):
-                visit(child, f"{full}.")
-            else:
-                for owner_name, owner in owners(full, child):
-                    memo[id(owner)] = AbsentModule(owner, owner_name, boundary)
-
-    visit(model, "")
+    kept = {id(m) for name in held for m in model.get_submodule(name).modules()}
+    for name in units.names:
+        if not any(name == n or name.startswith(f"{n}.") for n in held):
+            module = model.get_submodule(name)
+            if id(module) not in kept:
+                memo[id(module)] = Absent(module, name, boundary)
     for module in model.modules():
         if "config" in vars(module):
             memo[id(module.config)] = module.config

@@ -18,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from am_pipeline._torch_compat import Schedule
 from am_pipeline.balance import Balance, Costs
-from am_pipeline.cut import CutPlan, build_part, plan_cut
+from am_pipeline.cut import CutPlan, build_part, plan_cut, plan_stages
 from am_pipeline.order import read_order
 from am_pipeline.placement import RoundTo, calculate_virtual_stages, stage_ids_this_rank
-from am_pipeline.rehearsal import rehearse
 from am_pipeline.schedule import ScheduleName, schedule_class
 from am_pipeline.stage import DecoderStage
 
@@ -143,9 +142,11 @@ def _plan(
 ) -> CutPlan:
     single = issubclass(kind, PipelineScheduleSingle)
     if module_names is None:
-        layers = rehearse(model)[0].num_layers
-        num_stages, _ = calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to)
-        return plan_cut(model, num_stages, balance=balance if layers_per_stage is None else "layers")
+
+        def count(layers: int) -> int:
+            return calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to)[0]
+
+        return plan_stages(model, count, balance=balance if layers_per_stage is None else "layers")
     per_rank, rest = divmod(len(module_names), pp_size)
     if rest or (single and per_rank != 1) or (not single and per_rank < 2):
         allowed = f"exactly {pp_size}" if single else f"a multiple of {pp_size} that is at least {2 * pp_size}"

@@ -184,7 +184,7 @@ class PipelineSchedule(StepHooks, Schedule):
             _refuse_labels(call.kwargs)
             if any(stage.is_first for stage in stages):
                 report.batch, report.seq_len = self._check_ids(call)
-                if call.kwargs or stages[0].plan.residual.needs_ids:
+                if call.kwargs or stages[0].plan.needs_first_input:
                     # Keyword inputs (images, positions) may make more depend on the ids than text alone does.
                     text, offered = describe_inputs(call.kwargs | {"input_ids": call.args[0]})
                     report.described = len(text.encode())

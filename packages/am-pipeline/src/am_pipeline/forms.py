@@ -1,0 +1,179 @@
+"""Forms of input: which inputs a model is called with, and which dim of each is the batch.
+
+A dim is never told by its size alone. Where it could be the batch, the model is traced with each way to read it, on
+other numbers of sequences and tokens than the real batch has: a wrong way does not fit the other inputs and fails. What
+remains ambiguous is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from am_pipeline.crossing import BATCH, SEQUENCE, Dim, Shape
+
+
+# Sequences and tokens of the two runs that tell a tensor's dims apart.
+SIZES = ((3, 8), (5, 16))
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """One input of a model, at any size: its name, its dims and how its numbers look."""
+
+    name: str
+    shape: Shape
+    sample: torch.Tensor
+
+    def at(self, batch: int, seq_len: int) -> torch.Tensor:
+        tensor = self.sample
+        for dim, size in enumerate(self.shape.at(batch, seq_len)):
+            if size != tensor.shape[dim]:
+                places = torch.arange(size, device=tensor.device) % max(tensor.shape[dim], 1)
+                tensor = tensor.index_select(dim, places)
+        return tensor
+
+    @property
+    def batch_dim(self) -> int | None:
+        return next((i for i, dim in enumerate(self.shape.dims) if isinstance(dim, Dim) and dim.batch), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a model is called with.
+
+    Attributes:
+        first: its first argument.
+        tensors: further inputs that are tensors.
+        others: further inputs that are not.
+        training: whether the model is in training mode.
+        sizes: numbers of sequences and tokens at which it can be traced; two, or the one of the real batch.
+    """
+
+    first: Given
+    tensors: Mapping[str, Given] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+    training: bool = False
+    sizes: tuple[tuple[int, int], ...] = SIZES
+
+    @property
+    def batch_dims(self) -> dict[str, int | None]:
+        """The batch dim of every further tensor; None where it goes to every microbatch whole."""
+        return {name: given.batch_dim for name, given in self.tensors.items()}
+
+
+class AmbiguousError(ValueError):
+    """An input could be split in more than one way, or in none."""
+
+
+def text_form(name: str, training: bool) -> Form:
+    """Ids alone."""
+    return Form(Given(name, Shape((BATCH, SEQUENCE)), torch.arange(15).view(3, 5) % 7 + 1), training=training)
+
+
+def resolve_form(
+    first: Given,
+    inputs: Mapping[str, Any],
+    batch: int,
+    seq_len: int,
+    runs: Callable[[Form], set[str] | None],
+    *,
+    training: bool,
+    batch_dims: Mapping[str, int | None],
+    pieces: int = 1,
+) -> Form:
+    """The form of a batch, found by trying.
+
+    Args:
+        first: the model's first argument.
+        inputs: its further inputs, whole.
+        batch, seq_len: sequences and tokens of the batch.
+        runs: traces the model with a form; the inputs that it read, None if its forward failed.
+        training: whether the model is in training mode.
+        batch_dims: what the user says of the inputs' batch dims.
+        pieces: microbatches of the batch, where the real batch has to be traced.
+
+    Raises:
+        AmbiguousError: names an input and what it could be.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    others = {name: value for name, value in inputs.items() if name not in tensors}
+    options = {name: list(_options(name, value, batch, seq_len, batch_dims)) for name, value in tensors.items()}
+
+    def small(choice: Mapping[str, Shape]) -> Form:
+        return Form(first, {n: Given(n, choice[n], tensors[n]) for n in tensors}, others, training)
+
+    def real(choice: Mapping[str, Shape]) -> Form:
+        """The first microbatch itself: what must fit each other in number, images and their places, does."""
+
+        def piece(given: Given) -> Given:
+            dim = given.batch_dim
+            sample = given.sample if dim is None else given.sample.chunk(pieces, dim)[0]
+            dims = tuple(d if isinstance(d, Dim) and d.batch else s for d, s in zip(given.shape.dims, sample.shape))
+            return Given(given.name, Shape(dims), sample)
+
+        whole = Given(first.name, Shape((*first.shape.dims[:1], *first.sample.shape[1:])), first.sample)
+        whole = piece(whole)
+        sizes = ((whole.sample.shape[0], seq_len),)
+        return Form(whole, {n: piece(Given(n, choice[n], tensors[n])) for n in tensors}, others, training, sizes)
+
+    for make in (small, real):
+        found = _first_that_runs(options, lambda choice, make=make: runs(make(choice)))
+        if found is None:
+            continue
+        choice, read = found
+        for name in sorted(read & set(options)) if pieces > 1 else ():
+            for other in options[name]:
+                changed = choice | {name: other}
+                if _batch_of(other) != _batch_of(choice[name]) and runs(make(changed)) is not None:
+                    raise AmbiguousError(
+                        f"the input {name!r} of shape {tuple(tensors[name].shape)} could be split along "
+                        f"{_along(choice[name])} or {_along(other)}: the model runs either way; say which with "
+                        f"batch_dims={{{name!r}: ...}}"
+                    )
+        return make(choice)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    raise AmbiguousError(
+        f"the model does not run on inputs of shapes {shapes} beside {first.name} of {(batch, seq_len)}, "
+        "however their dims are read; say which dim is the batch with batch_dims="
+    )
+
+
+def _first_that_runs(
+    options: Mapping[str, list[Shape]], runs: Callable[[dict[str, Shape]], set[str] | None]
+) -> tuple[dict[str, Shape], set[str]] | None:
+    for shapes in itertools.islice(itertools.product(*options.values()), 32):
+        choice = dict(zip(options, shapes, strict=True))
+        read = runs(choice)
+        if read is not None:
+            return choice, read
+    return None
+
+
+def _options(
+    name: str, value: torch.Tensor, batch: int, seq_len: int, batch_dims: Mapping[str, int | None]
+) -> Iterator[Shape]:
+    """Every way to read a tensor's dims, the likeliest first."""
+    could = [
+        [dim for dim, there in ((BATCH, size == batch), (SEQUENCE, size == seq_len), (size, True)) if there]
+        if size > 1
+        else [BATCH, size] if size == batch else [size]
+        for size in value.shape
+    ]
+    for dims in itertools.product(*could):
+        places = [i for i, dim in enumerate(dims) if dim == BATCH]
+        if len(places) <= 1 and (name not in batch_dims or (places or [None])[0] == batch_dims[name]):
+            yield Shape(dims)
+
+
+def _batch_of(shape: Shape) -> int | None:
+    return next((i for i, dim in enumerate(shape.dims) if dim == BATCH), None)
+
+
+def _along(shape: Shape) -> str:
+    dim = _batch_of(shape)
+    return "no dim" if dim is None else f"dim {dim}"

@@ -1,0 +1,401 @@
+"""Read a model by running its forward without numbers; say what every stage of a cut does, and prove it.
+
+The whole model is traced on a few tokens, and what has to cross each cut follows from the trace (`crossing`). Then each
+part is traced as well, with stand-ins where the other stages' units were. It is accepted when every unit that counts on
+it saw the same computation as in the whole model, to the last operator.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from am_pipeline.anatomy import Anatomy, modules_beside
+from am_pipeline.boundary import Boundary, Missing, NotHeldError, Passage, select_output
+from am_pipeline.crossing import (
+    CannotCutError,
+    Crossed,
+    Needs,
+    Shape,
+    batch_and_sequence,
+    needs_of,
+    shape_of,
+)
+from am_pipeline.forms import SIZES, Form, resolve_form, text_form
+from am_pipeline.inputs import ENCODER_INPUTS
+from am_pipeline.nested import map_leaves
+from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value
+from am_pipeline.skeleton import copy_without
+from am_pipeline.units import Units
+from am_pipeline.weightless import Weightless
+
+Stages = tuple[tuple[str, ...], ...]
+
+
+class Reading:
+    """What one choice of stack shows of a model.
+
+    Attributes:
+        anatomy: where the model's parts sit.
+        units: what a cut moves as one piece.
+    """
+
+    def __init__(
+        self,
+        weightless: Weightless,
+        stack: str,
+        named: Iterable[str] = (),
+        form: Form | None = None,
+        base: Reading | None = None,
+    ) -> None:
+        """Trace the model.
+
+        Args:
+            weightless: the model.
+            stack: full name of its stack of layers.
+            named: modules that a stage holds without what they are part of: nothing larger is one piece.
+            form: what it is called with; ids alone if None.
+            base: an earlier reading with another form, from which the sizes of tensors are known.
+        """
+        self.weightless, self.stack, self.base = weightless, stack, base
+        self.named = tuple(named)
+        self.form = form or text_form(weightless.first_input, weightless.model.training)
+        opened = {name.rsplit(".", n)[0] for name in named for n in range(1, name.count(".") + 1)}
+        while True:
+            self.units = Units(weightless.model, stack, opened)
+            self.small = self._trace_whole(self.form.sizes[0])
+            called = {call.unit for call in self.small.calls}
+            nested = {a for a in called for b in called if b.startswith(f"{a}.")}
+            if not nested:
+                break
+            opened |= nested
+        if not any(self.units.is_layer(call.unit) for call in self.small.calls):
+            raise CannotCutError("its forward does not run them on text")
+        self.large = self._trace_whole(self.form.sizes[1]) if len(self.form.sizes) > 1 else self.small
+        if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
+            raise CannotCutError("its forward runs other modules for longer inputs")
+        self.anatomy = self._anatomy()
+        self._proved: dict[tuple, tuple[Form, tuple[Passage, ...]]] = {}
+
+    def __deepcopy__(self, memo: dict) -> Reading:
+        return self
+
+    def passages_for(
+        self,
+        stages: Stages,
+        first: torch.Tensor | None,
+        inputs: Mapping[str, Any],
+        batch: int,
+        seq_len: int,
+        *,
+        training: bool,
+        batch_dims: Mapping[str, int | None] | None = None,
+        pieces: int = 1,
+    ) -> tuple[Form, tuple[Passage, ...]]:
+        """What every stage does when the model is called with these inputs; found out and proved once for each form.
+
+        Args:
+            stages: the modules of every stage, as `cut` returned them.
+            first: the model's first argument, where it is known.
+            inputs: further inputs, of the whole batch.
+            batch, seq_len: sequences and tokens of the batch.
+            training: whether the model is in training mode.
+            batch_dims: the batch dims of inputs of which they are known.
+            pieces: microbatches of the batch.
+
+        Raises:
+            ValueError: the cut does not hold for these inputs, or the batch dim of one cannot be told.
+        """
+        pattern = (training, _pattern(inputs, batch, seq_len), tuple(sorted((batch_dims or {}).items())), pieces > 1)
+        if pattern not in self._proved:
+            given = self.form.first if first is None else replace(self.form.first, sample=first)
+            form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
+            if inputs:
+                form = resolve_form(
+                    given,
+                    inputs,
+                    batch,
+                    seq_len,
+                    self.runs,
+                    training=training,
+                    batch_dims=batch_dims or {},
+                    pieces=pieces,
+                )
+            self._proved[pattern] = form, self._prove_form(form, stages)
+        return self._proved[pattern]
+
+    def _prove_form(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
+        try:
+            held, passages = Reading(self.weightless, self.stack, self.named, form, self).cut(stages)
+            if held != stages:
+                more = [name for mine, names in zip(stages, held, strict=True) for name in names if name not in mine]
+                raise CannotCutError(f"with them more than one stage has to hold {', '.join(more)}")
+        except CannotCutError as why:
+            names = ", ".join((form.first.name, *form.tensors, *form.others))
+            raise ValueError(
+                f"{type(self.weightless.model).__name__}, cut between the layers of {self.stack}, cannot be called "
+                f"with {names}{' in training' if form.training else ''}: {why}"
+            ) from why.__cause__
+        return passages
+
+    def runs(self, form: Form) -> set[str] | None:
+        """The names of the inputs that the model reads of a form, None if its forward fails on it."""
+        try:
+            trace = self._trace(form, form.sizes[0])
+        except Exception:  # whatever the model's own code raises
+            return None
+        read = {source.name for call in trace.calls for source in call.reads if isinstance(source, Input)}
+        read |= {source.name for source in trace.output if isinstance(source, Input)}
+        return read | {source.name for look in trace.looks for source in look.sources if isinstance(source, Input)}
+
+    @property
+    def ran(self) -> list[int]:
+        """The layers that run, in order."""
+        return [int(c.unit.rpartition(".")[2]) for c in self.small.calls if self.units.is_layer(c.unit)]
+
+    def cut(self, stages: Stages) -> tuple[Stages, tuple[Passage, ...]]:
+        """What every stage does, and the modules that it holds: those given, and whose parameters its code reads too.
+
+        Raises:
+            CannotCutError: what stands against it.
+        """
+        last = len(stages) - 1
+        while True:
+            needs = needs_of(self.small, self.units, lambda unit: holders_of(stages, unit), last)
+            more = needs.weights
+            if not more:
+                try:
+                    return stages, tuple(self._passage(stages, needs, stage) for stage in range(last + 1))
+                except _HoldMoreError as asked:
+                    more = {(asked.stage, asked.unit)}
+            stages = tuple(
+                (*names, *sorted(unit for at, unit in more if at == stage)) for stage, names in enumerate(stages)
+            )
+
+    def _passage(self, stages: Stages, needs: Needs, stage: int) -> Passage:
+        """The proved passage of one stage, with as few tokens as can be after its last layer."""
+        passage = self._unproved(stages, needs, stage)
+        withheld = frozenset(self.form.tensors) & frozenset(ENCODER_INPUTS)
+        if stage and withheld:
+            try:
+                return self._shortest(stages, needs, stage, replace(passage, withheld=withheld))
+            except CannotCutError:  # later stages depend on them too
+                pass
+        return self._shortest(stages, needs, stage, passage)
+
+    def _shortest(self, stages: Stages, needs: Needs, stage: int, passage: Passage) -> Passage:
+        order = [(c.unit, c.index) for c in self.small.calls]
+        sent = [(c.value.unit, c.value.call) for c in passage.sends]
+        after = max(place for place, call in enumerate(order) if call in needs.live[stage] or call in sent)
+        narrow = frozenset(call for call in passage.returns if order.index(call) > after)
+        if stage + 1 < len(stages) and narrow:
+            shorter = replace(passage, narrow=narrow)
+            try:
+                self._prove(stages, needs, stage, shorter)
+            except CannotCutError:  # the model's own code wants the whole sequence there: it gets it
+                pass
+            else:
+                return shorter
+        self._prove(stages, needs, stage, passage)
+        return passage
+
+    def _unproved(self, stages: Stages, needs: Needs, stage: int) -> Passage:
+        enters, leaves = needs.enters[stage], needs.enters[stage + 1]
+        returns, handed = {}, {}
+        made: dict[tuple[str, int], list[tuple[int, Value]]] = {}
+        waiting = [value for value in leaves if value not in enters]
+        for call, larger in zip(self.small.calls, self.large.calls, strict=True):
+            key = (call.unit, call.index)
+            if stage in holders_of(stages, call.unit):
+                continue
+            returns[key] = self._template(call, larger)
+            taken = [(place, value) for place, value in enumerate(call.takes) if value in waiting]
+            if taken:
+                handed[key] = tuple(taken)
+                waiting = [value for value in waiting if value not in [v for _, v in taken]]
+        for value in waiting:
+            call = self.small.call(value.unit, value.call)
+            tensors = [leaf for leaf in _leaves(call.returns) if isinstance(leaf, (Leaf, Argument))]
+            place = next(i for i, leaf in enumerate(tensors) if isinstance(leaf, Leaf) and leaf.value == value)
+            made.setdefault((value.unit, value.call), []).append((place, value))
+        receives = tuple(self._crossed(value) for value in enters)
+        if stage and not any(batch_and_sequence(c.shape) for c in receives):
+            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
+        first = (self.form.first.name, self.form.first.shape, self.form.first.sample.dtype)
+        return Passage(
+            receives,
+            tuple(self._crossed(value) for value in leaves),
+            returns,
+            handed,
+            {call: tuple(places) for call, places in made.items()},
+            frozenset(),
+            first,
+            frozenset(needs.inputs[stage]),
+        )
+
+    def _template(self, call: Call, larger: Call) -> Any:
+        shapes = iter([leaf.shape for leaf in larger.leaves])
+        layer = self.units.is_layer(call.unit)
+
+        def missing(leaf: Any) -> Any:
+            if not isinstance(leaf, Leaf):
+                return leaf
+            written = leaf.value in self.small.written
+            shape = self._shape(leaf.value, leaf.shape, next(shapes))
+            return Missing(leaf.value, shape, leaf.shape, leaf.dtype, layer, written)
+
+        return map_leaves(call.returns, missing)
+
+    def _crossed(self, value: Value) -> Crossed:
+        small, large = (
+            next(leaf for leaf in trace.call(value.unit, value.call).leaves if leaf.value == value)
+            for trace in (self.small, self.large)
+        )
+        shape = self._shape(value, small.shape, large.shape)
+        if shape is None:
+            one, other = self.form.sizes
+            raise CannotCutError(
+                f"{value} has to travel to later stages, and has shape {small.shape} for {one[0]} sequences of "
+                f"{one[1]} tokens and {large.shape} for {other[0]} of {other[1]}: it must be of the batch, the "
+                "sequence and fixed sizes"
+            )
+        if small.dtype.is_complex:
+            raise CannotCutError(f"{value} has to travel to later stages, and is complex: messages are not")
+        return Crossed(value, shape, small.dtype, self.units.is_layer(value.unit), value in self.small.written)
+
+    def _shape(self, value: Value, small: tuple[int, ...], large: tuple[int, ...]) -> Shape | None:
+        if len(self.form.sizes) > 1:
+            return shape_of(small, large, self.form.sizes)
+        known = self.base.shape_seen(value) if self.base is not None else None
+        return known if known is not None and known.at(*self.form.sizes[0]) == small else Shape(small)
+
+    def shape_seen(self, value: Value) -> Shape | None:
+        """The dims of a value that was traced; None where there is no such value."""
+        found = [
+            leaf.shape
+            for trace in (self.small, self.large)
+            for call in trace.calls
+            if (call.unit, call.index) == (value.unit, value.call)
+            for leaf in call.leaves
+            if leaf.value == value
+        ]
+        return shape_of(*found, self.form.sizes) if len(self.form.sizes) > 1 and len(found) == 2 else None
+
+    def _prove(self, stages: Stages, needs: Needs, stage: int, passage: Passage) -> None:
+        """Trace the part of a stage, and compare what counts on it with the whole model."""
+        last = len(stages) - 1
+        boundary = Boundary(stage == 0, stage == last, passage)
+        held = {name for name in stages[stage]}
+        part = copy_without(self.weightless.fresh(self.form.training), self.units, held, boundary)
+        boundary.install(part)
+        absent = {unit for unit, _ in passage.returns}
+        tracer = Tracer(part, self.weightless.fake, lambda name: None if (u := self.units.of(name)) in absent else u)
+        tracer.narrow = bool(passage.narrow)
+        boundary.watch = tracer
+        size = self.form.sizes[0]
+        given = {n: v for n, v in self._inputs(tracer, self.form, size).items() if n not in passage.withheld}
+        if stage and self.form.first.name not in passage.needs:
+            del given[self.form.first.name]
+        received = [tracer.given(c.value, c.shape.at(*size), c.dtype) for c in passage.receives]
+        try:
+            trace = tracer.run(lambda: part(*received, **given) if stage == last else _nothing(part(*received, **given)))
+        except Exception as error:
+            asked = _asked_of(error)
+            if asked is not None and not self.units.is_layer(asked) and stage not in holders_of(stages, asked):
+                raise _HoldMoreError(stage, asked) from error
+            raise CannotCutError(f"its forward fails on stage {stage}: {type(error).__name__}: {error}") from error
+        whole = {(c.unit, c.index): c.digest for c in self.small.calls}
+        mine = {(c.unit, c.index): c.digest for c in trace.calls}
+        for call in sorted(needs.live[stage]):
+            if mine.get(call) != whole[call]:
+                raise CannotCutError(
+                    f"{call[0]} would compute on other values on stage {stage} than in the whole model"
+                )
+        if stage == last and trace.output_digest != self.small.output_digest:
+            raise CannotCutError("the last stage would compute its output from other values than the whole model")
+
+    def _trace_whole(self, size: tuple[int, int]) -> Trace:
+        return self._trace(self.form, size)
+
+    def _trace(self, form: Form, size: tuple[int, int]) -> Trace:
+        model = self.weightless.fresh(form.training)
+        tracer = Tracer(model, self.weightless.fake, self.units.of)
+        settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        given = settings | self._inputs(tracer, form, size)
+        return tracer.run(lambda: select_output(model(**given)))
+
+    @staticmethod
+    def _inputs(tracer: Tracer, form: Form, size: tuple[int, int]) -> dict[str, Any]:
+        tensors = {form.first.name: form.first, **form.tensors}
+        return {name: tracer.input(name, given.at(*size)) for name, given in tensors.items()} | dict(form.others)
+
+    def _anatomy(self) -> Anatomy:
+        """Which modules beside the stack run before, after and between its layers; those that do not, by their place."""
+        places = [place for place, call in enumerate(self.small.calls) if self.units.is_layer(call.unit)]
+        first, last = places[0], places[-1]
+        sides: dict[str, set[str]] = {}
+        for place, call in enumerate(self.small.calls):
+            if not self.units.is_layer(call.unit):
+                side = "before" if place < first else "after" if place > last else "between"
+                sides.setdefault(call.unit, set()).add(side)
+        found: dict[str, list[str]] = {"before": [], "between": [], "after": []}
+        seen_stack = False
+        for name, _ in modules_beside(self.weightless.model, self.stack):
+            if name == self.stack:
+                seen_stack = True
+                continue
+            units = [unit for unit in self.units.names if unit == name or unit.startswith(f"{name}.")]
+            default = {"after" if seen_stack else "before"}
+            of = {unit: sides.get(unit, default) for unit in units}
+            if of and all(where == next(iter(of.values())) for where in of.values()):
+                of = {name: next(iter(of.values()))}
+            for unit, where in of.items():
+                for side in found:
+                    if side in where:
+                        found[side].append(unit)
+        count = len(self.weightless.model.get_submodule(self.stack))
+        return Anatomy(self.stack, count, *(tuple(found[side]) for side in ("before", "after", "between")))
+
+
+class _HoldMoreError(Exception):
+    """A stage has to hold a unit whose results do not count there, because code asks it for more than a call."""
+
+    def __init__(self, stage: int, unit: str) -> None:
+        super().__init__(unit)
+        self.stage, self.unit = stage, unit
+
+
+def _asked_of(error: BaseException | None) -> str | None:
+    while error is not None and not isinstance(error, NotHeldError):
+        error = error.__cause__ or error.__context__
+    return None if error is None else error.unit
+
+
+def holders_of(stages: Stages, unit: str) -> set[int]:
+    """The stages that hold a unit: whole, as part of a module that they name."""
+    return {s for s, names in enumerate(stages) if any(unit == n or unit.startswith(f"{n}.") for n in names)}
+
+
+def _pattern(inputs: Mapping[str, Any], batch: int, seq_len: int) -> tuple:
+    """What two calls have in common that one proof covers: names, dtypes, and which sizes are those of the batch."""
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return repr(value)
+        return str(value.dtype), tuple((size == batch, size == seq_len, size == 1) for size in value.shape)
+
+    return tuple((name, of(value)) for name, value in sorted(inputs.items()))
+
+
+def _leaves(returned: Any) -> Iterator[Any]:
+    found: list[Any] = []
+    map_leaves(returned, found.append)
+    yield from found
+
+
+def _nothing(_sent: Any) -> Iterable[torch.Tensor]:
+    return ()

@@ -1,0 +1,63 @@
+"""A model without memory: the same modules and code, parameters that have shapes only, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from am_pipeline._torch_compat import fake_mode
+
+# Kernels that run on tensors of a device only, and what computes the same from the same inputs anywhere.
+_ATTENTION_ANYWHERE = ("sdpa", "eager")
+
+
+class Weightless:
+    """The model to be traced. `fresh()` gives copies, each for one run: a forward may leave things on its modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.fake = fake_mode()
+        memo: dict[int, Any] = {}
+        for module in model.modules():
+            for value in vars(module).values():  # a table or a state left from an earlier forward
+                if isinstance(value, torch.Tensor):
+                    memo[id(value)] = _real(value)
+        for buffer in model.buffers():
+            memo[id(buffer)] = _real(buffer)
+        for parameter in model.parameters():
+            memo[id(parameter)] = nn.Parameter(self._shaped(parameter), parameter.requires_grad)
+        self.model = copy.deepcopy(model, memo)
+        for module in self.model.modules():
+            _compute_anywhere(vars(module).get("config"))
+
+    def fresh(self, training: bool) -> nn.Module:
+        model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+        return model if model.training == training else model.train(training)
+
+    @property
+    def first_input(self) -> str:
+        """The name of the first argument of the model's forward."""
+        return next(iter(inspect.signature(self.model.forward).parameters))
+
+    def __deepcopy__(self, memo: dict) -> Weightless:
+        return self
+
+    def _shaped(self, parameter: nn.Parameter) -> torch.Tensor:
+        with self.fake:
+            return torch.empty(parameter.shape, dtype=parameter.dtype)
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return torch.ones_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu", copy=True)
+
+
+def _compute_anywhere(config: Any) -> None:
+    """Attention and experts of a transformers model in a form that needs no device and no numbers."""
+    if getattr(config, "_attn_implementation", None) not in (None, *_ATTENTION_ANYWHERE):
+        config._attn_implementation = "sdpa"
+    if getattr(config, "_experts_implementation", None) is not None:
+        config._experts_implementation = "batched_mm"
