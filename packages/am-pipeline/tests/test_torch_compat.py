@@ -18,6 +18,8 @@ from torch.distributed.pipelining import (
 
 from am_pipeline import _torch_compat as compat
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.ranks(2)
 def test_a_schedule_set_up_again_with_new_shapes_runs_on_the_new_ones():
@@ -83,17 +85,91 @@ def test_the_compute_dtype_of_a_part_follows_its_mixed_precision_policy():
 
 
 @pytest.mark.ranks(2)
-def test_a_schedule_splits_its_inputs_as_it_is_told():
-    class Backwards(compat.SplitsInputs, ScheduleGPipe):
+def test_a_schedule_takes_its_inputs_targets_and_losses_from_hooks():
+    class Backwards(compat.StepHooks):
         def split_inputs(self, args, kwargs):
             return [tuple(a.chunk(2)[1 - i] for a in args) for i in range(2)], [{}, {}]
 
+        def split_target(self):
+            return ["first", "second"]
+
+        def loss_of(self, output, target, **kwargs):
+            seen.append(target)
+            return output.sum() * kwargs.get("factor", 1)
+
+        def merge_outputs(self, chunks):
+            return super().merge_outputs(chunks) + 1
+
     rank = dist.get_rank()
-    schedule = Backwards(PipelineStage(nn.Identity(), rank, 2, torch.device("cpu")), 2)
-    with torch.no_grad():
-        out = schedule.eval(*((torch.arange(4.0)[:, None],) if rank == 0 else ()))
-    if rank:
-        assert out.flatten().tolist() == [2, 3, 0, 1]
+    for kind in (ScheduleGPipe, ScheduleInterleaved1F1B):
+        seen, losses = [], []
+        single = kind is ScheduleGPipe
+        stages = [PipelineStage(nn.Linear(1, 1), rank + 2 * i, 2 if single else 4, CPU) for i in range(2 - single)]
+        like = torch.empty(1, 1, device="meta", requires_grad=True)
+        for stage in stages:
+            nn.init.ones_(stage.submod.weight)
+            nn.init.zeros_(stage.submod.bias)
+            compat.set_shapes(stage, (like,), (like,))
+        schedule = type("Mine", (Backwards, kind), {})(stages[0] if single else stages, 2, loss_fn=nn.MSELoss())
+        assert compat.has_loss(schedule)
+        args = (torch.tensor([[2.0], [3.0]]),) if rank == 0 else ()
+        out = schedule.step(*args, losses=losses, loss_kwargs={"factor": 10})
+        before = [info.buffer for stage in stages for info in stage.args_recv_info[0]]
+        schedule.eval(*args)
+        schedule.step(*args)
+        after = [info.buffer for stage in stages for info in stage.args_recv_info[0]]
+        assert all(a is b for a, b in zip(before, after, strict=True)), "evaluation sets nothing up again"
+        if rank:
+            assert out.flatten().tolist() == [4, 3]
+            assert seen == ["first", "second"] * 3
+            assert torch.stack(losses).tolist() == [30, 20]
+
+
+@pytest.mark.ranks(2)
+def test_what_an_interrupted_step_left_is_dropped():
+    class Fails(nn.Linear):
+        fails = True
+
+        def forward(self, x):
+            if self.fails and x.requires_grad:
+                raise OSError("no")
+            return super().forward(x)
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    rank = dist.get_rank()
+    part = fully_shard(nn.Sequential(fully_shard(nn.Linear(1, 1), mesh=mesh["dp"]), Fails(1, 1)), mesh=mesh["dp"])
+    stage = PipelineStage(part, rank, 2, CPU, group=mesh.get_group("pp"))
+    like = torch.empty(1, 1, device="meta", requires_grad=True)
+    compat.set_shapes(stage, (like,), (like,))
+    schedule = ScheduleGPipe(stage, 1, loss_fn=nn.MSELoss())
+    args, target = ((torch.ones(1, 1),) if rank == 0 else ()), (torch.ones(1, 1) if rank else None)
+    parameters = list(part.parameters())
+    # Both ranks stop, each in its own place: nobody waits.
+    with pytest.raises(OSError, match="no"):
+        part(torch.ones(1, 1, requires_grad=True))
+    stage.fwd_cache[0] = stage.bwd_cache[0] = "left"
+    compat.forget_step(schedule, [stage])
+    assert not stage.fwd_cache
+    assert not stage.bwd_cache
+    assert [id(p) for p in part.parameters()] == [id(p) for p in parameters], "the shards are back"
+    part[1].fails = False
+    schedule.step(*args, target=target)
+    assert all(p.grad is not None for p in parameters)
+    part(torch.ones(1, 1))
+    compat.settle_fsdp(nn.ModuleList([part]))
+    assert [id(p) for p in part.parameters()] == [id(p) for p in parameters]
+
+
+@pytest.mark.ranks(2)
+def test_the_ranks_of_an_fsdp_module_are_counted_and_its_gradients_that_wait_are_dropped():
+    module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (2,)))
+    assert compat.data_ranks(module) == 2
+    module.set_requires_gradient_sync(False)
+    module(torch.ones(1, 2)).sum().backward()
+    compat._drop_unreduced_gradients(module)
+    module.set_requires_gradient_sync(True)
+    module(torch.ones(1, 2)).sum().backward()
+    assert module.weight.grad.full_tensor().flatten().tolist() == [1, 1, 1, 1]
 
 
 def test_the_order_of_a_schedule_is_known_without_processes():

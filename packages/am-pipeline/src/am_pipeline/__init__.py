@@ -15,7 +15,7 @@ from am_pipeline.order import (
     schedule_order,
     simulate,
 )
-from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model
+from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model, set_sequence_shards
 from am_pipeline.placement import (
     calculate_virtual_stages,
     generate_hf_model_fqn_per_model_part,
@@ -25,7 +25,9 @@ from am_pipeline.schedule import build_pipeline_schedule, scale_grads_by_divisor
 from am_pipeline.shapes import precompute_stage_shapes, reset_pp_stage_shapes
 from am_pipeline.shared import duplicate_parameters
 from am_pipeline.split import split_model_into_stages
+from am_pipeline.step import PipelineSchedule
 from am_pipeline.timeline import gather_timeline, plot_timeline, record_timeline, text_timeline
+from am_pipeline.tokens import scale_grads_by_tokens
 
 __version__ = version("am-pipeline")
 
@@ -36,6 +38,7 @@ __all__ = [
     "Event",
     "ParallelizeFnProtocol",
     "PipelinePlan",
+    "PipelineSchedule",
     "StageEstimate",
     "bubble_fraction",
     "build_part",
@@ -55,7 +58,9 @@ __all__ = [
     "record_timeline",
     "reset_pp_stage_shapes",
     "scale_grads_by_divisor",
+    "scale_grads_by_tokens",
     "schedule_order",
+    "set_sequence_shards",
     "simulate",
     "split_model_into_stages",
     "stage_ids_this_rank",

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -25,14 +27,139 @@ Schedule = _PipelineSchedule
 CsvSchedule = _PipelineScheduleRuntime
 
 
-class SplitsInputs:
-    """Mixed into a torch schedule: `split_inputs(args, kwargs)` replaces torch's, which splits along dim 0 only."""
+class StepHooks:
+    """Mixed into a torch schedule: private steps of its `step`, under public names that a subclass fills.
+
+    `follows_hooks` says whether they apply: not for stages whose shapes torch itself finds out.
+    """
+
+    follows_hooks = True
 
     def split_inputs(self, args: tuple, kwargs: dict) -> tuple[list[tuple], list[dict]]:
         raise NotImplementedError
 
+    def split_target(self) -> list | None:
+        raise NotImplementedError
+
+    def loss_of(self, output: Any, target: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def merge_outputs(self, chunks: list) -> Any:
+        """What a step returns, of the last stage's outputs; torch's own way unless overridden."""
+        return cast(Any, super())._merge_outputs(chunks)
+
     def _split_inputs(self, args: tuple, kwargs: dict | None = None) -> tuple[list[tuple], list[dict]]:
+        if not self.follows_hooks:
+            return cast(Any, super())._split_inputs(args, kwargs)
         return self.split_inputs(args, kwargs or {})
+
+    def _step_microbatches(
+        self, arg_mbs: Any = None, kwarg_mbs: Any = None, target_mbs: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if self.follows_hooks:
+            target_mbs = self.split_target()
+        cast(Any, super())._step_microbatches(arg_mbs, kwarg_mbs, target_mbs, *args, **kwargs)
+
+    def _compute_loss(self, output: Any, target: Any, loss_kwargs: dict | None = None) -> torch.Tensor:
+        if not self.follows_hooks:
+            more = () if loss_kwargs is None else (loss_kwargs,)
+            return cast(Any, super())._compute_loss(output, target, *more)
+        return self.loss_of(output, target, **(loss_kwargs or {}))
+
+    def _merge_outputs(self, output_chunks: list) -> Any:
+        return self.merge_outputs(output_chunks)
+
+    # torch sets its stages up again when training follows evaluation or the other way round: a chain of blocking
+    # messages, and `grad = None` in FSDP modules. Stages with static shapes need neither, so that the set-up always
+    # looks as before training.
+    def _initialize_stage(self, *args: Any, **kwargs: Any) -> None:
+        with _as_before_training(self, self.follows_hooks):
+            cast(Any, super())._initialize_stage(*args, **kwargs)
+
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
+        with _as_before_training(self, self.follows_hooks):
+            cast(Any, super())._initialize_stages(*args, **kwargs)
+
+    def _warmup_p2p(self, stages: list, *args: Any, **kwargs: Any) -> None:
+        if any(getattr(stage, "_inference_mode", None) is None for stage in stages):
+            cast(Any, super())._warmup_p2p(stages, *args, **kwargs)
+
+
+@contextmanager
+def _as_before_training(schedule: Any, applies: bool) -> Iterator[None]:
+    has_backward = schedule._has_backward
+    if applies:
+        schedule._has_backward = schedule._loss_fn is not None
+    try:
+        yield
+    finally:
+        schedule._has_backward = has_backward
+
+
+def has_loss(schedule: _PipelineSchedule) -> bool:
+    return schedule._loss_fn is not None
+
+
+def call_loss(schedule: _PipelineSchedule, output: Any, target: Any, **kwargs: Any) -> torch.Tensor:
+    return cast(Any, schedule)._loss_fn(output, target, **kwargs)
+
+
+def forget_step(schedule: _PipelineSchedule, stages: list[PipelineStage]) -> None:
+    """Drop what an interrupted step left in a schedule and its stages: the next one starts as the first did."""
+    schedule._internal_losses.clear()
+    for name in ("fwd_recv_ops", "bwd_recv_ops", "unshard_ops", "unsharded_stages", "backward_counter"):
+        if hasattr(schedule, name):
+            getattr(schedule, name).clear()
+    for stage in stages:
+        stage.clear_runtime_states()
+        for state in (stage.bwd_cache, stage.backward_state, stage.dw_runner):
+            state.clear()
+        for module in stage.submod.modules():
+            if isinstance(module, FSDPModule):
+                _drop_unreduced_gradients(module)
+        settle_fsdp(stage.submod)
+    # Buffers may still be the target of a message.
+    forget_shapes(schedule)
+
+
+def settle_fsdp(part: nn.Module) -> None:
+    """Give every FSDP module of a part its shards back, as after a backward. No collective, no host sync.
+
+    After a forward without a backward the parameters are other objects than those that the optimizer holds.
+    """
+    if isinstance(part, FSDPModule):
+        # torch before 2.13 has no `reset_iter_state`; it needs what the first forward sets up.
+        reset = getattr(part, "reset_iter_state", None)
+        if reset is not None and part._get_fsdp_state()._is_root:
+            reset()
+            return
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return
+    for child in part.children():
+        settle_fsdp(child)
+
+
+def _drop_unreduced_gradients(module: FSDPModule) -> None:
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.13
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+
+
+def data_ranks(module: FSDPModule) -> int:
+    """Over how many ranks an FSDP module runs its collectives."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return max((group.mesh_info.mesh.size() for group in groups), default=1)
 
 
 def load_csv(schedule: _PipelineScheduleRuntime, path: str) -> None:
@@ -99,7 +226,9 @@ def set_shapes(stage: PipelineStage, inputs: tuple[torch.Tensor, ...], outputs: 
 
     torch takes them in the constructor only, so the constructor runs again on the same object.
     """
-    kept = {"has_backward": stage.has_backward, "stage_index_to_group_rank": stage.stage_index_to_group_rank}
+    kept: dict[str, Any] = {name: getattr(stage, name) for name in ("has_backward", "stage_index_to_group_rank")}
+    # Neighbours found once that their shapes are static; asking again is a chain of blocking messages.
+    kept["_inference_mode"] = getattr(stage, "_inference_mode", None)
     PipelineStage.__init__(
         stage,
         stage.submod,

@@ -6,14 +6,15 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from am_pipeline.anatomy import Anatomy, config_value, modules_beside
 
-BALANCES = ("flops", "parameters", "time", "layers")
+Balance = Literal["flops", "parameters", "time", "layers"]
+BALANCES: tuple[str, ...] = get_args(Balance)
 
 
 @dataclass(frozen=True)

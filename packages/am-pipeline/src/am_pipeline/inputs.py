@@ -21,41 +21,61 @@ ENCODER_INPUTS = (
     "input_audio_embeds",
 )
 
+# Room for a description beside what the ranks agree on anyway; a longer one needs a message of its own.
+TEXT_BYTES = 1024
+
 _DTYPES = (torch.int64, torch.int32, torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def share_from_first(
-    mine: dict[str, Any], first_rank: int, group: dist.ProcessGroup, device: torch.device
-) -> dict[str, Any]:
-    """The keyword inputs of the first stage's rank, on every rank; what a rank was given itself, it keeps.
+def describe_inputs(mine: dict[str, Any]) -> tuple[str, list[torch.Tensor]]:
+    """What the first stage's rank shares of its keyword inputs, in words that others allocate by; and the tensors.
 
     Args:
-        mine: this rank's keyword inputs; on `first_rank`, those to share: tensors, numbers, strings, None, or lists
-            of tensors with one per microbatch.
-        first_rank: the group rank that shares.
-        group: the pipeline's process group.
-        device: where the tensors are wanted.
-
-    Collectives (pipeline axis): two broadcasts of a description, and one per tensor.
+        mine: tensors, numbers, strings, None, or lists of tensors with one per microbatch.
 
     Raises:
-        TypeError: an input that is not of these kinds, on every rank.
+        TypeError: an input that is not of these kinds.
+    """
+    tensors: list[torch.Tensor] = []
+    described = {name: _describe(value, tensors) for name, value in mine.items() if name not in ENCODER_INPUTS}
+    for name, (kind, what, *_) in described.items():
+        if kind == "unknown":
+            raise TypeError(
+                f"the input {name!r} is a {what}; give tensors, numbers, strings or lists of one "
+                "tensor per microbatch, or give it on every rank of the pipeline"
+            )
+    return json.dumps(described, separators=(",", ":")), tensors
+
+
+def receive_inputs(
+    text: str,
+    size: int,
+    tensors: list[torch.Tensor],
+    first_rank: int,
+    group: dist.ProcessGroup,
+    host_group: dist.ProcessGroup,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The keyword inputs that the first stage's rank shares, on every rank.
+
+    Args:
+        text: what `describe_inputs` said on that rank; elsewhere perhaps only its first `TEXT_BYTES` bytes.
+        size: bytes of the whole description.
+        tensors: what `describe_inputs` returned on that rank; empty on the others.
+        first_rank: the group rank that shares.
+        group: the pipeline's process group.
+        host_group: a group of the same ranks for tensors on the CPU.
+        device: where the tensors are wanted.
+
+    Collectives (pipeline axis): one broadcast per tensor; before them one of the description, among hosts, where the
+    given text is not all of it.
     """
     source = dist.get_global_rank(group, first_rank)
     sends = dist.get_rank(group) == first_rank
-    tensors: list[torch.Tensor] = []
-    offered = {name: value for name, value in mine.items() if sends and name not in ENCODER_INPUTS}
-    text = json.dumps({name: _describe(value, tensors) for name, value in offered.items()}) if sends else ""
-    described = json.loads(_share_text(text, source, group, device))
-    shared = {}
-    for name, description in described.items():
-        if description[0] == "unknown":
-            raise TypeError(
-                f"the input {name!r} is a {description[1]}; give tensors, numbers, strings or lists of one "
-                "tensor per microbatch, or give it on every rank of the pipeline"
-            )
-        shared[name] = _receive(description, tensors, sends, source, group, device)
-    return shared | mine
+    if size > TEXT_BYTES:
+        text = _share_text(text if sends else "", size, source, host_group)
+    described = json.loads(text)
+    return {name: _receive(each, tensors, sends, source, group, device) for name, each in described.items()}
 
 
 def split_inputs(
@@ -125,12 +145,8 @@ def _receive(description: list, tensors: list[torch.Tensor], sends: bool, source
     return tensor
 
 
-def _share_text(text: str, source: int, group, device) -> str:
+def _share_text(text: str, size: int, source: int, group: dist.ProcessGroup) -> str:
     """Torch's own object collectives need numpy."""
-    data = list(text.encode())
-    size = torch.tensor(len(data), device=device)
-    dist.broadcast(size, source, group=group)
-    row = torch.tensor(data, dtype=torch.uint8, device=device) if data else torch.empty(int(size), dtype=torch.uint8)
-    row = row.to(device)
+    row = torch.tensor(list(text.encode()), dtype=torch.uint8) if text else torch.empty(size, dtype=torch.uint8)
     dist.broadcast(row, source, group=group)
     return bytes(row.tolist()).decode()

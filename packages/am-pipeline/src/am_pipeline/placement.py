@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Literal
+
+RoundTo = Literal["up", "down"]
 
 # What transformers' vision- and audio-language models call the parts that run before the decoder.
 MULTIMODAL_ENCODERS = (
@@ -64,7 +67,7 @@ def calculate_virtual_stages(
     layers_per_stage: int | None,
     pp_size: int,
     is_single_stage_schedule: bool,
-    round_to_pp_multiple: str | None = None,
+    round_to_pp_multiple: RoundTo | None = None,
 ) -> tuple[int, int]:
     """How many stages to cut a decoder into: `(total stages, stages per rank)`.
 

@@ -1,15 +1,12 @@
-"""Build a torch pipeline schedule whose `step` is exact, whatever the sequence length and whatever is tied."""
+"""Build a torch pipeline schedule over stages, or say why it cannot run them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -20,65 +17,65 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
     get_schedule_class,
 )
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from am_pipeline._torch_compat import (
-    CsvSchedule,
-    Schedule,
-    SplitsInputs,
-    is_compiled,
-    load_csv,
-    n_microbatches,
-    stages_of,
-)
-from am_pipeline.inputs import share_from_first, split_inputs
+from am_pipeline._torch_compat import CsvSchedule, Schedule, data_ranks, is_compiled, load_csv
 from am_pipeline.order import read_order
-from am_pipeline.shapes import hidden_dtype, reset_pp_stage_shapes
-from am_pipeline.shared import check_shared_layouts, sum_shared_gradients
 from am_pipeline.stage import DecoderStage
+from am_pipeline.step import PipelineSchedule, cut_here, exact
 
 logger = logging.getLogger(__name__)
+
+ScheduleName = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+ReduceGrads = Literal["step", "microbatch"]
 
 
 def build_pipeline_schedule(
     pipeline_parallel_schedule_csv: str | None,
-    pipeline_parallel_schedule: str | None,
+    pipeline_parallel_schedule: ScheduleName | None,
     microbatch_size: int,
     local_batch_size: int,
     stages: list[PipelineStage],
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
+    loss_fn: Callable[..., torch.Tensor] | None,
     scale_grads: bool = False,
-    reduce_grads: str = "step",
-) -> Schedule:
-    """A schedule over this rank's stages, of torch's own class and a little more.
+    reduce_grads: ReduceGrads = "step",
+) -> PipelineSchedule:
+    """A schedule over this rank's stages, of torch's own class and of `PipelineSchedule`.
 
     `schedule.step(ids, target=labels, losses=losses)` and `schedule.eval(...)` are torch's: the first stage's rank
-    gives the ids `(B, S)`, the last stage's the target. When `step` returns, every gradient is what one process would
-    have, tied parameters included.
+    gives the ids `(B, S)`, the last stage's the target. When `step` returns, what one process would add to every
+    gradient has been added, tied parameters included.
 
     Args:
         pipeline_parallel_schedule_csv: path of a file with one row of actions per rank; it goes before the name.
         pipeline_parallel_schedule: `GPipe`, `1F1B`, `Interleaved1F1B`, `LoopedBFS`, `InterleavedZeroBubble`,
             `ZBVZeroBubble` or `DualPipeV`.
         microbatch_size: sequences per microbatch.
-        local_batch_size: sequences per step on this pipeline, a multiple of `microbatch_size`.
+        local_batch_size: sequences per step on this pipeline, a multiple of `microbatch_size`. It fixes the number of
+            microbatches; another batch that divides into as many is taken, too.
         stages: this rank's stages, in the order of `split_model_into_stages`.
         loss_fn: takes the last stage's output and the target of one microbatch, returns a scalar; None to evaluate
             only.
-        scale_grads: divide gradients by the number of microbatches after the step: True for a `loss_fn` that is a
-            mean over its microbatch. False sums what the microbatches give.
+        scale_grads: divide the step's gradients by the number of microbatches: True for a `loss_fn` that is a mean
+            over its microbatch. False sums what the microbatches give; see `scale_grads_by_tokens`.
         reduce_grads: when FSDP2 modules in the stages reduce their gradients: `"step"` for once, after the last
             microbatch, or `"microbatch"` for after each, which keeps what accumulates sharded.
 
     With a schedule that splits the backward (the zero-bubble ones, DualPipeV, files), FSDP modules in the stages are
     set not to reshard after forward: torch finds no weight gradients otherwise.
 
-    Collectives (pipeline axis): one all-reduce of four int64 per step, which tells every rank the batch's shape and
-    whether its input is there; what `sum_shared_gradients` says; and torch's own sends and receives.
+    Collectives (pipeline axis): for each step one all-gather of about 1.2 kB, with the one host sync, which tells every
+    rank the batch and that all of them can run it; torch's own sends and receives; an all-reduce of one int64 among
+    the hosts, which tells that all of them have; what `sum_shared_gradients` says. The first step makes a gloo group
+    for the hosts where the pipeline's own does not take tensors on the CPU.
 
     Raises:
         ValueError: an unknown schedule, a batch that does not divide, stages that do not fit the schedule, a file
-            that is not complete, in order and free of deadlock, compiled stages where torch cannot run them; in `step`,
-            on every rank: no input, no target, a batch that is not `local_batch_size` sequences.
+            that is not complete, in order and free of deadlock, compiled stages where torch cannot run them, parts
+            wrapped in DistributedDataParallel. For `step`, see `PipelineSchedule.step`.
         FileNotFoundError: no such CSV file.
     """
     if microbatch_size < 1 or local_batch_size < 1 or local_batch_size % microbatch_size:
@@ -89,6 +86,7 @@ def build_pipeline_schedule(
         raise ValueError(f"reduce_grads must be 'step' or 'microbatch', got {reduce_grads!r}")
     if not stages:
         raise ValueError("stages is empty: every rank of the pipeline holds at least one stage")
+    _refuse_ddp(stages)
     count = local_batch_size // microbatch_size
     kind = schedule_class(pipeline_parallel_schedule_csv, pipeline_parallel_schedule)
     if issubclass(kind, PipelineScheduleSingle) and len(stages) != 1:
@@ -106,8 +104,10 @@ def build_pipeline_schedule(
             raise ValueError("a schedule that splits the backward reduces gradients once: reduce_grads='step'")
         _keep_unsharded_until_backward(stages)
     for stage in stages:
-        stage.reduces_every_microbatch = reduce_grads == "microbatch"
-    build: Any = _exact(kind)
+        if isinstance(stage, DecoderStage):
+            stage.reduces_every_microbatch = reduce_grads == "microbatch"
+            stage.has_collectives = stage.has_collectives or _talks_to_others(stage)
+    build: Any = exact(kind)
     schedule = build(
         stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
         n_microbatches=count,
@@ -115,6 +115,7 @@ def build_pipeline_schedule(
         scale_grads=scale_grads,
     )
     schedule.local_batch_size = local_batch_size
+    schedule.follows_hooks = cut_here(stages)
     if pipeline_parallel_schedule_csv:
         load_csv(schedule, pipeline_parallel_schedule_csv)
     return schedule
@@ -132,15 +133,7 @@ def schedule_class(csv: str | None, name: str | None) -> type[Schedule]:
         raise ValueError(f"unknown pipeline schedule {name!r}; torch has {', '.join(SCHEDULES)}") from None
 
 
-SCHEDULES = (
-    "GPipe",
-    "1F1B",
-    "Interleaved1F1B",
-    "LoopedBFS",
-    "InterleavedZeroBubble",
-    "ZBVZeroBubble",
-    "DualPipeV",
-)
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 
 def scale_grads_by_divisor(stages: list[PipelineStage], divisor: int) -> None:
@@ -156,7 +149,6 @@ def scale_grads_by_divisor(stages: list[PipelineStage], divisor: int) -> None:
 
 
 # Schedules that compute the gradients of inputs and of weights in two passes over one graph.
-_HIDDEN = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 _SPLIT_BACKWARD = (ScheduleInterleavedZeroBubble, ScheduleZBVZeroBubble, ScheduleDualPipeV)
 
 
@@ -168,6 +160,21 @@ def _keep_unsharded_until_backward(stages: list[PipelineStage]) -> None:
                 module.set_reshard_after_forward(False, recurse=False)
 
 
+def _refuse_ddp(stages: list[PipelineStage]) -> None:
+    for stage in stages:
+        if any(isinstance(module, DistributedDataParallel) for module in stage.submod.modules()):
+            raise ValueError(
+                f"the part of stage {stage.stage_index} is wrapped in DistributedDataParallel, whose gradients a "
+                "pipeline does not average; in parallelize_fn, use FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+            )
+
+
+def _talks_to_others(stage: PipelineStage) -> bool:
+    return any(isinstance(p, DTensor) and p.device_mesh.size() > 1 for p in stage.submod.parameters()) or any(
+        isinstance(m, FSDPModule) and data_ranks(m) > 1 for m in stage.submod.modules()
+    )
+
+
 def _refuse_compiled(stages: list[PipelineStage], name: str) -> None:
     for stage in stages:
         compiled = [module or "the part" for module, m in stage.submod.named_modules() if is_compiled(m)]
@@ -177,114 +184,3 @@ def _refuse_compiled(stages: list[PipelineStage], name: str) -> None:
                 f"modules ({', '.join(compiled[:3])} of stage {stage.stage_index}); use GPipe, 1F1B, Interleaved1F1B "
                 "or LoopedBFS, or do not compile"
             )
-
-
-class _Exact(SplitsInputs):
-    """Mixed into a torch schedule class: agrees on the batch before a step, sums shared gradients after it.
-
-    Attributes:
-        target_tokens: labels of the last step's target that are not `ignore_index`, known on every rank of the
-            pipeline; what a loss that sums over tokens is divided by.
-    """
-
-    local_batch_size: int
-    ignore_index: int = -100
-    target_tokens: int = 0
-    _seq_len: int | None = None
-    _checked: bool = False
-    _evaluating: bool = False
-
-    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Any:
-        stages = stages_of(self)
-        if isinstance(stages[0], DecoderStage):
-            own = {name: kwargs.pop(name) for name in ("losses", "return_outputs", "loss_kwargs") if name in kwargs}
-            kwargs = self._agree(stages, args, kwargs, target) | own
-        result = super().step(*args, target=target, **kwargs)
-        if not self._evaluating:
-            sum_shared_gradients(stages)
-        return result
-
-    def eval(self, *args: Any, **kwargs: Any) -> Any:
-        self._evaluating = True
-        try:
-            return super().eval(*args, **kwargs)
-        finally:
-            self._evaluating = False
-
-    def split_inputs(self, args: tuple, kwargs: dict[str, Any]) -> tuple[list[tuple], list[dict[str, Any]]]:
-        return split_inputs(args, kwargs, n_microbatches(self), self.local_batch_size)
-
-    def _agree(self, stages: list[DecoderStage], args: tuple, kwargs: dict[str, Any], target: Any) -> dict[str, Any]:
-        """Every rank learns the batch's shape, or what is wrong with the call, before any send; and gets its inputs."""
-        device, group = stages[0].device, stages[0].group
-        here = _Call()
-        for stage in stages:
-            if stage.is_first:
-                if args and isinstance(args[0], torch.Tensor) and args[0].dim() >= 2:
-                    here.batch, here.seq_len = args[0].shape[:2]
-                else:
-                    here.no_input = 1
-                here.shares = int(bool(kwargs))
-            if stage.is_last:
-                here.no_target = int(target is None and not self._evaluating)
-                here.tokens = _count_tokens(target, self.ignore_index)
-                here.rows = target.shape[0] if isinstance(target, torch.Tensor) and target.dim() else 0
-        if not self._checked:
-            places = [_HIDDEN.index(hidden_dtype(stage)) for stage in stages]
-            here.last_dtype, here.first_dtype = max(places), -min(places)
-        agreed = torch.tensor(list(vars(here).values()), dtype=torch.int64, device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
-        call = _Call(*agreed.tolist())
-        if call.no_input:
-            raise ValueError("the rank of the first stage must call step(ids, ...) with ids of shape (B, S)")
-        if call.no_target:
-            raise ValueError("the rank of the last stage must call step(..., target=labels)")
-        if call.batch != self.local_batch_size:
-            raise ValueError(
-                f"the batch has {call.batch} sequences, but the schedule was built for "
-                f"local_batch_size={self.local_batch_size}"
-            )
-        if call.rows not in (0, call.batch):
-            raise ValueError(f"the target has {call.rows} rows, but the batch has {call.batch} sequences")
-        if call.last_dtype != -call.first_dtype:
-            one, other = _HIDDEN[call.last_dtype], _HIDDEN[-call.first_dtype]
-            raise ValueError(
-                f"some stages have layers in {one} and others in {other}, but the hidden state has one dtype throughout"
-            )
-        self.target_tokens = call.tokens
-        if not self._checked:
-            check_shared_layouts(stages)
-            self._checked = True
-        if call.seq_len != self._seq_len:
-            reset_pp_stage_shapes(self, stages, None, call.batch // n_microbatches(self), call.seq_len)
-            self._seq_len = call.seq_len
-        # Keyword inputs (images, positions) may make more depend on the ids than text alone does.
-        if call.shares or stages[0].plan.needs_first_input:
-            ids = {"input_ids": args[0]} if any(stage.is_first for stage in stages) else {}
-            first = stages[0].stage_index_to_group_rank[0]
-            kwargs = share_from_first(kwargs | ids, first, group, device)
-        return kwargs
-
-
-@dataclass
-class _Call:
-    """What the ranks tell each other about a step; the largest value wins."""
-
-    batch: int = 0
-    seq_len: int = 0
-    no_input: int = 0
-    no_target: int = 0
-    tokens: int = 0
-    rows: int = 0
-    shares: int = 0
-    last_dtype: int = 0  # of the stages' hidden states, by place in `_HIDDEN`
-    first_dtype: int = 0  # the same, negative
-
-
-def _count_tokens(target: Any, ignore_index: int) -> int:
-    return int((target != ignore_index).sum()) if isinstance(target, torch.Tensor) else 0
-
-
-@cache
-def _exact(kind: type[Schedule]) -> type[Schedule]:
-    return type(kind.__name__, (_Exact, kind), {"__module__": __name__})

@@ -71,6 +71,7 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
         set_shapes(stage, (ids,) if stage.is_first else _on_meta(received), _on_meta(sent or received))
         if isinstance(stage, DecoderStage):
             stage.boundary.expected = sent
+            stage.receives, stage.sends = () if stage.is_first else _on_meta(received), _on_meta(sent or received)
 
 
 def hidden_dtype(stage: PipelineStage) -> torch.dtype:

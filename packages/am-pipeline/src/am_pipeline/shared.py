@@ -1,4 +1,4 @@
-"""Parameters that live on several stages: their gradients are summed, so that the copies stay one parameter."""
+"""Parameters that live on several stages: copies that stay one parameter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
+from am_pipeline.cut import SharedParameter
 from am_pipeline.stage import DecoderStage
 
 
@@ -28,35 +29,61 @@ def duplicate_parameters(stages: list[PipelineStage]) -> list[nn.Parameter]:
     ]
 
 
-def check_shared_layouts(stages: list[PipelineStage]) -> None:
-    """Refuse copies of a shared parameter that are sharded in different ways, on every rank alike.
+class SharedCopies:
+    """What a rank says of its copies of shared parameters, and whether all copies of each are one parameter.
 
-    Collectives (pipeline axis): one all-gather of an int64 per shared parameter and stage; none without any.
-
-    Raises:
-        ValueError: names the copies.
+    In one process they are one tensor, with one value, one `requires_grad` and one place in the optimizer. Over stages
+    that is a promise of whoever initialises, freezes and groups parameters, so that it is checked before every step.
     """
-    stage = stages[0]
-    if not isinstance(stage, DecoderStage) or not stage.plan.shared:
-        return
-    local = torch.zeros(sum(len(g.copies) for g in stage.plan.shared), dtype=torch.int64)
-    copies = [(group, copy) for group in stage.plan.shared for copy in group.copies]
-    for row, (_, copy) in enumerate(copies):
-        parameter = _held(stages, copy)
-        if parameter is not None:
-            local[row] = _fingerprint(parameter)
-    local = local.to(stage.device)
-    everyone = [torch.empty_like(local) for _ in range(stage.group_size)]
-    dist.all_gather(everyone, local, group=stage.group)
-    layouts = torch.stack(everyone).amax(0).tolist()
-    for group in stage.plan.shared:
-        seen = {layouts[row] for row, (g, _) in enumerate(copies) if g is group}
-        if len(seen) > 1:
-            names = " and ".join(f"{name} (stage {index})" for index, name in group.copies)
-            raise ValueError(
-                f"{names} are one parameter, but parallelize_fn gave them different shapes, dtypes or placements; "
-                "their gradients cannot be summed. Give the embedding and the head the same layout"
-            )
+
+    def __init__(self, stages: list[DecoderStage]) -> None:
+        self.stages = stages
+        self.groups = stages[0].plan.shared
+        self.ranks = stages[0].stage_index_to_group_rank
+
+    def words(self) -> list[int | torch.Tensor]:
+        """Three per copy: a hash of its layout, whether it is trained, a sum over its bits; 0 for another rank's."""
+        words: list[int | torch.Tensor] = []
+        for group in self.groups:
+            for copy in group.copies:
+                parameter = _held(self.stages, copy)
+                words += (0, 0, 0) if parameter is None else _describe(parameter)
+        return words
+
+    def check(self, rows: list[list[int]]) -> None:
+        """Refuse copies that are not one parameter, on every rank alike.
+
+        Args:
+            rows: `words` of all ranks, by group rank.
+
+        Raises:
+            ValueError: names the copies, says what differs and how to mend it.
+        """
+        place = 0
+        for group in self.groups:
+            seen = []
+            for stage, _ in group.copies:
+                seen.append(tuple(rows[self.ranks[stage]][place : place + 3]))
+                place += 3
+            layouts, trained, values = (set(words) for words in zip(*seen, strict=True))
+            if len(layouts) > 1:
+                raise ValueError(
+                    f"{_names(group)} are one parameter, but parallelize_fn gave them different shapes, dtypes or "
+                    "placements; their gradients cannot be summed. Give the embedding and the head the same layout"
+                )
+            if len(trained) > 1:
+                yes, no = (_names(group, [words[1] == flag for words in seen]) for flag in (1, 0))
+                raise ValueError(
+                    f"{_names(group)} are one parameter, but {yes} has requires_grad=True and {no} False; freeze or "
+                    "train both: a rule by name finds each copy under its own name"
+                )
+            if len(values) > 1:
+                raise ValueError(
+                    f"{_names(group)} are one parameter, but hold different values. If this is the first step, the "
+                    "ranks built the model from different seeds: set one seed, or load the same weights on all. If "
+                    "not, the copies were updated differently: give both the same optimizer settings (weight decay, "
+                    "learning rate; a rule by name finds each copy under its own name)"
+                )
 
 
 def sum_shared_gradients(stages: list[PipelineStage]) -> None:
@@ -99,6 +126,11 @@ def sum_shared_gradients(stages: list[PipelineStage]) -> None:
             gradient.copy_(total)
 
 
+def _names(group: SharedParameter, chosen: list[bool] | None = None) -> str:
+    names = [f"{name} (stage {index})" for index, name in group.copies]
+    return " and ".join(name for place, name in enumerate(names) if chosen is None or chosen[place])
+
+
 def _held(stages: list[PipelineStage], copy: tuple[int, str]) -> nn.Parameter | None:
     for stage in stages:
         if stage.stage_index == copy[0]:
@@ -115,11 +147,25 @@ def _local_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
-def _fingerprint(parameter: nn.Parameter) -> int:
+def _describe(parameter: nn.Parameter) -> tuple[int | torch.Tensor, ...]:
     layout = parameter.placements if isinstance(parameter, DTensor) else ()
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    text = f"{tuple(local.shape)} {parameter.dtype} {layout} {parameter.requires_grad}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) + 1
+    local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
+    text = f"{tuple(local.shape)} {parameter.dtype} {layout}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]), int(parameter.requires_grad), _bit_sum(local)
+
+
+def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's bits, read as integers and modulo 2^64: the same in whatever order it is added up.
+
+    It reads the tensor once, on its device. Equal tensors have equal sums; copies that an optimizer moved apart do not.
+    """
+    flat = tensor.reshape(-1)
+    if flat.is_meta:
+        return torch.zeros((), dtype=torch.int64)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # words start at multiples of their size
+    words = torch.uint8 if flat.numel() * flat.element_size() % 8 else torch.int64
+    return flat.view(words).sum(dtype=torch.int64)
 
 
 def _message(op, tensor: torch.Tensor, stage: PipelineStage, peer_stage: int) -> dist.P2POp:

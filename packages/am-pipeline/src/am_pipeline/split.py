@@ -7,19 +7,21 @@ import copy
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleSingle,
     ScheduleDualPipeV,
     ScheduleZBVZeroBubble,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from am_pipeline._torch_compat import Schedule
-from am_pipeline.balance import Costs
+from am_pipeline.balance import Balance, Costs
 from am_pipeline.cut import CutPlan, build_part, plan_cut, plan_stages
 from am_pipeline.order import read_order
-from am_pipeline.placement import calculate_virtual_stages, stage_ids_this_rank
-from am_pipeline.schedule import schedule_class
+from am_pipeline.placement import RoundTo, calculate_virtual_stages, stage_ids_this_rank
+from am_pipeline.schedule import ScheduleName, schedule_class
 from am_pipeline.stage import DecoderStage
 
 
@@ -27,14 +29,14 @@ def split_model_into_stages(
     model: nn.Module,
     pp_mesh: DeviceMesh,
     pp_axis_name: str,
-    pp_schedule: str,
+    pp_schedule: ScheduleName,
     device: torch.device,
     module_names_per_stage: list[list[str]] | None = None,
     layers_per_stage: int | None = None,
     patch_inner_model: bool = True,
     patch_causal_lm_model: bool = True,
-    round_to_pp_multiple: str | None = None,
-    balance: str | Costs = "flops",
+    round_to_pp_multiple: RoundTo | None = None,
+    balance: Balance | Costs = "flops",
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """This rank's stages of a model and the parts they run, in the order of `stage_ids_this_rank`.
 
@@ -57,8 +59,10 @@ def split_model_into_stages(
     Collectives: none.
 
     Raises:
-        ValueError: from the plan or the arithmetic of stages, on every rank alike.
+        ValueError: a model that DistributedDataParallel or FSDP2 has wrapped already, or from the plan or the
+            arithmetic of stages, on every rank alike.
     """
+    _refuse_wrapped(model)
     kind = schedule_class(None, pp_schedule)
     placement = "v" if issubclass(kind, (ScheduleZBVZeroBubble, ScheduleDualPipeV)) else "loop"
     _check_axis(pp_mesh, pp_axis_name)
@@ -85,9 +89,10 @@ def split_model_for_csv(
     module_names_per_stage: list[list[str]] | None = None,
     patch_inner_model: bool = True,
     patch_causal_lm_model: bool = True,
-    balance: str | Costs = "flops",
+    balance: Balance | Costs = "flops",
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Like `split_model_into_stages`, for a schedule file: its rows say which rank holds which stages."""
+    _refuse_wrapped(model)
     _check_axis(pp_mesh, pp_axis_name)
     pp_size = pp_mesh.size(pp_mesh.mesh_dim_names.index(pp_axis_name))
     held = [list(dict.fromkeys(action.stage for action in actions)) for actions in read_order(csv, pp_size)]
@@ -106,6 +111,21 @@ def split_model_for_csv(
     )
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"its module {name}" if name else "it"
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{type(model).__name__} cannot be cut: {where} is wrapped in DistributedDataParallel. Give the plain "
+                "model, and a parallelize_fn that applies FSDP2 (torch.distributed.fsdp.fully_shard) to each part"
+            )
+        if isinstance(module, FSDPModule):
+            raise ValueError(
+                f"{type(model).__name__} cannot be cut: {where} is sharded by FSDP2 already. Give the plain model, and "
+                "a parallelize_fn that applies fully_shard to each part"
+            )
+
+
 def _check_axis(mesh: DeviceMesh, axis: str) -> None:
     if axis not in (mesh.mesh_dim_names or ()):
         raise ValueError(f"the mesh has no axis {axis!r}; it has {mesh.mesh_dim_names}")
@@ -117,8 +137,8 @@ def _plan(
     pp_size: int,
     module_names: list[list[str]] | None,
     layers_per_stage: int | None,
-    round_to: str | None,
-    balance: str | Costs,
+    round_to: RoundTo | None,
+    balance: Balance | Costs,
 ) -> CutPlan:
     single = issubclass(kind, PipelineScheduleSingle)
     if module_names is None:

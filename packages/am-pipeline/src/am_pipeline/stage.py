@@ -1,4 +1,4 @@
-"""A pipeline stage that knows its boundary and the parameters it shares with other stages."""
+"""A pipeline stage that knows its boundary and its shared parameters, and fails without leaving others waiting."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline.boundary import Boundary
 from am_pipeline.cut import CutPlan
+from am_pipeline.failure import StepFailure
 
 
 class DecoderStage(PipelineStage):
@@ -21,9 +22,17 @@ class DecoderStage(PipelineStage):
         boundary: what enters and leaves the part.
         reduces_every_microbatch: whether FSDP2 reduces gradients after every backward instead of once per step: what
             accumulates is then sharded, at the price of a reduce-scatter and an all-gather more per microbatch.
+        receives, sends: meta tensors of what crosses the cut; empty before shapes are known.
+        failure: what went wrong in the running step of a schedule of this package; None outside of one.
+        has_collectives: whether the part talks to other ranks (data, tensor, expert axes) while it computes. Those
+            cannot be kept company after an error in the part: it is raised at once.
     """
 
     reduces_every_microbatch = False
+    receives: tuple[torch.Tensor, ...] = ()
+    sends: tuple[torch.Tensor, ...] = ()
+    failure: StepFailure | None = None
+    has_collectives = False
 
     def __init__(
         self,
@@ -38,8 +47,69 @@ class DecoderStage(PipelineStage):
         self.plan = plan
         self.boundary = boundary
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if not self._skips:
+            try:
+                return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+            except Exception as error:
+                self._keep_company(f"forward of microbatch {fwd_chunk_id}", error)
+        outputs = self._zeros(self.sends)
+        self.fwd_cache[fwd_chunk_id] = (outputs, [])
+        return outputs
+
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        result = super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
-        if self.reduces_every_microbatch:
-            self.perform_reduce_grad(1)
-        return result
+        if not self.has_backward:
+            return
+        if not self._skips:
+            try:
+                super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+                # A backward in two passes gives inputs gradients of any stride; messages are contiguous.
+                gradients = self.bwd_cache[bwd_chunk_id]
+                self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
+                if self.reduces_every_microbatch:
+                    self.perform_reduce_grad(1)
+                return
+            except Exception as error:
+                self._keep_company(f"backward of microbatch {bwd_chunk_id}", error)
+        self.fwd_cache.pop(bwd_chunk_id, None)
+        gradients = zip(self.receives, self._zeros(self.receives), strict=True)
+        self.bwd_cache[bwd_chunk_id] = tuple(zeros if like.requires_grad else None for like, zeros in gradients)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        if not self._skips:
+            try:
+                super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            except Exception as error:
+                self._keep_company(f"backward of the weights of microbatch {bwd_chunk_id}", error)
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        # torch calls it in evaluation, too: there is nothing to reduce or to scale.
+        if self.has_backward and not self._skips:
+            super().perform_reduce_grad(grad_scale_factor)
+
+    # Two stages of one rank hand gradients on without messages; torch does so in evaluation, too, and fails.
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    @property
+    def _skips(self) -> bool:
+        return self.failure is not None and self.failure.skips
+
+    def _keep_company(self, what: str, error: Exception) -> None:
+        """Record an error, to go on with zeros; raise it where that helps nobody."""
+        if self.failure is None or self.has_collectives:
+            raise error
+        # torch wraps what a module raised.
+        self.failure.record(f"stage {self.stage_index}, {what}", _original(error))
+
+    def _zeros(self, like: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=self.device) for t in like)
+
+
+def _original(error: Exception) -> Exception:
+    cause = error.__cause__
+    return _original(cause) if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
