@@ -182,7 +182,7 @@ def test_dropout_before_the_layers_needs_nothing_later():
 
 def test_a_mask_drawn_once_for_layers_of_several_stages_is_refused():
     model = _llama_with(lambda ids, hidden: torch.nn.functional.dropout(hidden, 0.5)).train()
-    with pytest.raises(ValueError, match="random numbers drawn at .* would be drawn anew on every stage"):
+    with pytest.raises(ValueError, match=r"random numbers drawn at .* would be drawn anew on every stage"):
         plan_cut(model, 2)
 
 

@@ -37,9 +37,9 @@ def build(model, *, schedule="1F1B", batch=4, microbatch=2, loss_fn=next_token_l
     )
 
 
-def check(model, whole, ids, labels, kwargs, everywhere, schedule="1F1B"):
+def check(model, whole, ids, labels, kwargs, everywhere, schedule="1F1B", batch_dims=None):
     """One step with keyword inputs against one process that runs the same microbatches."""
-    pieces = split_inputs((ids, labels), kwargs, 2, 4)
+    pieces = split_inputs((ids, labels), kwargs, 2, dict.fromkeys(kwargs, 0) | (batch_dims or {}))
     outputs = [whole(piece, use_cache=False, **more).logits for (piece, _), more in zip(*pieces, strict=True)]
     losses = [next_token_loss(o, target) for o, (_, target) in zip(outputs, pieces[0], strict=True)]
     (sum(losses) / 2).backward()
@@ -201,7 +201,7 @@ def test_tensors_are_split_along_their_batch_dim():
         "flag": True,
         "packed": [torch.zeros(3), torch.zeros(5)],
     }
-    args, kwargs = split_inputs((torch.arange(4),), batch, 2, 4)
+    args, kwargs = split_inputs((torch.arange(4),), batch, 2, {"attention_mask": 0, "position_ids": 1, "shared": None})
     assert [a[0].tolist() for a in args] == [[0, 1], [2, 3]]
     assert kwargs[1]["attention_mask"].tolist() == [[4, 5], [6, 7]]
     assert kwargs[0]["position_ids"].shape == (3, 2, 2)

@@ -70,8 +70,9 @@ class Boundary:
     Attributes:
         is_first, is_last: where the stage is.
         passage: what the stage gets, sends and leaves out.
+        chosen: the passage of the microbatch that runs, where a schedule says which it is.
         prove: for a part that is called by hand: `(first argument, other inputs, sizes, training)` to the passage of
-            such a call. None once a schedule has said which passage it is.
+            such a call.
         expected: `(shape, dtype)` of each tensor that this stage sends, agreed with the next; None before that.
         passes_on: stand-ins hand their input on, for a forward that was written for stages by hand.
         watch: follows the values, when a part is proved.
@@ -80,6 +81,7 @@ class Boundary:
     is_first: bool
     is_last: bool
     passage: Passage
+    chosen: Passage | None = None
     prove: Callable[[torch.Tensor | None, dict[str, Any], tuple[int, int], bool], Passage] | None = None
     expected: list[tuple[tuple[int, ...], torch.dtype]] | None = None
     passes_on: bool = False
@@ -99,6 +101,11 @@ class Boundary:
         part.register_forward_pre_hook(self._enter, with_kwargs=True)
         part.register_forward_hook(self._leave)
 
+    @property
+    def called(self) -> Counter[str]:
+        """How often the last forward called each stand-in."""
+        return self._counts
+
     def stand_in(self, unit: str, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What an absent unit returns to the code that calls it."""
         if self.passes_on:
@@ -112,8 +119,8 @@ class Boundary:
         self._counts[unit] += 1
         if call not in self.passage.returns:
             raise RuntimeError(
-                f"with these inputs the forward calls {unit} (call {call[1] + 1}), which is on another stage and is not "
-                "called when the model is cut; give plan_cut inputs of this form, or put it on the first stage"
+                f"with these inputs the forward calls {unit} (call {call[1] + 1}), which is on another stage; it did "
+                "not when the model was cut"
             )
         handed = self.passage.handed.get(call, ())
         tensors = list(tensors_in((args, kwargs)))
@@ -147,6 +154,7 @@ class Boundary:
         if "use_cache" in inspect.signature(part.forward).parameters:
             kwargs.setdefault("use_cache", False)
         self._shards = getattr(part, "sequence_shards", 1)
+        self.passage = self.chosen or self.passage
         name = self.passage.first_input[0]
         count = 0 if self.is_first else len(self.passage.receives)
         received, args = args[:count], args[count:]
@@ -155,7 +163,7 @@ class Boundary:
         seen = received[0] if received else first if first is not None else next(tensors_in(kwargs))
         self._device = seen.device
         self._sizes = self._sizes_of(received) if received else tuple(seen.shape[:2])
-        if self.prove is not None:
+        if self.chosen is None and self.prove is not None:
             others = {n: value for n, value in kwargs.items() if n not in (name, "use_cache")}
             self.passage = self.prove(first, others, self._sizes, part.training)
         self._hook(part)
@@ -182,10 +190,10 @@ class Boundary:
         to_send = self._to_send
         self._received, self._to_send, self._active = {}, {}, False
         missing = [unit for unit, call in self.passage.returns if self._counts[unit] <= call]
-        if missing and not self.passes_on:
+        if missing and not self.passes_on and self.watch is None:
             raise RuntimeError(
-                f"with these inputs the forward does not call {missing[0]}, as it did when the model was cut: what it runs "
-                "may not depend on the numbers in its inputs"
+                f"with these inputs the forward does not call {missing[0]}, as it did when the model was cut: what it "
+                "runs may not depend on the numbers in its inputs"
             )
         if self.is_last:
             return select_output(output)
@@ -243,9 +251,7 @@ class Boundary:
         raise RuntimeError("no tensor between the stages tells the batch size and the sequence length")
 
     @staticmethod
-    def _as_agreed(
-        sent: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, crossed: Crossed
-    ) -> torch.Tensor:
+    def _as_agreed(sent: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, crossed: Crossed) -> torch.Tensor:
         if tuple(sent.shape) != shape or torch.promote_types(sent.dtype, dtype) != dtype:
             raise RuntimeError(
                 f"this stage sends {crossed.value} of shape {tuple(sent.shape)}, {sent.dtype}, but the next stage "

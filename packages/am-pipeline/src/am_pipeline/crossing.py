@@ -147,7 +147,9 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
             ran = [int(c.unit.rpartition(".")[2]) for c in trace.calls if units.is_layer(c.unit)]
             order = "" if ran == sorted(set(ran)) else f"its forward runs the layers in the order {ran}: "
             where = _stages(holders(value.unit))
-            raise CannotCutError(f"{order}{reader} on stage {stage} reads {value}, which is made later, on stage {where}")
+            raise CannotCutError(
+                f"{order}{reader} on stage {stage} reads {value}, which is made later, on stage {where}"
+            )
         run(max(earlier), calls[value.unit, value.call])
         for place in range(max(earlier) + 1, stage + 1):
             if value not in needs.enters[place]:

@@ -101,10 +101,10 @@ def plan_cut(
     """Decide which stage holds what, and prove that the parts compute what the model does.
 
     The model's own forward is run on a few tokens without numbers, and every value is followed to where it is read:
-    what a stage reads comes from what it is sent, from its inputs or from modules that it holds. What else layers, norm or
-    head take (an embedding once more, the mean of all layers, a second tensor of the layer before) travels along. Then
-    every part is run in the same way, and must repeat the whole model's operators on the same values. Runs no collective,
-    needs no memory and leaves the model as it is.
+    what a stage reads comes from what it is sent, from its inputs or from modules that it holds. What else layers,
+    norm or head take (an embedding once more, the mean of all layers, a second tensor of the layer before) travels
+    along. Then every part is run in the same way, and must repeat the whole model's operators on the same values. Runs
+    no collective, needs no memory and leaves the model as it is.
 
     Args:
         model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers; may be on meta.
@@ -178,6 +178,7 @@ def _plan_with(
         stages = by_hand
     _check_runs(reading, stages)
     stages, passages = reading.cut(stages)
+    reading.remember(passages)
     return CutPlan(reading.anatomy, stages, _find_shared(model, reading.units, stages), passages, reading)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from am_pipeline.crossing import BATCH, SEQUENCE, Dim, Shape
-
+from am_pipeline.inputs import ENCODER_INPUTS
 
 # Sequences and tokens of the two runs that tell a tensor's dims apart.
 SIZES = ((3, 8), (5, 16))
@@ -66,6 +66,13 @@ class Form:
         return {name: given.batch_dim for name, given in self.tensors.items()}
 
 
+class Piece:
+    """An input of one microbatch, given by itself: it is not split."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 class AmbiguousError(ValueError):
     """An input could be split in more than one way, or in none."""
 
@@ -90,7 +97,7 @@ def resolve_form(
 
     Args:
         first: the model's first argument.
-        inputs: its further inputs, whole.
+        inputs: its further inputs, whole, or a `Piece` for the first microbatch.
         batch, seq_len: sequences and tokens of the batch.
         runs: traces the model with a form; the inputs that it read, None if its forward failed.
         training: whether the model is in training mode.
@@ -100,42 +107,68 @@ def resolve_form(
     Raises:
         AmbiguousError: names an input and what it could be.
     """
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    given_pieces = {name: value.tensor for name, value in inputs.items() if isinstance(value, Piece)}
+    tensors = {n: value for n, value in inputs.items() if isinstance(value, torch.Tensor)} | given_pieces
     others = {name: value for name, value in inputs.items() if name not in tensors}
-    options = {name: list(_options(name, value, batch, seq_len, batch_dims)) for name, value in tensors.items()}
+    options = {
+        name: list(_options(name, value, batch // pieces if name in given_pieces else batch, seq_len, batch_dims))
+        for name, value in tensors.items()
+    }
+    of_text = {name: shapes for name, shapes in options.items() if name not in ENCODER_INPUTS}
+    splits = pieces > 1 and batch > pieces
 
-    def small(choice: Mapping[str, Shape]) -> Form:
-        return Form(first, {n: Given(n, choice[n], tensors[n]) for n in tensors}, others, training)
+    def small(choice: Mapping[str, Shape], sizes: tuple[tuple[int, int], ...] = SIZES) -> Form:
+        return Form(first, {n: Given(n, shape, tensors[n]) for n, shape in choice.items()}, others, training, sizes)
+
+    def larger(choice: Mapping[str, Shape]) -> Form:
+        """More sequences than the batch: what reads a tensor of as many as the batch has runs out of it."""
+        return small(choice, ((batch + 3, batch + 8),))
 
     def real(choice: Mapping[str, Shape]) -> Form:
         """The first microbatch itself: what must fit each other in number, images and their places, does."""
 
         def piece(given: Given) -> Given:
             dim = given.batch_dim
-            sample = given.sample if dim is None else given.sample.chunk(pieces, dim)[0]
-            dims = tuple(d if isinstance(d, Dim) and d.batch else s for d, s in zip(given.shape.dims, sample.shape))
+            whole = dim is None or given.name in given_pieces
+            sample = given.sample if whole else given.sample.chunk(pieces, dim)[0]
+            pairs = zip(given.shape.dims, sample.shape, strict=True)
+            dims = tuple(d if isinstance(d, Dim) and d.batch else size for d, size in pairs)
             return Given(given.name, Shape(dims), sample)
 
-        whole = Given(first.name, Shape((*first.shape.dims[:1], *first.sample.shape[1:])), first.sample)
-        whole = piece(whole)
-        sizes = ((whole.sample.shape[0], seq_len),)
-        return Form(whole, {n: piece(Given(n, choice[n], tensors[n])) for n in tensors}, others, training, sizes)
+        ids = piece(Given(first.name, Shape((*first.shape.dims[:1], *first.sample.shape[1:])), first.sample))
+        sizes = ((ids.sample.shape[0], seq_len),)
+        given = {n: piece(Given(n, shape, tensors[n])) for n, shape in choice.items()}
+        return Form(ids, given, others, training, sizes)
 
-    for make in (small, real):
-        found = _first_that_runs(options, lambda choice, make=make: runs(make(choice)))
+    def resolve(
+        fixed: Mapping[str, Shape],
+        free: Mapping[str, list[Shape]],
+        make: Callable[[Mapping[str, Shape]], Form],
+        again: Callable[[Mapping[str, Shape]], Form],
+    ) -> dict[str, Shape] | None:
+        """The first choice that runs with `make`, if no other batch dim of an input that it reads runs with `again`."""
+        found = _first_that_runs(free, lambda choice: runs(make({**fixed, **choice})))
         if found is None:
-            continue
+            return None
         choice, read = found
-        for name in sorted(read & set(options)) if pieces > 1 else ():
-            for other in options[name]:
-                changed = choice | {name: other}
-                if _batch_of(other) != _batch_of(choice[name]) and runs(make(changed)) is not None:
+        for name in sorted(read & set(free) - set(given_pieces)) if splits else ():
+            for other in free[name]:
+                changed = {**fixed, **choice, name: other}
+                if _batch_of(other) != _batch_of(choice[name]) and runs(again(changed)) is not None:
                     raise AmbiguousError(
                         f"the input {name!r} of shape {tuple(tensors[name].shape)} could be split along "
                         f"{_along(choice[name])} or {_along(other)}: the model runs either way; say which with "
                         f"batch_dims={{{name!r}: ...}}"
                     )
-        return make(choice)
+        return choice
+
+    choice = resolve({}, of_text, small, larger)
+    if choice is not None and len(of_text) == len(options):
+        return small(choice)
+    rest = {name: shapes for name, shapes in options.items() if choice is None or name not in choice}
+    more = resolve(choice or {}, rest, real, real)
+    if more is not None:
+        return real({**(choice or {}), **more})
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     raise AmbiguousError(
         f"the model does not run on inputs of shapes {shapes} beside {first.name} of {(batch, seq_len)}, "
@@ -161,7 +194,9 @@ def _options(
     could = [
         [dim for dim, there in ((BATCH, size == batch), (SEQUENCE, size == seq_len), (size, True)) if there]
         if size > 1
-        else [BATCH, size] if size == batch else [size]
+        else [BATCH, size]
+        if size == batch
+        else [size]
         for size in value.shape
     ]
     for dims in itertools.product(*could):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,13 +32,14 @@ def describe_inputs(mine: dict[str, Any]) -> tuple[str, list[torch.Tensor]]:
     """What the first stage's rank shares of its keyword inputs, in words that others allocate by; and the tensors.
 
     Args:
-        mine: tensors, numbers, strings, None, or lists of tensors with one per microbatch.
+        mine: tensors, numbers, strings, None, or lists of tensors or None with one per microbatch. Inputs of encoders
+            are described and not sent: the stages that use them are on this rank.
 
     Raises:
         TypeError: an input that is not of these kinds.
     """
     tensors: list[torch.Tensor] = []
-    described = {name: _describe(value, tensors) for name, value in mine.items() if name not in ENCODER_INPUTS}
+    described = {name: _describe(value, [] if name in ENCODER_INPUTS else tensors) for name, value in mine.items()}
     for name, (kind, what, *_) in described.items():
         if kind == "unknown":
             raise TypeError(
@@ -75,55 +77,54 @@ def receive_inputs(
     if size > TEXT_BYTES:
         text = _share_text(text if sends else "", size, source, host_group)
     described = json.loads(text)
-    return {name: _receive(each, tensors, sends, source, group, device) for name, each in described.items()}
+    return {
+        name: _imagine(each) if name in ENCODER_INPUTS else _receive(each, tensors, sends, source, group, device)
+        for name, each in described.items()
+    }
 
 
 def split_inputs(
-    args: tuple, kwargs: dict[str, Any], count: int, batch: int
+    args: tuple, kwargs: dict[str, Any], count: int, batch_dims: Mapping[str, int | None]
 ) -> tuple[list[tuple], list[dict[str, Any]]]:
     """One tuple of positional and one dict of keyword inputs per microbatch.
 
-    A tensor is split along its first dim of size `batch`, except that `position_ids` with a leading dim of
-    coordinates `(3, B, S)` is split along its second; one without such a dim goes to every microbatch whole. A list
-    or tuple of `count` tensors is taken as one per microbatch (packed sequences, images).
-
     Args:
-        args, kwargs: of the whole batch.
+        args: of the whole batch; split along dim 0.
+        kwargs: of the whole batch. A list or tuple with one tensor or None for each microbatch is taken as that (packed
+            sequences, images); what is neither that nor in `batch_dims` goes to every microbatch whole.
         count: number of microbatches.
-        batch: sequences in the batch, a multiple of `count`.
+        batch_dims: the dim along which a keyword input is split, by name; None for whole.
     """
-    pieces = [_pieces("", value, count, batch) for value in args]
-    named = {name: _pieces(name, value, count, batch) for name, value in kwargs.items()}
+    pieces = [list(value.chunk(count)) for value in args]
+    named = {name: _pieces(value, count, batch_dims.get(name)) for name, value in kwargs.items()}
     return (
         [tuple(each[i] for each in pieces) for i in range(count)],
         [{name: each[i] for name, each in named.items()} for i in range(count)],
     )
 
 
-def _pieces(name: str, value: Any, count: int, batch: int) -> list[Any]:
-    if isinstance(value, torch.Tensor):
-        dim = _batch_dim(name, value, batch)
-        return [value] * count if dim is None else list(value.chunk(count, dim))
-    if _is_list_of_tensors(value) and len(value) == count:
+def is_per_microbatch(value: Any, count: int) -> bool:
+    """Whether an input is a list with one tensor, or None, for each microbatch."""
+    return _is_list_of_tensors(value) and len(value) == count
+
+
+def _pieces(value: Any, count: int, dim: int | None) -> list[Any]:
+    if is_per_microbatch(value, count):
         return list(value)
-    return [value] * count
-
-
-def _batch_dim(name: str, value: torch.Tensor, batch: int) -> int | None:
-    if name == "position_ids" and value.dim() == 3 and value.shape[1] == batch:
-        return 1
-    return next((dim for dim, size in enumerate(value.shape) if size == batch), None)
+    return [value] * count if dim is None else list(value.chunk(count, dim))
 
 
 def _is_list_of_tensors(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, torch.Tensor) for v in value)
+    if not isinstance(value, (list, tuple)) or all(v is None for v in value):
+        return False
+    return all(v is None or isinstance(v, torch.Tensor) for v in value)
 
 
 def _describe(value: Any, tensors: list[torch.Tensor]) -> list:
     if isinstance(value, torch.Tensor) and value.dtype in _DTYPES:
         tensors.append(value)
         return ["tensor", list(value.shape), _DTYPES.index(value.dtype)]
-    if _is_list_of_tensors(value) and all(v.dtype in _DTYPES for v in value):
+    if _is_list_of_tensors(value) and all(v is None or v.dtype in _DTYPES for v in value):
         return ["list", [_describe(v, tensors) for v in value]]
     if value is None or isinstance(value, (bool, int, float, str)):
         return ["value", value]
@@ -143,6 +144,14 @@ def _receive(description: list, tensors: list[torch.Tensor], sends: bool, source
     if tensor.numel():
         dist.broadcast(tensor, source, group=group)
     return tensor
+
+
+def _imagine(description: list) -> Any:
+    """A tensor of that form without memory, where only the form of an input matters."""
+    kind, what, *dtype = description
+    if kind == "list":
+        return [_imagine(each) for each in what]
+    return what if kind == "value" else torch.zeros((), dtype=_DTYPES[dtype[0]]).expand(what)
 
 
 def _share_text(text: str, size: int, source: int, group: dist.ProcessGroup) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +73,7 @@ def pipeline_model(
     seq_len: int | None = None,
     balance: Balance | Costs = "flops",
     reduce_grads: ReduceGrads = "step",
+    batch_dims: Mapping[str, int | None] | None = None,
 ) -> tuple[PipelineSchedule, list[nn.Module], bool, bool, list[PipelineStage]]:
     """Cut a transformers model, parallelise each part and build the schedule that trains it.
 
@@ -103,6 +104,8 @@ def pipeline_model(
         seq_len: tokens per sequence, if known; another length later is noticed and handled.
         balance: what the stages are balanced by, see `plan_cut`.
         reduce_grads: see `build_pipeline_schedule`.
+        batch_dims: the dim along which a keyword input is split into microbatches, by its name, None for whole; needed
+            only where an error asks for it.
 
     Returns:
         `(schedule, parts, has_first_stage, has_last_stage, stages)` of this rank; see `PipelineSchedule` for `step`
@@ -176,6 +179,7 @@ def pipeline_model(
         scale_grads,
         reduce_grads,
     )
+    schedule.batch_dims = batch_dims or {}
     schedule.mesh, schedule.averaged_axes, schedule.peer_axes = world_mesh, averaged, peers
     return schedule, parts, any(s.is_first for s in stages), any(s.is_last for s in stages), stages
 

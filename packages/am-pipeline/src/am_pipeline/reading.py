@@ -7,9 +7,11 @@ it saw the same computation as in the whole model, to the last operator.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -26,7 +28,7 @@ from am_pipeline.crossing import (
     needs_of,
     shape_of,
 )
-from am_pipeline.forms import SIZES, Form, resolve_form, text_form
+from am_pipeline.forms import SIZES, Form, Piece, resolve_form, text_form
 from am_pipeline.inputs import ENCODER_INPUTS
 from am_pipeline.nested import map_leaves
 from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value, sent_key
@@ -112,7 +114,13 @@ class Reading:
         Raises:
             ValueError: the cut does not hold for these inputs, or the batch dim of one cannot be told.
         """
-        pattern = (training, _pattern(inputs, batch, seq_len), tuple(sorted((batch_dims or {}).items())), pieces > 1)
+        said = tuple(sorted((batch_dims or {}).items()))
+        pattern = (
+            training,
+            _pattern(inputs, batch, seq_len, pieces),
+            said if inputs else (),
+            pieces > 1 and bool(inputs),
+        )
         if pattern not in self._proved:
             given = self.form.first if first is None else replace(self.form.first, sample=first)
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
@@ -129,6 +137,11 @@ class Reading:
                 )
             self._proved[pattern] = form, self._prove_form(form, stages)
         return self._proved[pattern]
+
+    def remember(self, passages: tuple[Passage, ...]) -> None:
+        """What `cut` returned for this form."""
+        if not self.form.tensors and not self.form.others:
+            self._proved[self.form.training, (), (), False] = self.form, passages
 
     def _prove_form(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
         try:
@@ -167,7 +180,7 @@ class Reading:
         """
         last = len(stages) - 1
         while True:
-            needs = needs_of(self.small, self.units, lambda unit: holders_of(stages, unit), last)
+            needs = needs_of(self.small, self.units, partial(holders_of, stages), last)
             more = needs.weights
             if not more:
                 try:
@@ -195,15 +208,11 @@ class Reading:
         after = max(place for place, call in enumerate(order) if call in needs.live[stage] or call in sent)
         narrow = frozenset(call for call in passage.returns if order.index(call) > after)
         if stage + 1 < len(stages) and narrow:
-            shorter = replace(passage, narrow=narrow)
             try:
-                self._prove(stages, needs, stage, shorter)
+                return self._prove(stages, needs, stage, replace(passage, narrow=narrow))
             except CannotCutError:  # the model's own code wants the whole sequence there: it gets it
                 pass
-            else:
-                return shorter
-        self._prove(stages, needs, stage, passage)
-        return passage
+        return self._prove(stages, needs, stage, passage)
 
     def _unproved(self, stages: Stages, needs: Needs, stage: int) -> Passage:
         enters, leaves = needs.enters[stage], needs.enters[stage + 1]
@@ -288,12 +297,15 @@ class Reading:
         ]
         return shape_of(*found, self.form.sizes) if len(self.form.sizes) > 1 and len(found) == 2 else None
 
-    def _prove(self, stages: Stages, needs: Needs, stage: int, passage: Passage) -> None:
-        """Trace the part of a stage, and compare what counts on it with the whole model."""
+    def _prove(self, stages: Stages, needs: Needs, stage: int, passage: Passage) -> Passage:
+        """Trace the part of a stage and compare what counts on it with the whole model.
+
+        Returns:
+            The passage, less calls that are not made where inputs are withheld.
+        """
         last = len(stages) - 1
         boundary = Boundary(stage == 0, stage == last, passage)
-        held = {name for name in stages[stage]}
-        part = copy_without(self.weightless.fresh(self.form.training), self.units, held, boundary)
+        part = copy_without(self.weightless.fresh(self.form.training), self.units, set(stages[stage]), boundary)
         boundary.install(part)
         absent = {unit for unit, _ in passage.returns}
         tracer = Tracer(part, self.weightless.fake, lambda name: None if (u := self.units.of(name)) in absent else u)
@@ -324,6 +336,8 @@ class Reading:
         if stage < last and trace.output_keys != sent:
             wrong = next(c for c, mine, key in zip(passage.sends, trace.output_keys, sent, strict=True) if mine != key)
             raise CannotCutError(f"stage {stage} would send something else than {wrong.value}")
+        called = {call: returned for call, returned in passage.returns.items() if boundary.called[call[0]] > call[1]}
+        return replace(passage, returns=called)
 
     def _trace_whole(self, size: tuple[int, int]) -> Trace:
         return self._trace(self.form, size)
@@ -345,20 +359,19 @@ class Reading:
         place = next((look.place for look in self.small.looks if any(isinstance(s, Input) for s in look.sources)), None)
         if place is None or self.form.first.sample.is_floating_point():
             return
-        ids = self.form.first.sample
+        ids, traces = self.form.first.sample, []
         for other in (torch.zeros_like(ids), ids * 5 % 11, ids + 1):
             form = replace(self.form, first=replace(self.form.first, sample=other))
-            try:
-                trace = self._trace(form, form.sizes[0])
-            except Exception:  # what does not run at all needs no cut
-                continue
+            with contextlib.suppress(Exception):  # what does not run at all needs no cut
+                traces.append(self._trace(form, form.sizes[0]))
+        for trace in traces:
             for one, two in zip_longest(self.small.calls, trace.calls):
                 if one is None or two is None or (one.unit, one.reads) != (two.unit, two.reads):
                     unit = (one or two).unit if one is None or two is None else one.unit
                     raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
     def _anatomy(self) -> Anatomy:
-        """Which modules beside the stack run before, after and between its layers; those that do not, by their place."""
+        """Which modules beside the stack run before, after and between its layers; those that do not, by place."""
         places = [place for place, call in enumerate(self.small.calls) if self.units.is_layer(call.unit)]
         first, last = places[0], places[-1]
         sides: dict[str, set[str]] = {}
@@ -404,13 +417,15 @@ def holders_of(stages: Stages, unit: str) -> set[int]:
     return {s for s, names in enumerate(stages) if any(unit == n or unit.startswith(f"{n}.") for n in names)}
 
 
-def _pattern(inputs: Mapping[str, Any], batch: int, seq_len: int) -> tuple:
+def _pattern(inputs: Mapping[str, Any], batch: int, seq_len: int, pieces: int) -> tuple:
     """What two calls have in common that one proof covers: names, dtypes, and which sizes are those of the batch."""
 
-    def of(value: Any) -> Any:
+    def of(value: Any, rows: int = batch) -> Any:
+        if isinstance(value, Piece):
+            return "piece", of(value.tensor, batch // pieces)
         if not isinstance(value, torch.Tensor):
             return repr(value)
-        return str(value.dtype), tuple((size == batch, size == seq_len, size == 1) for size in value.shape)
+        return str(value.dtype), tuple((size == rows, size == seq_len, size == 1) for size in value.shape)
 
     return tuple((name, of(value)) for name, value in sorted(inputs.items()))
 

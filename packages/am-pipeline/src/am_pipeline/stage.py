@@ -9,9 +9,11 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 
-from am_pipeline.boundary import Boundary
+from am_pipeline._torch_compat import is_view
+from am_pipeline.boundary import Boundary, Passage
 from am_pipeline.cut import CutPlan
 from am_pipeline.failure import StepFailure
+from am_pipeline.nested import tensors_in
 
 
 class DecoderStage(PipelineStage):
@@ -22,6 +24,7 @@ class DecoderStage(PipelineStage):
         boundary: what enters and leaves the part.
         reduces_every_microbatch: whether FSDP2 reduces gradients after every backward instead of once per step: what
             accumulates is then sharded, at the price of a reduce-scatter and an all-gather more per microbatch.
+        passages: what the stage does with each microbatch of the running step.
         receives, sends: meta tensors of what crosses the cut; empty before shapes are known.
         failure: what went wrong in the running step of a schedule of this package; None outside of one.
         has_collectives: whether the part talks to other ranks (data, tensor, expert axes) while it computes. Those
@@ -29,6 +32,7 @@ class DecoderStage(PipelineStage):
     """
 
     reduces_every_microbatch = False
+    passages: tuple[Passage, ...] = ()
     receives: tuple[torch.Tensor, ...] = ()
     sends: tuple[torch.Tensor, ...] = ()
     failure: StepFailure | None = None
@@ -46,13 +50,20 @@ class DecoderStage(PipelineStage):
         super().__init__(part, stage_index, len(plan.stages), device, group=group)
         self.plan = plan
         self.boundary = boundary
+        self._beside: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if not self._skips:
+            self.boundary.chosen = self.passages[fwd_chunk_id] if self.passages else None
             try:
-                return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+                output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+                if self.is_last:
+                    self._keep_output(fwd_chunk_id, output)
+                return output
             except Exception as error:
                 self._keep_company(f"forward of microbatch {fwd_chunk_id}", error)
+            finally:
+                self.boundary.chosen = None
         outputs = self._zeros(self.sends)
         self.fwd_cache[fwd_chunk_id] = (outputs, [])
         return outputs
@@ -63,6 +74,9 @@ class DecoderStage(PipelineStage):
         if not self._skips:
             try:
                 super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+                for tensor in self._beside.pop(bwd_chunk_id, ()):
+                    if not is_view(tensor):
+                        tensor.detach_()
                 # A backward in two passes gives inputs gradients of any stride; messages are contiguous.
                 gradients = self.bwd_cache[bwd_chunk_id]
                 self.bwd_cache[bwd_chunk_id] = tuple(g if g is None else g.contiguous() for g in gradients)
@@ -94,6 +108,13 @@ class DecoderStage(PipelineStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+    def _keep_output(self, chunk_id: int, output: Any) -> None:
+        """torch lets go of the graph behind one tensor; a model may return several, in any structure."""
+        tensors = tuple(tensors_in(output))
+        self.fwd_cache[chunk_id] = (tensors[:1], self.fwd_cache[chunk_id][1])
+        if self.has_backward:
+            self._beside[chunk_id] = tensors[1:]
 
     @property
     def _skips(self) -> bool:

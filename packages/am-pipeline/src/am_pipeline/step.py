@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,9 +25,12 @@ from am_pipeline._torch_compat import (
     stages_of,
 )
 from am_pipeline.agreement import Agreement, Report, exchange_reports, read_reports
+from am_pipeline.boundary import Passage
 from am_pipeline.failure import StepFailure, host_group, refuse_together, vote
+from am_pipeline.forms import Piece
 from am_pipeline.gradients import GradientsSetAside
-from am_pipeline.inputs import describe_inputs, receive_inputs, split_inputs
+from am_pipeline.inputs import ENCODER_INPUTS, describe_inputs, is_per_microbatch, receive_inputs, split_inputs
+from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.shapes import hidden_dtype, reset_pp_stage_shapes
 from am_pipeline.shared import SharedCopies, sum_shared_gradients
 from am_pipeline.stage import DecoderStage
@@ -44,6 +50,8 @@ class PipelineSchedule(StepHooks, Schedule):
         pipeline_tokens: labels of the last step's target on this pipeline that are not `ignore_index`, known on all
             its ranks. A target of several tensors: of its `labels`, else of its first tensor of integers.
         mesh: the mesh given to `pipeline_model`; None otherwise.
+        batch_dims: the dim along which a keyword input is split into microbatches, None for whole, where the model's
+            own code leaves open which it is.
         averaged_axes: its data and context axes of more than one rank, over which FSDP2 averages gradients.
         peer_axes: all its axes but the pipeline's of more than one rank, along which ranks step together.
     """
@@ -52,10 +60,11 @@ class PipelineSchedule(StepHooks, Schedule):
     ignore_index: int = -100
     pipeline_tokens: int = 0
     mesh: DeviceMesh | None = None
+    batch_dims: Mapping[str, int | None] = MappingProxyType({})
     averaged_axes: tuple[str, ...] = ()
     peer_axes: tuple[str, ...] = ()
     _running: _Running | None = None
-    _shape: tuple[int, int] | None = None
+    _shape: tuple[int, int, tuple] | None = None
     _evaluating: bool = False
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
@@ -143,13 +152,14 @@ class PipelineSchedule(StepHooks, Schedule):
                 groups += [self.mesh[axis].get_group() for axis in self.peer_axes]
             self._host_groups = tuple(host_group(group) for group in groups)
         agreement, offered = self._agree(stages, call)
-        self._follow(stages, agreement)
+        shared = self._share(stages, agreement, offered)
+        batch_dims = self._follow(stages, agreement, shared)
         failure = StepFailure()
         self._running = _Running(failure)
         for stage in stages:
             stage.failure = failure
         try:
-            self._prepare(stages, call, agreement, offered)
+            self._prepare(stages, call, shared, batch_dims)
             outputs = super().step(**more)
             vote(failure, self._host_groups)
             if not self._evaluating:
@@ -186,7 +196,7 @@ class PipelineSchedule(StepHooks, Schedule):
                 report.batch, report.seq_len = self._check_ids(call)
                 if call.kwargs or stages[0].plan.needs_first_input:
                     # Keyword inputs (images, positions) may make more depend on the ids than text alone does.
-                    text, offered = describe_inputs(call.kwargs | {"input_ids": call.args[0]})
+                    text, offered = describe_inputs(call.kwargs | {_first_name(stages): call.args[0]})
                     report.described = len(text.encode())
             if any(stage.is_last for stage in stages):
                 report.rows = self._check_target(call)
@@ -218,7 +228,6 @@ class PipelineSchedule(StepHooks, Schedule):
                 f"the batch has {batch} sequences, but the schedule was built for "
                 f"local_batch_size={self.local_batch_size}, or another multiple of its {count} microbatches"
             )
-        split_inputs(call.args, call.kwargs, count, batch)  # for its errors
         return batch, seq_len
 
     def _check_target(self, call: _CallOnThisRank) -> int:
@@ -233,36 +242,81 @@ class PipelineSchedule(StepHooks, Schedule):
             raise ValueError("the target has no tensor with a row for each sequence")
         return rows
 
-    def _follow(self, stages: list[DecoderStage], agreement: Agreement) -> None:
-        """Shapes and buffers for this batch; they are kept while batches are alike."""
+    def _share(self, stages: list[DecoderStage], agreement: Agreement, offered: list[torch.Tensor]) -> dict[str, Any]:
+        """The first stage's keyword inputs, on every rank; of those that stay there, the form."""
+        if not agreement.described:
+            return {}
+        first = stages[0].stage_index_to_group_rank[0]
+        group, device = stages[0].group, stages[0].device
+        return receive_inputs(agreement.text, agreement.described, offered, first, group, self._host_groups[0], device)
+
+    def _follow(
+        self, stages: list[DecoderStage], agreement: Agreement, shared: dict[str, Any]
+    ) -> dict[str, int | None]:
+        """What stages do with inputs of this form, shapes and buffers for this batch; kept while batches are alike.
+
+        Returns:
+            The batch dim of every keyword input that is a tensor.
+
+        Raises:
+            ValueError: the model is not cut for such inputs, or they cannot be split; on every rank, as all have the
+                same inputs and the same plan.
+        """
         if not self._evaluating:
             self.pipeline_tokens = agreement.tokens
-        shape = (agreement.batch // n_microbatches(self), agreement.seq_len)
+        count, plan, name = n_microbatches(self), stages[0].plan, _first_name(stages)
+        others = {n: value for n, value in shared.items() if n != name}
+        batch_dims: dict[str, int | None] = {name: 0}
+        passages = []
+        lists = {n for n, value in others.items() if is_per_microbatch(value, count)}
+        for microbatch in range(count if lists else 1):
+            inputs = {n: _piece(value[microbatch]) if n in lists else value for n, value in others.items()}
+            form, of_stages = plan.reading.passages_for(
+                plan.stages,
+                shared.get(name),
+                inputs,
+                agreement.batch,
+                agreement.seq_len,
+                training=stages[0].submod.training,
+                batch_dims=self.batch_dims,
+                pieces=count,
+            )
+            batch_dims |= form.batch_dims
+            passages.append(of_stages)
+        passages = passages if lists else passages * count
+        for before, after in itertools.pairwise(passages):
+            if [p.sends for p in before] != [p.sends for p in after]:
+                raise ValueError(
+                    "the microbatches of a step must send the same between stages, but their inputs differ in form: "
+                    f"{sorted(others)}"
+                )
+        kept_here = set(others) & set(ENCODER_INPUTS)
+        if spread := kept_here - frozenset(kept_here).intersection(*_withheld(passages)):
+            raise ValueError(f"later stages depend on {sorted(spread)} themselves, which only the first is given")
+        for stage in stages:
+            stage.passages = tuple(of_stages[stage.stage_index] for of_stages in passages)
+            stage.boundary.passage = stage.passages[0]
+        shape = (agreement.batch // count, agreement.seq_len, tuple(p.sends for p in passages[0]))
         if shape != self._shape:
-            reset_pp_stage_shapes(self, stages, None, *shape)
+            reset_pp_stage_shapes(self, stages, None, *shape[:2])
             self._shape = shape
+        return batch_dims
 
     def _prepare(
-        self, stages: list[DecoderStage], call: _CallOnThisRank, agreement: Agreement, offered: list[torch.Tensor]
+        self,
+        stages: list[DecoderStage],
+        call: _CallOnThisRank,
+        shared: dict[str, Any],
+        batch_dims: dict[str, int | None],
     ) -> None:
         """Inputs and targets of each microbatch. An error is this rank's failure: the others are already under way."""
         count, running = n_microbatches(self), self._running
-        shared: dict[str, Any] = {}
-        if agreement.described:
-            first = stages[0].stage_index_to_group_rank[0]
-            shared = receive_inputs(
-                agreement.text,
-                agreement.described,
-                offered,
-                first,
-                stages[0].group,
-                self._host_groups[0],
-                stages[0].device,
-            )
         holds_first = any(stage.is_first for stage in stages)
         try:
+            if unknown := sorted(set(call.kwargs) - set(shared)):
+                raise ValueError(f"the rank of the first stage must be given {', '.join(unknown)}, too")
             own = call.args if holds_first else ()
-            running.inputs = split_inputs(own, shared | call.kwargs, count, agreement.batch)
+            running.inputs = split_inputs(own, shared | call.kwargs, count, batch_dims)
             if call.target is not None:
                 running.targets = split_target(call.target, count)
         except Exception as error:
@@ -299,7 +353,26 @@ class PipelineSchedule(StepHooks, Schedule):
 
     def merge_outputs(self, chunks: list[Any]) -> Any:
         failed = self._running is not None and self._running.failure.error is not None
-        return None if failed else super().merge_outputs(chunks)
+        return None if failed or not chunks else _merged(chunks)
+
+
+def _first_name(stages: list[DecoderStage]) -> str:
+    return stages[0].plan.reading.form.first.name
+
+
+def _piece(value: torch.Tensor | None) -> Piece | None:
+    return None if value is None else Piece(value)
+
+
+def _withheld(passages: list[tuple[Passage, ...]]) -> list[frozenset[str]]:
+    return [passage.withheld for of_stages in passages for passage in of_stages[1:]]
+
+
+def _merged(chunks: list[Any]) -> Any:
+    """The outputs of a batch from those of its microbatches: tensors along dim 0, numbers one after the other."""
+    rows = zip(*(list(tensors_in(chunk)) for chunk in chunks), strict=True)
+    whole = iter([torch.cat(row) if row[0].dim() else torch.stack(row) for row in rows])
+    return map_leaves(chunks[0], lambda leaf: next(whole) if isinstance(leaf, torch.Tensor) else leaf)
 
 
 @dataclass
@@ -333,7 +406,7 @@ def _refuse_labels(kwargs: dict[str, Any]) -> None:
 
 def _no_loss(output: Any, connected: bool) -> torch.Tensor:
     """A loss of zero: connected to the output, so that its backward runs and gives zeros, or to nothing."""
-    tensor = output[0] if isinstance(output, (tuple, list)) else output
+    tensor = next(tensors_in(output))
     return (tensor * 0).sum() if connected else torch.zeros((), device=tensor.device)
 
 
