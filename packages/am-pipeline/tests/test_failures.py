@@ -190,6 +190,22 @@ def test_wrong_calls_are_refused_on_every_rank_and_change_nothing():
 
 
 @pytest.mark.ranks(2)
+def test_hosts_vote_in_a_group_of_their_own_where_messages_go_through_a_device(monkeypatch):
+    pair = dist.new_group([0, 1])
+    assert failure.host_group(pair) is pair, "it takes tensors on the CPU"
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+    hosts = failure.host_group(pair)
+    assert hosts is not pair
+    assert dist.get_backend(hosts) == "gloo"
+    mine = failure.StepFailure()
+    failure.vote(mine, [hosts])
+    if dist.get_rank():
+        mine.record("stage 1", OSError("no disk"))
+    with pytest.raises(RuntimeError, match="rank 1, stage 1: OSError: no disk"):
+        failure.vote(mine, [hosts])
+
+
+@pytest.mark.ranks(2)
 def test_what_a_loss_returns_is_checked_and_long_words_are_cut():
     ids, labels = token_batch(COUNT, 12)
     for result, words in ((lambda o: o, r"a tensor of shape \(1, 12, 96\)"), (lambda o: None, "None")):

@@ -115,6 +115,15 @@ def test_a_copy_that_is_frozen_or_trained_alone_is_refused_and_both_together_are
     assert_same(gradients(built[1][0]), gradients(whole), 1e-10, "gradients after training both")
 
 
+@pytest.mark.ranks(2)
+def test_a_copy_that_was_taken_away_is_missed_on_every_rank():
+    built = build(tiny("qwen3", tied=True))
+    if built[3]:
+        built[1][0].lm_head = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match=r"Identity has no attribute .weight"):
+        run(built)
+
+
 @pytest.mark.ranks(1)
 def test_sums_over_bits_tell_tensors_apart_however_they_are_stored():
     mesh = init_device_mesh("cpu", (1,))

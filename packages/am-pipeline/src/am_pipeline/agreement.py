@@ -69,8 +69,7 @@ class Agreement:
 def exchange_reports(
     report: Report,
     text: str,
-    tokens: torch.Tensor | int,
-    copies: SharedCopies,
+    more: list[int | torch.Tensor],
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> list[list[int]]:
@@ -79,13 +78,12 @@ def exchange_reports(
     Args:
         report: this rank's.
         text: words of its error, or the description of what the first stage's rank shares.
-        tokens: labels in this rank's target.
-        copies: this rank's copies of shared parameters.
+        more: the number of labels in its target, and the words of its copies of shared parameters.
         group, device: of the pipeline.
 
     Collectives (`group`): one all-gather of about 1.2 kB per rank; one host sync.
     """
-    known: list[Any] = [*astuple(report), tokens, *copies.words(), *_write_text(text)]
+    known: list[Any] = [*astuple(report), *more, *_write_text(text)]
     # What a device knows stays there until the one sync: a scalar tensor is copied into its place.
     words = [0 if isinstance(word, torch.Tensor) else word for word in known]
     row = torch.tensor(words, dtype=torch.int64, pin_memory=device.type != "cpu" and torch.accelerator.is_available())
@@ -105,7 +103,7 @@ def read_reports(
 
     Args:
         rows: from `exchange_reports`, by group rank.
-        copies: as given there.
+        copies: of shared parameters.
         first_rank: group rank of the first stage.
         cause: the error of this rank, if it found one.
 

@@ -40,9 +40,14 @@ class SharedCopies:
         self.stages = stages
         self.groups = stages[0].plan.shared
         self.ranks = stages[0].stage_index_to_group_rank
+        self.width = 3 * sum(len(group.copies) for group in self.groups)
 
     def words(self) -> list[int | torch.Tensor]:
-        """Three per copy: a hash of its layout, whether it is trained, a sum over its bits; 0 for another rank's."""
+        """Three per copy: a hash of its layout, whether it is trained, a sum over its bits; 0 for another rank's.
+
+        Raises:
+            AttributeError: a copy is no longer where it was.
+        """
         words: list[int | torch.Tensor] = []
         for group in self.groups:
             for copy in group.copies:

@@ -182,7 +182,7 @@ class PipelineSchedule(StepHooks, Schedule):
 
     def _agree(self, stages: list[DecoderStage], call: _CallOnThisRank) -> tuple[Agreement, list[torch.Tensor]]:
         """What the batch is, or an error that every rank raises; and the tensors that this rank shares."""
-        report, text, offered, tokens, cause = Report(), "", [], 0, None
+        report, text, offered, tokens, words, cause = Report(), "", [], 0, None, None
         if not self._dtypes:
             self._dtypes = tuple(hidden_dtype(stage) for stage in stages)
             self._copies = SharedCopies(stages)
@@ -191,6 +191,7 @@ class PipelineSchedule(StepHooks, Schedule):
         try:
             if not self._evaluating and has_loss(self) and not torch.is_grad_enabled():
                 raise RuntimeError("step() trains, but gradients are disabled here; call eval() instead")
+            words = self._copies.words()
             _refuse_labels(call.kwargs)
             if any(stage.is_first for stage in stages):
                 report.batch, report.seq_len = self._check_ids(call)
@@ -206,7 +207,8 @@ class PipelineSchedule(StepHooks, Schedule):
             report.note_error(error)
         first = stages[0].stage_index_to_group_rank[0]
         group, device = stages[0].group, stages[0].device
-        rows = exchange_reports(report, text, tokens, self._copies, group, device)
+        words = [0] * self._copies.width if words is None else words
+        rows = exchange_reports(report, text, [tokens, *words], group, device)
         refusal: Exception | None = None
         try:
             agreement = read_reports(rows, self._copies, first, cause)
@@ -231,12 +233,12 @@ class PipelineSchedule(StepHooks, Schedule):
         return batch, seq_len
 
     def _check_target(self, call: _CallOnThisRank) -> int:
+        if call.losses is not None and not isinstance(call.losses, list):
+            raise TypeError(f"losses must be a list, got {type(call.losses).__name__}")
         if call.target is None:
             if not self._evaluating and has_loss(self):
                 raise ValueError("the rank of the last stage must call step(..., target=labels)")
             return 0
-        if call.losses is not None and not isinstance(call.losses, list):
-            raise TypeError(f"losses must be a list, got {type(call.losses).__name__}")
         rows = rows_of(call.target)
         if not rows:
             raise ValueError("the target has no tensor with a row for each sequence")
