@@ -54,6 +54,15 @@ def train(session: nox.Session) -> None:
     torchrun(session, _processes(session.posargs), "docs/examples/train.py", *session.posargs)
 
 
+@nox.session(venv_backend="none", requires=["together"])
+def verify(session: nox.Session) -> None:
+    """May I trust a layout on my model: `nox -s verify -- llama --pp 2 --tp 2`; a folder or module:function, too."""
+    if not session.posargs:
+        session.error("say which model: nox -s verify -- llama --pp 2 --tp 2")
+    # It starts as many processes as the degrees say by itself, and keeps their exit code, which torchrun does not.
+    run(session, "python", "docs/examples/verify.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("package", [*PACKAGES, "am-testkit"], ids=[*PACKAGES, "testkit"])
 def tests(session: nox.Session, package: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 
 import torch
@@ -64,11 +63,9 @@ def held_in(case: Case) -> str:
     return {"float64": "float64", "bfloat16 with norm and head in float32": "bfloat16"}.get(case["numbers"], "float32")
 
 
-def computing(case: Case) -> contextlib.AbstractContextManager:
-    """The context that a step runs in."""
-    if case["numbers"] == "float32 under autocast to bfloat16":
-        return torch.autocast("cpu", torch.bfloat16)
-    return contextlib.nullcontext()
+def autocast(case: Case) -> torch.dtype | None:
+    """What forward and loss run in by `torch.autocast`, if by that."""
+    return torch.bfloat16 if case["numbers"] == "float32 under autocast to bfloat16" else None
 
 
 def tolerance(case: Case) -> float:

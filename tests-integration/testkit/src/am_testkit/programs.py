@@ -16,7 +16,7 @@ from torch import nn
 
 from am_testkit import conditions
 from am_testkit.batches import Batch, build_batch
-from am_testkit.conditioned import MeanOfAll, computing, groups, output_of
+from am_testkit.conditioned import MeanOfAll, autocast, groups, output_of
 from am_testkit.pairwise import Case
 
 PROGRAMS = {
@@ -132,15 +132,13 @@ class OneProcess(Loop):
         self.model = model
 
     def train(self, batch: Batch) -> torch.Tensor:
-        with computing(self.case):
-            loss = self.loss(batch)
+        loss = self.loss(batch)
         loss.backward()
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
-        with computing(self.case):
-            return self.loss(batch)
+        return self.loss(batch)
 
     def clip(self) -> torch.Tensor:
         return nn.utils.clip_grad_norm_(self.model.parameters(), LARGEST_NORM, foreach=False)
@@ -149,12 +147,15 @@ class OneProcess(Loop):
         return zeros_of_a_copy(self.model, self.case, self.next())
 
     def loss(self, batch: Batch) -> torch.Tensor:
+        dtype = autocast(self.case)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            return self.loss_fn(output_of(self.output(batch), self.case["head"]), batch.labels)
+
+    def output(self, batch: Batch) -> object:
         if self.case["numbers"] == "bfloat16 by mp_policy":  # as FSDP2 does: parameters are cast, buffers are not
             cast = {name: p.to(torch.bfloat16) for name, p in self.model.named_parameters()}
-            output = torch.func.functional_call(self.model, cast, (batch.ids,), batch.inputs)
-        else:
-            output = self.model(batch.ids, **batch.inputs)
-        return self.loss_fn(output_of(output, self.case["head"]), batch.labels)
+            return torch.func.functional_call(self.model, cast, (batch.ids,), batch.inputs)
+        return self.model(batch.ids, **batch.inputs)
 
 
 def zeros_of_a_copy(model: nn.Module, case: Case, batch: Batch | None) -> torch.Tensor:
