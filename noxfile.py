@@ -111,13 +111,14 @@ def sweep(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["together"])
 def compositions(session: nox.Session) -> None:
-    """Every composition on up to eight ranks, and every resume, against one process; writes their table in `docs/`."""
+    """Every composition on up to eight ranks, every resume and every condition; writes their table in `docs/`."""
     folder = ROOT / "build" / "compositions"
     if not session.posargs:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     session.env["AM_SWEEP"] = str(folder)
-    tests = ("tests-integration/test_compositions.py", "tests-integration/test_train.py")
+    names = ("test_compositions.py", "test_conditions.py", "test_train.py")
+    tests = [f"tests-integration/{name}" for name in names]
     pytest(session, "compositions", *tests, *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder), "compositions")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -108,9 +109,7 @@ def lay_out(
     ) -> torch.Tensor | None:
         ids, labels, inputs = _share_of_sequence(ids, labels, inputs, cp_mesh)
         losses: list[torch.Tensor] = []
-        # Around forwards and backwards of several microbatches: torch's cache of cast weights does not see that FSDP2
-        # gathers them anew for each.
-        with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
             do(*((ids,) if has_first else ()), target=labels if has_last else None, losses=losses, **inputs)
         return torch.stack(losses).mean().detach() if has_last else None
 
@@ -194,7 +193,8 @@ def _plain_steps(
 
     def loss_of(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int]) -> torch.Tensor:
         settings = {"use_cache": False} if takes_cache else {}
-        with torch.autocast(ids.device.type, autocast, enabled=autocast is not None):
+        # Around each forward alone: torch keeps cast weights until the context ends, FSDP2 gathers them anew for each.
+        with torch.autocast(ids.device.type, autocast) if autocast else contextlib.nullcontext():
             return loss_fn(output_of(model(ids, **settings, **inputs)), labels) / microbatches
 
     def step(ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int) -> torch.Tensor:

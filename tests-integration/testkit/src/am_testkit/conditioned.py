@@ -34,7 +34,7 @@ def build_model(case: Case, seed: int = 0) -> nn.Module:
     elif family == "bert":
         settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     if case["head"] in ("sequence", "token"):
-        settings |= {"num_labels": 3}
+        settings |= {"num_labels": 3, "classifier_dropout": 0.0}
     model = tiny(
         family,
         attention={"flex": "flex_attention"}.get(case["attention"], case["attention"]),

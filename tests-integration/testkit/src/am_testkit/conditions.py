@@ -180,8 +180,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         "what is frozen already is not frozen later",
     ),
     (
-        ("copies", "dp_replicate", "dp_shard", "cp", "ep"),
-        lambda c, *degrees: c == "deep copy" and max(degrees) > 1,
+        ("copies", "dp_replicate", "dp_shard", "cp", "tp", "ep"),
+        lambda c, *degrees: c == "deep copy" and degrees != (1, 1, 1, 1, 1),
         "modules of FSDP2 cannot be copied",
     ),
     (("copies", "numbers"), lambda c, n: c == "deep copy" and n == _BFLOAT16[0], "modules of FSDP2 cannot be copied"),
