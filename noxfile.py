@@ -54,6 +54,15 @@ def train(session: nox.Session) -> None:
     torchrun(session, _processes(session.posargs), "docs/examples/train.py", *session.posargs)
 
 
+@nox.session(venv_backend="none", requires=["together"])
+def verify(session: nox.Session) -> None:
+    """May I trust a layout on my model: `nox -s verify -- llama --pp 2 --tp 2`; a folder or module:function, too."""
+    if not session.posargs:
+        session.error("say which model: nox -s verify -- llama --pp 2 --tp 2")
+    # It starts as many processes as the degrees say by itself, and keeps their exit code, which torchrun does not.
+    run(session, "python", "docs/examples/verify.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("package", [*PACKAGES, "am-testkit"], ids=[*PACKAGES, "testkit"])
 def tests(session: nox.Session, package: str) -> None:
@@ -102,13 +111,14 @@ def sweep(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["together"])
 def compositions(session: nox.Session) -> None:
-    """Every composition on up to eight ranks, and every resume, against one process; writes their table in `docs/`."""
+    """Every composition on up to eight ranks, every resume and every condition; writes their table in `docs/`."""
     folder = ROOT / "build" / "compositions"
     if not session.posargs:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     session.env["AM_SWEEP"] = str(folder)
-    tests = ("tests-integration/test_compositions.py", "tests-integration/test_train.py")
+    names = ("test_compositions.py", "test_conditions.py", "test_train.py")
+    tests = [f"tests-integration/{name}" for name in names]
     pytest(session, "compositions", *tests, *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder), "compositions")
 

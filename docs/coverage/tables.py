@@ -13,6 +13,18 @@ from am_testkit import compositions
 from am_testkit.zoo import NOT_BUILT, model_types
 
 HERE = pathlib.Path(__file__).parent
+# What nobody says is what the plainest run has.
+_FORM = "ids alone, a next-token loss over every token, no dropout, all weights trained."
+_FLOATS = "float64, or float32 where a row says so"
+ONE_STEP = f"Conditions: eager attention; {_FLOATS}; one step of one pass; {_FORM}"
+CONDITIONS = {
+    "tensor": ONE_STEP,
+    "data": ONE_STEP,
+    "experts": f"Conditions: eager attention and experts; {_FLOATS}; two steps of one pass each; {_FORM}",
+    "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table.",
+    "compositions": f"Conditions: sdpa attention; float64; three steps of one pass each; {_FORM[:-1]}, of the Llama "
+    "its adapters.",
+}
 VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
 
 
@@ -29,16 +41,21 @@ def main(folder: str, *names: str) -> None:
 
 
 def pipeline(measured: dict[str, dict]) -> list[str]:
-    exact, refused = count(measured)
+    exact, refused = count({name: result for name, result in measured.items() if not result.get("wrong")})
     rows = []
     for name in model_types():
         result = measured.get(name)
         if result and "refused" not in result:
             travels = ", ".join(f"`{n}`" for n in result["traveling"]) + (" ids" if result["needs_ids"] else "")
-            two, four = (f"{result['errors'][n]:.0e}" for n in ("2", "4"))
-            rows.append(f"| {name} | {result['kind']} | {two} | {four} | {result['dtype']} | {travels} |")
+            if result["wrong"]:
+                travels = f"**wrong** under {len(result['wrong'])} of {result['cases']} conditions"
+            columns = [result["errors"][kind][n] for kind in ("sdpa", "eager") for n in ("2", "4")]
+            if result["attention"] != "sdpa":  # the type has none; both are eager then
+                columns[:2] = [None, None]
+            cells = " | ".join("" if error is None else cell(error) for error in columns)
+            rows.append(f"| {name} | {result['kind']} | {cells} | {result['dtype']} | {travels} |")
         else:
-            rows.append(f"| {name} | | | | {why_not(name, result)} | |")
+            rows.append(f"| {name} | | | | | | {why_not(name, result)} | |")
     return [
         "# Pipelining: every causal language model of transformers",
         "",
@@ -47,13 +64,16 @@ def pipeline(measured: dict[str, dict]) -> list[str]:
         "",
         f"`nox -s sweep`, {VERSIONS}. Each is a four-layer model of the type with sizes derived from its config",
         "class, cut and run over two processes: two stages under 1F1B, four under Interleaved1F1B, four sequences in",
-        "two microbatches. The numbers are the largest relative differences from one process among the logits and",
-        "all gradients, in float64, or in float32 where the model's own code mixes the two. *Travels* names the",
-        "modules whose outputs go along with the hidden state because later layers take them; *ids* says that",
-        "later stages get the ids.",
+        "two microbatches, with *sdpa*, which transformers takes by itself where a type has it, and *eager* attention.",
+        "Conditions, every two of them together: ids alone or padding on the right; one step, three whose gradients",
+        "add up, or an evaluation between two; float64 or float32. Next-token head, all labels but padding's, no",
+        "dropout, all weights trained. The numbers are the largest relative differences from one process among the",
+        "logits and all gradients under any of the conditions; the column after them says the wider dtype that the",
+        "model's own code runs in. *Travels* names the modules whose outputs go along with the hidden state because",
+        "later layers take them; *ids* says that later stages get the ids.",
         "",
-        "| model type | class | 2 stages | 4 stages | | travels |",
-        "|---|---|---|---|---|---|",
+        "| model type | class | sdpa, 2 stages | sdpa, 4 | eager, 2 | eager, 4 | | travels |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
     ]
 
@@ -93,6 +113,8 @@ def tensor(measured: dict[str, dict]) -> list[str]:
         "mixes the two. *Held* is the share of the parameters on each rank: 50 % and norms where all is sharded, more",
         "where parts stay whole.",
         "",
+        CONDITIONS["tensor"],
+        "",
         "| model type | class | plan | tensor | with sequence | | held |",
         "|---|---|---|---|---|---|---|",
         *rows,
@@ -127,6 +149,8 @@ def data(measured: dict[str, dict]) -> list[str]:
         f"`nox -s sweep`, {VERSIONS}. `fsdp2_strategy_parallelize` of a four-layer model of the type over",
         f"{', '.join(layouts[name] for name in shown)}; one step with gradient clipping against one process. The",
         "numbers are the largest relative differences among logits, all gradients after clipping and the norm.",
+        "",
+        CONDITIONS["data"],
         "",
         f"| model type | class | {' | '.join(shown)} | |",
         f"|---|---|{'---|' * len(shown)}---|",
@@ -163,6 +187,8 @@ def experts(measured: dict[str, dict]) -> list[str]:
         "says how: with routing (`routed`), as many rows for every expert (`rows`), or sorted rows through linear maps",
         "(`linear`).",
         "",
+        CONDITIONS["experts"],
+        "",
         f"| model type | experts | called | {' | '.join(shown)} | |",
         f"|---|---|---|{'---|' * len(shown)}---|",
         *rows,
@@ -190,6 +216,8 @@ def context(measured: dict[str, dict]) -> list[str]:
         f"`nox -s sweep`, {VERSIONS}. `apply_cp` of a small model of the type; the numbers are the",
         "largest relative differences from one process among logits, loss and all gradients. They are near 1e-7 where",
         "transformers' own softmax or recurrence computes in float32.",
+        "",
+        CONDITIONS["context"],
         "",
         "| model type | class | cp 2 | |",
         "|---|---|---|---|",
@@ -223,6 +251,8 @@ def composed(measured: dict[str, dict]) -> list[str]:
         "all weights after the third. The norm is returned in float32, whose rounding, up to 6e-08, is most of what is",
         "seen here; norms and softmax of transformers compute in float32 too. Empty: experts of a model without, or",
         "more expert ranks than a stage has; those are refused, which is tested.",
+        "",
+        CONDITIONS["compositions"],
         "",
         f"| ranks | composition | {' | '.join(models)} |",
         f"|---|---|{'---|' * len(models)}",

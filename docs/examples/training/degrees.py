@@ -37,6 +37,9 @@ class Degrees:
     def check(self, world_size: int, config: Any, batch: int, microbatch: int, seq_len: int) -> None:
         """Refuse degrees that do not fit, before there is a process group.
 
+        Args:
+            config: of the model; None for a model without.
+
         Raises:
             ValueError: names the argument, what it must divide, and what would fit.
         """
@@ -56,17 +59,19 @@ class Degrees:
             )
         experts = expert_count(config)
         if self.ep > 1 and not experts:
-            raise ValueError(f"--ep {self.ep}: {config.model_type} has no experts; use --ep 1")
+            kind = getattr(config, "model_type", "the model")
+            raise ValueError(f"--ep {self.ep}: {kind} has no experts; use --ep 1")
         for axis in ("ep", "tp"):
             degree = getattr(self, axis)
             if experts and experts % degree and (axis == "ep" or self.ep == 1):
                 raise ValueError(f"--{axis} {degree} must divide the model's {experts} experts: {divisors(experts)}")
         for name in ("num_attention_heads", "num_key_value_heads"):
-            heads = getattr(config, name, None) or config.num_attention_heads
-            if heads % self.tp:
+            heads = getattr(config, name, None) or getattr(config, "num_attention_heads", None)
+            if heads and heads % self.tp:
                 raise ValueError(f"--tp {self.tp} must divide {name}={heads}: {divisors(heads)}")
-        if config.num_hidden_layers < self.pp:
-            raise ValueError(f"--pp {self.pp} is more than the model's {config.num_hidden_layers} layers")
+        layers = getattr(config, "num_hidden_layers", self.pp)
+        if layers < self.pp:
+            raise ValueError(f"--pp {self.pp} is more than the model's {layers} layers")
         if batch % self.dp:
             data = self._product({name: degree for name, degree in stage.items() if name.startswith("--dp")})
             raise ValueError(f"--batch {batch} must be a multiple of {data}: {-(-batch // self.dp) * self.dp}")

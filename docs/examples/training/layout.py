@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,18 +19,29 @@ import am_moe
 import am_pipeline
 import am_tp_plans
 from training.degrees import Degrees
-from training.model import next_token_loss
+from training.model import main_output, next_token_loss
 
-# What a step returns on this rank: the mean loss of its sequences, or None where no last stage is.
-Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]
+# Takes ids, labels and the model's other inputs by name; returns the mean of this rank's losses, or None where no last
+# stage is.
+Step = Callable[..., torch.Tensor | None]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Layout:
-    """A laid-out model: the parts this rank trains, one step over its share of the batch, and what to count once."""
+    """A laid-out model: the parts this rank trains, one step over its share of the batch, and what to count once.
+
+    Attributes:
+        parts: the model, or this rank's stages of it.
+        step: forward and backward of a batch; `step(ids, labels, attention_mask=…)`.
+        evaluate: the same without gradients.
+        stages: of a pipeline, with what a timeline records.
+        duplicates: copies of tied weights that another stage counts.
+    """
 
     parts: list[nn.Module]
     step: Step
+    evaluate: Step
     stages: list
     duplicates: list[nn.Parameter]
 
@@ -42,15 +55,38 @@ def lay_out(
     microbatch: int,
     local_batch: int,
     device: torch.device,
+    loss_fn: Loss = next_token_loss,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    recompute: bool | str | int = False,
+    output_of: Callable = main_output,
+    autocast: torch.dtype | None = None,
 ) -> Layout:
+    """Lay out a model that has the same weights on every rank.
+
+    Args:
+        model: changed in place, or cut.
+        degrees, meshes: of `Degrees`.
+        schedule: of `torch.distributed.pipelining`.
+        microbatch, local_batch: sequences per forward, and of this rank per step.
+        device: where the model will be.
+        loss_fn: takes what the model returns and the labels of a microbatch; gradients are averaged over
+            microbatches, data and context ranks.
+        mp_policy: FSDP2's; None to compute and reduce in the dtype of the parameters.
+        recompute: a mode of `am_fsdp.checkpoint_layers`.
+        output_of: what `loss_fn` gets of a whole model's output; a last stage gives its logits or last hidden state.
+        autocast: the dtype that forward and loss run in by `torch.autocast`; None for that of the parameters.
+    """
     # Of the whole model: a pipeline part does not show everything that a plan is derived from.
     plan = am_tp_plans.resolve_plan(model, sequence_parallel=degrees.sequence_parallel) if degrees.tp > 1 else None
-    parallelize = functools.partial(parallelize_part, degrees=degrees, plan=plan)
+    parallelize = functools.partial(
+        parallelize_part, degrees=degrees, plan=plan, mp_policy=mp_policy, recompute=recompute
+    )
     cp_mesh = meshes[0]["cp"] if degrees.cp > 1 else None
     if degrees.pp == 1:
         model.to(device)
         parallelize(model, *meshes)
-        return Layout([model], _plain_step(model, local_batch // microbatch, cp_mesh), [], [])
+        step, evaluate = _plain_steps(model, local_batch // microbatch, cp_mesh, loss_fn, output_of, autocast)
+        return Layout([model], step, evaluate, [], [])
 
     schedule, parts, has_first, has_last, stages = am_pipeline.pipeline_model(
         model,
@@ -63,24 +99,23 @@ def lay_out(
         microbatch_size=microbatch,
         local_batch_size=local_batch,
         device=device,
-        loss_fn=next_token_loss,
+        loss_fn=loss_fn,
         parallelize_fn=parallelize,
         scale_grads=True,
     )
 
-    def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
-        ids, labels, places = _share_of_sequence(ids, labels, cp_mesh)
+    def call(
+        do: Callable, ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int
+    ) -> torch.Tensor | None:
+        ids, labels, inputs = _share_of_sequence(ids, labels, inputs, cp_mesh)
         losses: list[torch.Tensor] = []
-        schedule.step(
-            *((ids,) if has_first else ()),
-            target=labels if has_last else None,
-            losses=losses,
-            return_outputs=False,
-            **places,
-        )
+        with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
+            do(*((ids,) if has_first else ()), target=labels if has_last else None, losses=losses, **inputs)
         return torch.stack(losses).mean().detach() if has_last else None
 
-    return Layout(parts, step, stages, am_pipeline.duplicate_parameters(stages))
+    step = functools.partial(call, functools.partial(schedule.step, return_outputs=False))
+    evaluate = functools.partial(call, schedule.eval)
+    return Layout(parts, step, evaluate, stages, am_pipeline.duplicate_parameters(stages))
 
 
 def parallelize_part(
@@ -90,10 +125,12 @@ def parallelize_part(
     *,
     degrees: Degrees,
     plan: dict[str, ParallelStyle] | None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    recompute: bool | str | int = False,
     **_axes: object,
 ) -> None:
     """Tensor parallel, context, experts, then data parallel around all of it; on the model, or on a pipeline part."""
-    as_it_is = MixedPrecisionPolicy()  # compute and reduce in the dtype of the parameters
+    mixed = mp_policy or MixedPrecisionPolicy()  # compute and reduce in the dtype of the parameters
     if degrees.cp > 1 or degrees.ep > 1:
         am_moe.parallelize_model(
             part,
@@ -104,46 +141,81 @@ def parallelize_part(
             tp_axis_name="tp",
             ep_axis_name="ep" if degrees.ep > 1 else None,
             ep_shard_axis_names=("ep_shard",),
-            mp_policy=as_it_is,
+            mp_policy=mixed,
             sequence_parallel=degrees.sequence_parallel,
             tp_shard_plan=plan,
+            activation_checkpointing=bool(recompute),
         )
-    elif degrees.dp * degrees.tp > 1:
+    elif degrees.dp * degrees.tp > 1 or mp_policy:
         am_fsdp.fsdp2_strategy_parallelize(
             part,
             world_mesh,
-            mp_policy=as_it_is,
+            mp_policy=mixed,
             sequence_parallel=degrees.sequence_parallel,
+            activation_checkpointing=recompute,
             tp_shard_plan=plan,
             dp_mesh_name=("dp_replicate", "dp_shard") if degrees.dp_replicate > 1 else "dp_shard",
             tp_mesh_name="tp",
         )
+    else:
+        am_fsdp.checkpoint_layers(part, recompute)
 
 
 def _share_of_sequence(
-    ids: torch.Tensor, labels: torch.Tensor, cp_mesh: DeviceMesh | None
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int], cp_mesh: DeviceMesh | None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | int]]:
     """This rank's tokens, their labels, and what tells the model where in the sequence they are."""
     if cp_mesh is None:
-        return ids, labels, {}
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    ids, labels, places = (am_moe.shard_sequence(tensor, cp_mesh) for tensor in (ids, labels, places))
-    return ids, labels, {"position_ids": places}
+        return ids, labels, inputs
+    inputs = {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)} | inputs
+    ids, labels = (am_moe.shard_sequence(tensor, cp_mesh) for tensor in (ids, labels))
+    return ids, labels, {name: am_moe.shard_sequence(tensor, cp_mesh) for name, tensor in inputs.items()}
 
 
-def _plain_step(model: nn.Module, microbatches: int, cp_mesh: DeviceMesh | None) -> Step:
-    def step(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        ids, labels, places = _share_of_sequence(ids, labels, cp_mesh)
+def _plain_steps(
+    model: nn.Module,
+    microbatches: int,
+    cp_mesh: DeviceMesh | None,
+    loss_fn: Loss,
+    output_of: Callable,
+    autocast: torch.dtype | None,
+) -> tuple[Step, Step]:
+    """`step` and `evaluate` of a model that is not cut."""
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+
+    def pieces(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int]) -> list[tuple]:
+        ids, labels, inputs = _share_of_sequence(ids, labels, inputs, cp_mesh)
+        size = len(ids) // microbatches
+        rows = [slice(start, start + size) for start in range(0, len(ids), size)]
+        return [
+            (ids[r], labels[r], {name: _rows_of(value, r, len(ids)) for name, value in inputs.items()}) for r in rows
+        ]
+
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int]) -> torch.Tensor:
+        settings = {"use_cache": False} if takes_cache else {}
+        # Around each forward alone: torch keeps cast weights until the context ends, FSDP2 gathers them anew for each.
+        with torch.autocast(ids.device.type, autocast) if autocast else contextlib.nullcontext():
+            return loss_fn(output_of(model(ids, **settings, **inputs)), labels) / microbatches
+
+    def step(ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int) -> torch.Tensor:
         total = torch.zeros((), device=ids.device)
         sharded = hasattr(model, "set_requires_gradient_sync")
-        chunks = list(zip(ids.chunk(microbatches), labels.chunk(microbatches), strict=True))
-        places = {name: tensor[: len(chunks[0][0])] for name, tensor in places.items()}  # the same in every row
-        for index, (some_ids, some_labels) in enumerate(chunks):
+        chunks = pieces(ids, labels, inputs)
+        for index, chunk in enumerate(chunks):
             if sharded:
                 model.set_requires_gradient_sync(index == len(chunks) - 1)
-            loss = next_token_loss(model(some_ids, use_cache=False, **places).logits, some_labels) / microbatches
+            loss = loss_of(*chunk)
             loss.backward()
             total += loss.detach()
         return total
 
-    return step
+    @torch.no_grad()
+    def evaluate(ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int) -> torch.Tensor:
+        return torch.stack([loss_of(*chunk) for chunk in pieces(ids, labels, inputs)]).sum()
+
+    return step, evaluate
+
+
+def _rows_of(value: torch.Tensor | int, rows: slice, batch: int) -> torch.Tensor | int:
+    """What is the same for every row, such as positions `(1, S)`, stays whole."""
+    return value[rows] if isinstance(value, torch.Tensor) and value.shape[0] == batch else value

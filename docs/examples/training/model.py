@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from training.text import VOCABULARY
 
@@ -37,6 +36,8 @@ def build_config(name: str, size: int) -> Any:
     Raises:
         ValueError: neither a folder nor a model type; a vocabulary too small for bytes.
     """
+    from transformers import AutoConfig
+
     if size < 1:
         raise ValueError(f"--size must be at least 1, got {size}")
     if os.path.isdir(name):
@@ -75,6 +76,8 @@ def build_config(name: str, size: int) -> Any:
 
 def build_model(config: Any, seed: int, lora: int = 0) -> nn.Module:
     """The model with the same random weights on every rank, float32; with adapters of rank `lora`, if not 0."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if lora:
@@ -105,6 +108,13 @@ def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
 def build_optimizer(part: nn.Module, lr: float) -> torch.optim.Optimizer:
     """AdamW over what is trained of a model or of a part of it."""
     return torch.optim.AdamW((p for p in part.parameters() if p.requires_grad), lr=lr, foreach=False)
+
+
+def main_output(output: Any) -> torch.Tensor:
+    """The tensor of a model's output that a loss takes: logits where there is a head, else the last hidden state."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
+
+from am_testkit import pairwise as few
 
 Composition = dict[str, Any]
 
@@ -50,23 +52,12 @@ def why_not(composition: Composition, experts: bool) -> str | None:
 
 def pairwise(compositions: Iterable[Composition]) -> list[Composition]:
     """Some of them in which every two values of two axes that occur together in any occur together, few ranks first."""
-    left = list(compositions)
-    missing = {pair for composition in left for pair in _pairs(composition)}
-    chosen = []
-    while missing:
-        # Most new pairs for the ranks it takes: eight ranks cost four times what two do.
-        best = max(left, key=lambda c: (len(missing & _pairs(c)) / (4 + ranks(c)), -left.index(c)))
-        chosen.append(best)
-        missing -= _pairs(best)
-    return sorted(chosen, key=lambda c: (ranks(c), left.index(c)))
+    return few.pairwise(compositions, cost)
 
 
-def _pairs(composition: Composition) -> set[tuple]:
-    return set(_each_pair(composition))
-
-
-def _each_pair(composition: Composition) -> Iterator[tuple]:
-    yield from itertools.combinations(composition.items(), 2)
+def cost(composition: Composition) -> int:
+    """Eight ranks take four times what two do."""
+    return 4 + ranks(composition)
 
 
 def _size(degree: int | str) -> int:

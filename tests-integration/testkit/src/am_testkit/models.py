@@ -44,23 +44,25 @@ def tiny(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     attention: str = "eager",
+    kind: str = "AutoModelForCausalLM",
     **overrides,
 ) -> nn.Module:
-    """A causal LM of the given transformers `model_type` with small sizes and seeded random weights.
+    """A model of the given transformers `model_type` with small sizes and seeded random weights; a causal LM unless
+    `kind` names another of transformers' auto classes.
 
     Norm weights, biases and every other parameter are drawn at random too, so that no gradient is trivially
     zero or one. Dropout is whatever the config's default is (none for the families used here).
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     settings = _TINY | _FAMILY.get(family, {}) | overrides
-    config = AutoConfig.for_model(
+    config = transformers.AutoConfig.for_model(
         family, num_hidden_layers=layers, tie_word_embeddings=tied, attn_implementation=attention, **settings
     )
     torch.manual_seed(seed)
     # The grouped matmul that transformers prefers for experts does not exist in float64.
     experts = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts)
+    model = getattr(transformers, kind).from_config(config, dtype=dtype, **experts)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -80,20 +80,32 @@ def small_config(model_type: str, layers: int = 4, **overrides: Any):
 
 
 def small(
-    model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0, **overrides
+    model_type: str,
+    layers: int = 4,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    attention: str | None = "eager",
+    **overrides,
 ) -> nn.Module:
-    """A causal LM of the type with seeded random weights, in evaluation mode (what is random in training is off)."""
+    """A causal LM of the type with seeded random weights, in evaluation mode (what is random in training is off).
+
+    Args:
+        model_type: of `model_types()`.
+        layers, dtype, seed: of the model.
+        attention: transformers' name of it; None for what transformers takes by itself: sdpa where the type has it.
+        overrides: of the config.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = small_config(model_type, layers, **overrides)
     torch.manual_seed(seed)
     if model_type.startswith("musicgen"):  # its causal LM takes the decoder's config, which AutoModel does not accept
         config = config.decoder
-        config._attn_implementation = "eager"
+        config._attn_implementation = attention
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(small_config(model_type))]
         model = kind._from_config(config, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
