@@ -162,7 +162,7 @@ class Boundary:
         first = kwargs.get(name)
         seen = received[0] if received else first if first is not None else next(tensors_in(kwargs))
         self._device = seen.device
-        self._sizes = self._sizes_of(received) if received else tuple(seen.shape[:2])
+        self._sizes = self._sizes_of(received) if received else (seen.shape[0], seen.shape[1])
         if self.chosen is None and self.prove is not None:
             others = {n: value for n, value in kwargs.items() if n not in (name, "use_cache")}
             self.passage = self.prove(first, others, self._sizes, part.training)
@@ -296,7 +296,8 @@ class Absent(nn.Module):
             return inner[name]
         tensors = self.__dict__.get("_tensors", {})
         if name in tensors:  # code may ask for the dtype or shape of a parameter that is elsewhere
-            return no_numbers(*tensors[name], self.boundary._device)
+            shape, dtype = tensors[name]
+            return no_numbers(shape, dtype, self.boundary._device)
         inherited = getattr(self.__dict__.get("_kind"), name, None)
         if isinstance(inherited, property) and inherited.fget is not None:
             return inherited.fget(self)

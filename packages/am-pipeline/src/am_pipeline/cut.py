@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,9 @@ from am_pipeline.anatomy import Anatomy, candidate_stacks
 from am_pipeline.balance import Costs, balanced, costs_of
 from am_pipeline.boundary import Boundary, Passage
 from am_pipeline.crossing import CannotCutError, Crossed
+from am_pipeline.forms import example_form, features_form, text_form
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
-from am_pipeline.reading import Reading, Stages, holders_of
+from am_pipeline.reading import Reading, Stages, holders_of, inputs_read
 from am_pipeline.skeleton import copy_without
 from am_pipeline.units import Units
 from am_pipeline.weightless import Weightless
@@ -97,6 +98,7 @@ def plan_cut(
     num_stages: int | None = None,
     module_names_per_stage: list[list[str]] | None = None,
     balance: str | Costs = "flops",
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> CutPlan:
     """Decide which stage holds what, and prove that the parts compute what the model does.
 
@@ -111,6 +113,9 @@ def plan_cut(
         num_stages: how many stages of about equal cost; not needed with `module_names_per_stage`.
         module_names_per_stage: full module names for each stage, by hand.
         balance: what to balance the stages by, see `costs_of`; or the costs themselves.
+        example_inputs: what the model is called with, by name, where ids alone do not run all of it: as a processor
+            gives it, ids and images for example. Only forms, lengths and flags count; without it, the model is called
+            with ids, or with features of the width that its first layer takes.
 
     Raises:
         ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
@@ -119,7 +124,7 @@ def plan_cut(
     """
     if module_names_per_stage is None and num_stages is None:
         raise ValueError("plan_cut needs num_stages or module_names_per_stage")
-    return plan_stages(model, lambda _layers: num_stages or 0, module_names_per_stage, balance)
+    return plan_stages(model, lambda _layers: num_stages or 0, module_names_per_stage, balance, example_inputs)
 
 
 def plan_stages(
@@ -127,6 +132,7 @@ def plan_stages(
     count: Callable[[int], int],
     module_names_per_stage: list[list[str]] | None = None,
     balance: str | Costs = "flops",
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> CutPlan:
     """`plan_cut` where the number of stages depends on how many layers the model turns out to have."""
     _refuse_layer_drop(model)
@@ -143,7 +149,7 @@ def plan_stages(
         if plans and sizes[name] < sizes[plans[0].anatomy.stack]:
             break
         try:
-            plans.append(_plan_with(model, weightless, name, by_hand, count, balance))
+            plans.append(_plan_with(model, weightless, name, by_hand, count, balance, example_inputs))
         except CannotCutError as why:
             reasons.append(why)
     if not plans:
@@ -164,13 +170,9 @@ def _plan_with(
     by_hand: Stages | None,
     count: Callable[[int], int],
     balance: str | Costs,
+    example_inputs: Mapping[str, Any] | None,
 ) -> CutPlan:
-    try:
-        reading = Reading(weightless, stack, [name for names in by_hand or () for name in names])
-    except CannotCutError:
-        raise
-    except Exception as error:  # whatever the model's own code raises is the reason it cannot be read
-        raise CannotCutError(f"its forward failed on a few tokens: {type(error).__name__}: {error}") from error
+    reading = _read(weightless, stack, [name for names in by_hand or () for name in names], example_inputs)
     if by_hand is None:
         stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
     else:
@@ -180,6 +182,27 @@ def _plan_with(
     stages, passages = reading.cut(stages)
     reading.remember(passages)
     return CutPlan(reading.anatomy, stages, _find_shared(model, reading.units, stages), passages, reading)
+
+
+def _read(weightless: Weightless, stack: str, named: list[str], example_inputs: Mapping[str, Any] | None) -> Reading:
+    """Read a model called with the user's example, or with ids, or with features of a width that it takes."""
+    name, model = weightless.first_input, weightless.model
+    if example_inputs is not None:
+        runs = partial(inputs_read, weightless, Units(model, stack))
+        forms = [example_form(name, example_inputs, runs, training=model.training)]
+    else:
+        beside = (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(f"{stack}."))
+        widths = dict.fromkeys((m.in_features, m.weight.dtype) for m in beside)
+        forms = [text_form(name, model.training), *(features_form(name, *w, model.training) for w in widths)]
+    first: Exception | None = None
+    for form in forms:
+        try:
+            return Reading(weightless, stack, named, form)
+        except CannotCutError:
+            raise
+        except Exception as error:  # whatever the model's own code raises is the reason it cannot be read
+            first = first or error
+    raise CannotCutError(f"its forward failed on a few tokens: {type(first).__name__}: {first}") from first
 
 
 def build_part(

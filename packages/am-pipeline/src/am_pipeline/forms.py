@@ -82,6 +82,29 @@ def text_form(name: str, training: bool) -> Form:
     return Form(Given(name, Shape((BATCH, SEQUENCE)), torch.arange(15).view(3, 5) % 7 + 1), training=training)
 
 
+def features_form(name: str, width: int, dtype: torch.dtype, training: bool) -> Form:
+    """Vectors of features alone, one for each token."""
+    return Form(Given(name, Shape((BATCH, SEQUENCE, width)), torch.zeros(1, 1, width, dtype=dtype)), training=training)
+
+
+def example_form(
+    name: str, example: Mapping[str, Any], runs: Callable[[Form], set[str] | None], *, training: bool
+) -> Form:
+    """The form of inputs that a user shows, as a processor gives them.
+
+    Raises:
+        ValueError: the model's first argument is not among them, or has no batch and sequence dim.
+    """
+    first = example.get(name)
+    if not isinstance(first, torch.Tensor) or first.dim() < 2:
+        raise ValueError(f"example_inputs must have {name!r}, a tensor of shape (B, S, ...); it has {sorted(example)}")
+    given = Given(name, Shape((BATCH, SEQUENCE, *first.shape[2:])), first)
+    rest = {key: value for key, value in example.items() if key != name}
+    if not rest:
+        return Form(given, training=training)
+    return resolve_form(given, rest, first.shape[0], first.shape[1], runs, training=training, batch_dims={})
+
+
 def resolve_form(
     first: Given,
     inputs: Mapping[str, Any],

@@ -74,6 +74,7 @@ def pipeline_model(
     balance: Balance | Costs = "flops",
     reduce_grads: ReduceGrads = "step",
     batch_dims: Mapping[str, int | None] | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[PipelineSchedule, list[nn.Module], bool, bool, list[PipelineStage]]:
     """Cut a transformers model, parallelise each part and build the schedule that trains it.
 
@@ -106,6 +107,7 @@ def pipeline_model(
         reduce_grads: see `build_pipeline_schedule`.
         batch_dims: the dim along which a keyword input is split into microbatches, by its name, None for whole; needed
             only where an error asks for it.
+        example_inputs: what the model is called with, by name, where ids alone do not run all of it, see `plan_cut`.
 
     Returns:
         `(schedule, parts, has_first_stage, has_last_stage, stages)` of this rank; see `PipelineSchedule` for `step`
@@ -138,6 +140,7 @@ def pipeline_model(
             patch_inner_model,
             patch_causal_lm_model,
             balance,
+            example_inputs,
         )
     else:
         stages, parts = split_model_into_stages(
@@ -152,6 +155,7 @@ def pipeline_model(
             patch_causal_lm_model,
             round_to_pp_multiple,
             balance,
+            example_inputs,
         )
     if call is not None:
         axis_names = {

@@ -130,7 +130,7 @@ class Reading:
                     inputs,
                     batch,
                     seq_len,
-                    self.runs,
+                    partial(inputs_read, self.weightless, self.units),
                     training=training,
                     batch_dims=batch_dims or {},
                     pieces=pieces,
@@ -156,16 +156,6 @@ class Reading:
                 f"with {names}{' in training' if form.training else ''}: {why}"
             ) from why.__cause__
         return passages
-
-    def runs(self, form: Form) -> set[str] | None:
-        """The names of the inputs that the model reads of a form, None if its forward fails on it."""
-        try:
-            trace = self._trace(form, form.sizes[0])
-        except Exception:  # whatever the model's own code raises
-            return None
-        read = {source.name for call in trace.calls for source in call.reads if isinstance(source, Input)}
-        read |= {source.name for source in trace.output if isinstance(source, Input)}
-        return read | {source.name for look in trace.looks for source in look.sources if isinstance(source, Input)}
 
     @property
     def ran(self) -> list[int]:
@@ -295,7 +285,7 @@ class Reading:
             for leaf in call.leaves
             if leaf.value == value
         ]
-        return shape_of(*found, self.form.sizes) if len(self.form.sizes) > 1 and len(found) == 2 else None
+        return shape_of(found[0], found[1], self.form.sizes) if len(self.form.sizes) > 1 and len(found) == 2 else None
 
     def _prove(self, stages: Stages, needs: Needs, stage: int, passage: Passage) -> Passage:
         """Trace the part of a stage and compare what counts on it with the whole model.
@@ -312,7 +302,7 @@ class Reading:
         tracer.narrow = bool(passage.narrow)
         boundary.watch = tracer
         size = self.form.sizes[0]
-        given = {n: v for n, v in self._inputs(tracer, self.form, size).items() if n not in passage.withheld}
+        given = {n: v for n, v in _inputs(tracer, self.form, size).items() if n not in passage.withheld}
         if stage and self.form.first.name not in passage.needs:
             del given[self.form.first.name]
         received = [tracer.given(c.value, c.shape.at(*size), c.dtype, c.requires_grad) for c in passage.receives]
@@ -340,19 +330,7 @@ class Reading:
         return replace(passage, returns=called)
 
     def _trace_whole(self, size: tuple[int, int]) -> Trace:
-        return self._trace(self.form, size)
-
-    def _trace(self, form: Form, size: tuple[int, int]) -> Trace:
-        model = self.weightless.fresh(form.training)
-        tracer = Tracer(model, self.weightless.fake, self.units.of)
-        settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        given = settings | self._inputs(tracer, form, size)
-        return tracer.run(lambda: select_output(model(**given)))
-
-    @staticmethod
-    def _inputs(tracer: Tracer, form: Form, size: tuple[int, int]) -> dict[str, Any]:
-        tensors = {form.first.name: form.first, **form.tensors}
-        return {name: tracer.input(name, given.at(*size)) for name, given in tensors.items()} | dict(form.others)
+        return _trace(self.weightless, self.units, self.form, size)
 
     def _refuse_other_paths(self) -> None:
         """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""
@@ -363,7 +341,7 @@ class Reading:
         for other in (torch.zeros_like(ids), ids * 5 % 11, ids + 1):
             form = replace(self.form, first=replace(self.form.first, sample=other))
             with contextlib.suppress(Exception):  # what does not run at all needs no cut
-                traces.append(self._trace(form, form.sizes[0]))
+                traces.append(_trace(self.weightless, self.units, form, form.sizes[0]))
         for trace in traces:
             for one, two in zip_longest(self.small.calls, trace.calls):
                 if one is None or two is None or (one.unit, one.reads) != (two.unit, two.reads):
@@ -396,6 +374,31 @@ class Reading:
                         found[side].append(unit)
         count = len(self.weightless.model.get_submodule(self.stack))
         return Anatomy(self.stack, count, *(tuple(found[side]) for side in ("before", "after", "between")))
+
+
+def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | None:
+    """The names of the inputs that a model reads of a form; None if its forward fails on it."""
+    try:
+        trace = _trace(weightless, units, form, form.sizes[0])
+    except Exception:  # whatever the model's own code raises
+        return None
+    read = {source for call in trace.calls for source in call.reads} | trace.output
+    read |= {source for look in trace.looks for source in look.sources}
+    return {source.name for source in read if isinstance(source, Input)}
+
+
+def _trace(weightless: Weightless, units: Units, form: Form, size: tuple[int, int]) -> Trace:
+    """Run the whole model on inputs of a form, for so many sequences and tokens."""
+    model = weightless.fresh(form.training)
+    tracer = Tracer(model, weightless.fake, units.of)
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    given = settings | _inputs(tracer, form, size)
+    return tracer.run(lambda: select_output(model(**given)))
+
+
+def _inputs(tracer: Tracer, form: Form, size: tuple[int, int]) -> dict[str, Any]:
+    tensors = {form.first.name: form.first, **form.tensors}
+    return {name: tracer.input(name, given.at(*size)) for name, given in tensors.items()} | dict(form.others)
 
 
 class _HoldMoreError(Exception):

@@ -86,7 +86,7 @@ def _crossing(stage: PipelineStage, config: Any, batch: int, seq_len: int, shard
     """Shape and dtype of every tensor that a stage receives and sends."""
     dtype = hidden_dtype(stage)
     if not isinstance(stage, DecoderStage):
-        hidden = [((batch, seq_len // shards, get_hidden_and_vocab_size(config)[0]), dtype)]
+        hidden: Sent = [((batch, seq_len // shards, get_hidden_and_vocab_size(config)[0]), dtype)]
         return hidden, hidden
     passage = stage.boundary.passage
     cut_with = next((c.dtype for c in (*passage.receives, *passage.sends) if c.of_layer), dtype)

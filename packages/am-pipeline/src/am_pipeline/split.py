@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +39,7 @@ def split_model_into_stages(
     patch_causal_lm_model: bool = True,
     round_to_pp_multiple: RoundTo | None = None,
     balance: Balance | Costs = "flops",
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """This rank's stages of a model and the parts they run, in the order of `stage_ids_this_rank`.
 
@@ -54,7 +57,7 @@ def split_model_into_stages(
         layers_per_stage: the most layers of a stage, instead of one or two stages per rank.
         patch_inner_model, patch_causal_lm_model: see `build_part`.
         round_to_pp_multiple: see `calculate_virtual_stages`.
-        balance: see `plan_cut`; with `layers_per_stage`, stages hold equally many layers.
+        balance, example_inputs: see `plan_cut`; with `layers_per_stage`, stages hold equally many layers.
 
     Collectives: none.
 
@@ -67,7 +70,15 @@ def split_model_into_stages(
     placement = "v" if issubclass(kind, (ScheduleZBVZeroBubble, ScheduleDualPipeV)) else "loop"
     _check_axis(pp_mesh, pp_axis_name)
     pp_size = pp_mesh.size(pp_mesh.mesh_dim_names.index(pp_axis_name))
-    plan = _plan(model, kind, pp_size, module_names_per_stage, layers_per_stage, round_to_pp_multiple, balance)
+    single = issubclass(kind, PipelineScheduleSingle)
+    if module_names_per_stage is not None:
+        _check_count(len(module_names_per_stage), kind, pp_size)
+
+    def count(layers: int) -> int:
+        return calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to_pp_multiple)[0]
+
+    by = balance if layers_per_stage is None else "layers"
+    plan = plan_stages(model, count, module_names_per_stage, by, example_inputs)
     rank = pp_mesh.get_local_rank(pp_axis_name)
     return _build(
         model,
@@ -90,6 +101,7 @@ def split_model_for_csv(
     patch_inner_model: bool = True,
     patch_causal_lm_model: bool = True,
     balance: Balance | Costs = "flops",
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> tuple[list[PipelineStage], list[nn.Module]]:
     """Like `split_model_into_stages`, for a schedule file: its rows say which rank holds which stages."""
     _refuse_wrapped(model)
@@ -99,7 +111,7 @@ def split_model_for_csv(
     total = sum(map(len, held))
     if module_names_per_stage is not None and len(module_names_per_stage) != total:
         raise ValueError(f"module_names_per_stage has {len(module_names_per_stage)} stages, {csv} has {total}")
-    plan = plan_cut(model, total, module_names_per_stage, balance)
+    plan = plan_cut(model, total, module_names_per_stage, balance, example_inputs)
     return _build(
         model,
         plan,
@@ -131,27 +143,12 @@ def _check_axis(mesh: DeviceMesh, axis: str) -> None:
         raise ValueError(f"the mesh has no axis {axis!r}; it has {mesh.mesh_dim_names}")
 
 
-def _plan(
-    model: nn.Module,
-    kind: type[Schedule],
-    pp_size: int,
-    module_names: list[list[str]] | None,
-    layers_per_stage: int | None,
-    round_to: RoundTo | None,
-    balance: Balance | Costs,
-) -> CutPlan:
+def _check_count(stages: int, kind: type[Schedule], pp_size: int) -> None:
     single = issubclass(kind, PipelineScheduleSingle)
-    if module_names is None:
-
-        def count(layers: int) -> int:
-            return calculate_virtual_stages(layers, layers_per_stage, pp_size, single, round_to)[0]
-
-        return plan_stages(model, count, balance=balance if layers_per_stage is None else "layers")
-    per_rank, rest = divmod(len(module_names), pp_size)
+    per_rank, rest = divmod(stages, pp_size)
     if rest or (single and per_rank != 1) or (not single and per_rank < 2):
         allowed = f"exactly {pp_size}" if single else f"a multiple of {pp_size} that is at least {2 * pp_size}"
-        raise ValueError(f"module_names_per_stage has {len(module_names)} stages; {kind.__name__} needs {allowed}")
-    return plan_cut(model, module_names_per_stage=module_names)
+        raise ValueError(f"module_names_per_stage has {stages} stages; {kind.__name__} needs {allowed}")
 
 
 def _build(
