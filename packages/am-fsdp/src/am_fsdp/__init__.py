@@ -8,6 +8,7 @@ from am_fsdp.imports import import_class_from_path, import_classes_from_paths
 from am_fsdp.load import load_hf_weights
 from am_fsdp.nvfsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
 from am_fsdp.process_group import _destroy_dist_connection, stop_on_signal
+from am_fsdp.replicas import check_replicas
 from am_fsdp.save import save_hf_weights
 from am_fsdp.strategy import fsdp2_strategy_parallelize
 from am_fsdp.units import apply_fsdp_sharding_recursively
@@ -20,6 +21,7 @@ __all__ = [
     "HAVE_NVFSDP",
     "_destroy_dist_connection",
     "apply_fsdp_sharding_recursively",
+    "check_replicas",
     "checkpoint_layers",
     "clip_grad_norm_",
     "fsdp2_strategy_parallelize",

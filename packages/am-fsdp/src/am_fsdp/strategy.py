@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
 from am_fsdp.checkpointing import checkpoint_layers
+from am_fsdp.replicas import check_replicas
 from am_fsdp.units import apply_fsdp_sharding_recursively, edges
 
 
@@ -54,15 +55,17 @@ def fsdp2_strategy_parallelize(
         The model.
 
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
-        each sharded parameter is broadcast once over the tensor axis.
+        each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`.
 
     Raises:
         ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
-            experts are already spread over the data ranks, or the plan does not fit; on every rank alike.
+            experts are already spread over the data ranks, the plan does not fit, or real weights differ between data
+            ranks; on every rank alike.
     """
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
     tp_mesh = axis(device_mesh, tp_mesh_name)
     _check(model, device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
+    check_replicas(model, dp_mesh, tp_mesh)
     offload = offload_policy or (offload_to_cpu() if cpu_offload else OffloadPolicy())
     mixed = mp_policy or default_mp_policy(model, param_dtype)
 
