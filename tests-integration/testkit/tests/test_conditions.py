@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from am_testkit import compositions, conditions
 from am_testkit.batches import IGNORED, PADDING, build_batch
 from am_testkit.conditioned import build_model, sum_of_losses
+from am_testkit.exact import relative_error
 from am_testkit.pairwise import pairs
 from am_testkit.programs import PROGRAMS, OneProcess, program
 
@@ -157,3 +158,8 @@ def test_every_axis_of_the_table_has_its_plain_value_first():
     assert conditions.why_not(PLAIN) is None
     assert set(PROGRAMS) == set(conditions.AXES["calls"])
     assert all(len(set(values)) == len(values) for values in itertools.chain(conditions.AXES.values()))
+
+
+def test_a_nan_is_an_infinite_error():
+    assert relative_error(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+    assert relative_error(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]), nan_is_nan=True) == 0

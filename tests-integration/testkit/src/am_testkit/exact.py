@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def relative_error(
     actual: torch.Tensor, expected: torch.Tensor, floor: float | None = None, *, nan_is_nan: bool = False
 ) -> float:
-    """Largest absolute difference over the largest absolute expected value (both on the whole tensor).
+    """Largest absolute difference over the largest absolute expected value, on whole tensors; infinite for a NaN.
 
     Args:
         actual, expected: of one shape, tensors or DTensors.
@@ -36,7 +37,8 @@ def relative_error(
     if floor is not None:
         scale = max(scale, floor, 1e-30)
     difference = (actual.to(expected.dtype) - expected).abs().max().item() if expected.numel() else 0.0
-    return difference / scale if scale else difference
+    error = difference / scale if scale else difference
+    return math.inf if math.isnan(error) else error  # a NaN would be lost in a maximum
 
 
 def assert_same(
