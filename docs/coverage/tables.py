@@ -46,7 +46,7 @@ def pipeline(measured: dict[str, dict]) -> list[str]:
     for name in model_types():
         result = measured.get(name)
         if result and "refused" not in result:
-            travels = ", ".join(f"`{n}`" for n in result["traveling"]) + (" ids" if result["needs_ids"] else "")
+            travels = ", ".join(result["traveling"]) + (" ids" if result["needs_ids"] else "")
             if result["wrong"]:
                 travels = f"**wrong** under {len(result['wrong'])} of {result['cases']} conditions"
             columns = [result["errors"][kind][n] for kind in ("sdpa", "eager") for n in ("2", "4")]
@@ -69,8 +69,8 @@ def pipeline(measured: dict[str, dict]) -> list[str]:
         "add up, or an evaluation between two; float64 or float32. Next-token head, all labels but padding's, no",
         "dropout, all weights trained. The numbers are the largest relative differences from one process among the",
         "logits and all gradients under any of the conditions; the column after them says the wider dtype that the",
-        "model's own code runs in. *Travels* names the modules whose outputs go along with the hidden state because",
-        "later layers take them; *ids* says that later stages get the ids.",
+        "model's own code runs in. *Travels* names what goes along with the hidden state of the layer before the cut",
+        "because later layers take it, on four stages; *ids* says that later stages get the ids.",
         "",
         "| model type | class | sdpa, 2 stages | sdpa, 4 | eager, 2 | eager, 4 | | travels |",
         "|---|---|---|---|---|---|---|---|",

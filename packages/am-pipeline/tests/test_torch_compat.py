@@ -189,3 +189,41 @@ def test_views_and_compiled_modules_are_recognised():
     assert compat.is_compiled(module)
     assert compat.is_compiled(torch.compile(nn.Linear(2, 2), backend="eager"))
     assert compat.element_size(nn.Linear(2, 2, dtype=torch.bfloat16)) == 2
+
+
+def test_tensors_without_memory_have_shapes_and_share_it_with_their_views():
+    fake = compat.fake_mode()
+    with fake:
+        weight = nn.Parameter(torch.empty(10**6, 10**6))
+        other = torch.empty(3, 10**6)
+    product = nn.functional.linear(other, weight)
+    assert compat.is_fake(product)
+    assert product.shape == (3, 10**6)
+    assert not compat.is_fake(torch.zeros(1))
+    assert compat.storage_key(weight.view(-1)) == compat.storage_key(weight.detach())
+    assert compat.storage_key(weight) != compat.storage_key(product)
+
+
+def test_what_an_operator_writes_and_draws_is_told_by_its_schema():
+    one, two = torch.zeros(2), torch.zeros(2)
+    aten = torch.ops.aten
+    written = compat.written_arguments(aten.add_.Tensor, (one, two), {})
+    assert len(written) == 1
+    assert written[0] is one
+    assert not compat.written_arguments(aten.add.Tensor, (one, two), {})
+    written = compat.written_arguments(aten.add.out, (one, two), {"out": two})
+    assert len(written) == 1
+    assert written[0] is two
+    assert compat.is_random(aten.bernoulli_.float)
+    assert compat.is_random(aten.rand.default)
+    assert not compat.is_random(aten.add.Tensor)
+    assert compat.operator_name(aten.index.Tensor) == "aten.index.Tensor"
+
+
+def test_what_does_not_fit_without_memory_raises_without_a_log(caplog):
+    fake = compat.fake_mode()
+    with fake:
+        one, two = torch.empty(3, 1), torch.empty(3, 8)
+    with compat.quiet_fakes(), pytest.raises(RuntimeError):
+        one.mul_(two)
+    assert not caplog.records

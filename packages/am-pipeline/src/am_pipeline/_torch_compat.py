@@ -1,10 +1,11 @@
-"""The one place that touches private names of `torch.distributed.pipelining` and FSDP2.
+"""The one place that touches private names of torch: of its pipelining, of FSDP2 and of tensors without memory.
 
 `tests/test_torch_compat.py` fails when torch changes them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -286,6 +287,17 @@ def fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Operators that do not fit tensors without memory raise, and are not logged as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -164,6 +164,8 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
             raise CannotCutError(f"{call.unit} draws random numbers and would run on stages {elsewhere[0]} and {stage}")
         need(stage, call.reads, call.unit)
 
+    if trace.python_random:
+        raise CannotCutError("its forward draws from Python's random module, on every stage something else")
     for hook in trace.hooked:
         if made := next((s for s in hook.sources if isinstance(s, (Value, Inner, Weight))), None):
             raise CannotCutError(f"{hook.place} puts a hook on the gradient of {made}, which every stage would do")

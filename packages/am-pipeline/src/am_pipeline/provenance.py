@@ -19,6 +19,7 @@ computed on a batch of a few tokens, so that code that looks at it goes its usua
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_pipeline._torch_compat import is_fake, is_random, operator_name, storage_key, written_arguments
+from am_pipeline._torch_compat import is_fake, is_random, operator_name, quiet_fakes, storage_key, written_arguments
 from am_pipeline.nested import map_leaves, tensors_in
 
 
@@ -144,6 +145,7 @@ class Trace:
         output: the sources of what the model returned.
         output_keys: fingerprints of its tensors.
         looks: numbers read between units that depend on anything but constants.
+        python_random: whether the forward drew from Python's own generator, which no stage shares with another.
         hooked: tensors on whose gradients code between units puts hooks.
         written: values that were written into after they were returned.
         kept: parameters and buffers that code between units wrote into, and from what.
@@ -153,6 +155,7 @@ class Trace:
     output: frozenset[Source] = frozenset()
     output_keys: tuple[int, ...] = ()
     looks: list[Look] = field(default_factory=list)
+    python_random: bool = False
     hooked: list[Look] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
@@ -216,10 +219,13 @@ class Tracer(TorchDispatchMode):
         for name, module in self.model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leaving(name), with_kwargs=True))
+        drawn = random.getstate()
         try:
-            with torch.enable_grad(), _Lookers(self), self:
+            with torch.random.fork_rng([]), quiet_fakes(), torch.enable_grad(), _Lookers(self), self:
                 output = list(tensors_in(forward()))
         finally:
+            self.trace.python_random = random.getstate() != drawn
+            random.setstate(drawn)
             for handle in handles:
                 handle.remove()
         self.trace.output = frozenset().union(*(self._of(t).sources for t in output))
@@ -278,18 +284,18 @@ class Tracer(TorchDispatchMode):
         memories = [self._of(t) for t in tensors]
         written = [id(t) for t in written_arguments(func, args, kwargs)]
         seen = hash((name, _static(args), _static(tuple(kwargs.items())), *map(self._fingerprint, tensors)))
-        random = is_random(func)
-        if random and self.active is None:
+        draws = is_random(func)
+        if draws and self.active is None:
             self.draws += 1
             seen = hash((seen, self.draws))
         if self.active is not None:
             self._read_inside(self.active, memories, seen)
-            self.active.random |= random
+            self.active.random |= draws
         sources = frozenset().union(*(m.sources for m in memories)) if memories else frozenset()
         if self.active is None:
             for memory in memories:
                 sources |= self._weights_read(memory, None)
-            if random:
+            if draws:
                 sources |= {Draw(f"{name} of {_place()}")}
         unknown = any(m.unknown for m in memories)
         if self.narrow and name in _BY_PLACE and any(isinstance(s, Inner) and s.call < 0 for s in sources):
