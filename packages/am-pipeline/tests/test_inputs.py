@@ -39,7 +39,8 @@ def build(model, *, schedule="1F1B", batch=4, microbatch=2, loss_fn=next_token_l
 
 def check(model, whole, ids, labels, kwargs, everywhere, schedule="1F1B", batch_dims=None):
     """One step with keyword inputs against one process that runs the same microbatches."""
-    pieces = split_inputs((ids, labels), kwargs, 2, dict.fromkeys(kwargs, 0) | (batch_dims or {}))
+    dims = {name: 0 for name, value in kwargs.items() if isinstance(value, torch.Tensor)} | (batch_dims or {})
+    pieces = split_inputs((ids, labels), kwargs, 2, 4, dims)
     outputs = [whole(piece, use_cache=False, **more).logits for (piece, _), more in zip(*pieces, strict=True)]
     losses = [next_token_loss(o, target) for o, (_, target) in zip(outputs, pieces[0], strict=True)]
     (sum(losses) / 2).backward()
@@ -66,6 +67,65 @@ def test_a_mask_and_positions_reach_every_stage(everywhere, schedule):
     positions = torch.arange(12).repeat(4, 1) + torch.arange(4)[:, None]
     kwargs = {"attention_mask": mask, "position_ids": positions}
     check(model, copy.deepcopy(model), ids, labels, kwargs, everywhere, schedule)
+
+
+@pytest.mark.ranks(2)
+def test_the_batch_dim_is_what_the_model_makes_it_where_all_sizes_are_the_same():
+    model = tiny("llama", attention="sdpa")
+    ids, labels = token_batch(4, 4)
+    rows = torch.arange(4)[:, None] + torch.arange(4)
+    padded = torch.ones(4, 4, dtype=torch.int64)
+    padded[1, 2:] = 0
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    other = causal.repeat(4, 1, 1, 1)
+    other[2, 0, 3, 1] = False
+    for name, inputs, dims in (
+        ("positions of one row", {"position_ids": torch.arange(4)[None] * 2}, {"position_ids": None}),
+        ("positions of every row", {"position_ids": rows}, {}),
+        ("padding", {"attention_mask": padded}, {}),
+        ("one mask for all", {"attention_mask": causal[None, None]}, {"attention_mask": None}),
+        ("a mask for each", {"attention_mask": other}, {}),
+        ("both", {"attention_mask": padded, "position_ids": torch.arange(4)[None]}, {"position_ids": None}),
+        ("none of them", {"attention_mask": None}, {}),
+        ("padding in one microbatch alone", {"attention_mask": [None, padded[:2]]}, {}),
+    ):
+        try:
+            check(copy.deepcopy(model), copy.deepcopy(model), ids, labels, inputs, False, batch_dims=dims)
+        except Exception as error:
+            raise AssertionError(name) from error
+
+
+@pytest.mark.ranks(2)
+def test_an_input_that_would_run_either_way_is_asked_for_on_every_rank():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(96, 32), nn.Linear(32, 96)
+            self.layers = nn.ModuleList(nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True) for _ in range(4))
+
+        def forward(self, input_ids, weights):
+            hidden = self.embed(input_ids) * (1 + weights.mean())
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return self.head(hidden)
+
+    torch.manual_seed(0)
+    model = Weighted().double()
+    example = {"input_ids": torch.ones(2, 12, dtype=torch.int64), "weights": torch.ones(2, dtype=torch.float64)}
+    ids, labels = token_batch(4, 12)
+    weights = torch.arange(4, dtype=torch.float64)
+    schedule, _, first, last, _ = build(copy.deepcopy(model), example_inputs=example)
+    with pytest.raises(
+        ValueError, match=r"'weights' of shape \(4,\) could be split along dim 0 or no dim: .* batch_dims="
+    ):
+        schedule.step(*((ids,) if first else ()), target=labels if last else None, weights=weights)
+    for dim, pieces in ((0, weights.chunk(2)), (None, [weights] * 2)):
+        whole = copy.deepcopy(model)
+        outputs = [whole(chunk, piece) for chunk, piece in zip(ids.chunk(2), pieces, strict=True)]
+        schedule, _, first, last, _ = build(copy.deepcopy(model), example_inputs=example, batch_dims={"weights": dim})
+        logits = schedule.step(*((ids,) if first else ()), target=labels if last else None, weights=weights)
+        if last:
+            assert_same(logits, torch.cat(outputs), 1e-12, "logits")
 
 
 @pytest.mark.ranks(2)
@@ -201,7 +261,9 @@ def test_tensors_are_split_along_their_batch_dim():
         "flag": True,
         "packed": [torch.zeros(3), torch.zeros(5)],
     }
-    args, kwargs = split_inputs((torch.arange(4),), batch, 2, {"attention_mask": 0, "position_ids": 1, "shared": None})
+    args, kwargs = split_inputs(
+        (torch.arange(4),), batch, 2, 4, {"attention_mask": 0, "position_ids": 1, "shared": None}
+    )
     assert [a[0].tolist() for a in args] == [[0, 1], [2, 3]]
     assert kwargs[1]["attention_mask"].tolist() == [[4, 5], [6, 7]]
     assert kwargs[0]["position_ids"].shape == (3, 2, 2)

@@ -144,8 +144,8 @@ def resolve_form(
         return Form(first, {n: Given(n, shape, tensors[n]) for n, shape in choice.items()}, others, training, sizes)
 
     def larger(choice: Mapping[str, Shape]) -> Form:
-        """More sequences than the batch: what reads a tensor of as many as the batch has runs out of it."""
-        return small(choice, ((batch + 3, batch + 8),))
+        """More sequences than the batch has, and than tokens: code that looks up a row for each runs out of others."""
+        return small(choice, ((batch + 8, batch + 3),))
 
     def real(choice: Mapping[str, Shape]) -> Form:
         """The first microbatch itself: what must fit each other in number, images and their places, does."""

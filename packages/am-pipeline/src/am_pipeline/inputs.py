@@ -84,19 +84,30 @@ def receive_inputs(
 
 
 def split_inputs(
-    args: tuple, kwargs: dict[str, Any], count: int, batch_dims: Mapping[str, int | None]
+    args: tuple, kwargs: dict[str, Any], count: int, batch: int, batch_dims: Mapping[str, int | None] | None = None
 ) -> tuple[list[tuple], list[dict[str, Any]]]:
     """One tuple of positional and one dict of keyword inputs per microbatch.
 
     Args:
         args: of the whole batch; split along dim 0.
         kwargs: of the whole batch. A list or tuple with one tensor or None for each microbatch is taken as that (packed
-            sequences, images); what is neither that nor in `batch_dims` goes to every microbatch whole.
+            sequences, images); what is no tensor goes to every microbatch whole.
         count: number of microbatches.
+        batch: sequences in the batch.
         batch_dims: the dim along which a keyword input is split, by name; None for whole.
+
+    Raises:
+        ValueError: an input that could be split, of which nobody has said along which dim.
     """
+    known = batch_dims or {}
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in known and batch in value.shape:
+            raise ValueError(
+                f"the input {name!r} of shape {tuple(value.shape)} has a dim of the batch's size, {batch}, which need "
+                f"not be the batch: say which is with batch_dims={{{name!r}: ...}}, None for whole"
+            )
     pieces = [list(value.chunk(count)) for value in args]
-    named = {name: _pieces(value, count, batch_dims.get(name)) for name, value in kwargs.items()}
+    named = {name: _pieces(value, count, known.get(name)) for name, value in kwargs.items()}
     return (
         [tuple(each[i] for each in pieces) for i in range(count)],
         [{name: each[i] for name, each in named.items()} for i in range(count)],

@@ -146,6 +146,7 @@ class Trace:
         output_keys: fingerprints of its tensors.
         looks: numbers read between units that depend on anything but constants.
         python_random: whether the forward drew from Python's own generator, which no stage shares with another.
+        outside: where a parameter is read that is none of the model's: a function closed over it, for example.
         hooked: tensors on whose gradients code between units puts hooks.
         written: values that were written into after they were returned.
         kept: parameters and buffers that code between units wrote into, and from what.
@@ -156,6 +157,7 @@ class Trace:
     output_keys: tuple[int, ...] = ()
     looks: list[Look] = field(default_factory=list)
     python_random: bool = False
+    outside: list[str] = field(default_factory=list)
     hooked: list[Look] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
@@ -392,6 +394,8 @@ class Tracer(TorchDispatchMode):
     def _of(self, tensor: torch.Tensor) -> _Memory:
         memory = self.memory.get(storage_key(tensor))
         if memory is None:  # a constant that the model holds outside of parameters and buffers
+            if isinstance(tensor, nn.Parameter):
+                self.trace.outside.append(f"{self.path[-1] if self.path else 'its forward'} at {_place()}")
             with self._quietly():
                 content = tensor.flatten()[:4096].tolist() if not is_fake(tensor) and not tensor.is_meta else ()
             key = hash(("constant", str(tensor.dtype), tuple(tensor.shape), str(content)))

@@ -159,7 +159,7 @@ class PipelineSchedule(StepHooks, Schedule):
         for stage in stages:
             stage.failure = failure
         try:
-            self._prepare(stages, call, shared, batch_dims)
+            self._prepare(stages, call, shared, agreement.batch, batch_dims)
             outputs = super().step(**more)
             vote(failure, self._host_groups)
             if not self._evaluating:
@@ -309,6 +309,7 @@ class PipelineSchedule(StepHooks, Schedule):
         stages: list[DecoderStage],
         call: _CallOnThisRank,
         shared: dict[str, Any],
+        batch: int,
         batch_dims: dict[str, int | None],
     ) -> None:
         """Inputs and targets of each microbatch. An error is this rank's failure: the others are already under way."""
@@ -318,7 +319,7 @@ class PipelineSchedule(StepHooks, Schedule):
             if unknown := sorted(set(call.kwargs) - set(shared)):
                 raise ValueError(f"the rank of the first stage must be given {', '.join(unknown)}, too")
             own = call.args if holds_first else ()
-            running.inputs = split_inputs(own, shared | call.kwargs, count, batch_dims)
+            running.inputs = split_inputs(own, shared | call.kwargs, count, batch, batch_dims)
             if call.target is not None:
                 running.targets = split_target(call.target, count)
         except Exception as error:
