@@ -1,8 +1,8 @@
 """Every causal language model of transformers through a real pipeline of two and of four stages, against one process.
 
 Every third type runs always, one with the attention that transformers takes by itself, the next with eager. With
-`AM_SWEEP=folder` all do, under both and under a pairwise choice of conditions, and leave there what they measured;
-`nox -s sweep` makes `docs/coverage/pipeline.md` of it.
+`AM_SWEEP=folder` all do, under both and, on two or on four stages, under a pairwise choice of conditions, and leave there what
+they measured; `nox -s sweep` makes `docs/coverage/pipeline.md` of it.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def trained_in(case, model_type):
             sum(loss_fn(logits, chunk.labels) for logits, chunk in zip(expected, chunks, strict=True)).backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     errors = {}
-    for stages, schedule in ((2, "1F1B"), (4, "Interleaved1F1B")):
+    layouts = ((2, "1F1B"), (4, "Interleaved1F1B"))
+    for stages, schedule in layouts if case in PLAIN else [layouts[EVERY.index(case) % 2]]:
         model.zero_grad()
         calls_of = list(zip(calls, batches, strict=True))
         errors[stages], plan = pipelined(model, schedule, case, calls_of, torch.cat(expected), wanted)
