@@ -1,8 +1,8 @@
 """Every causal language model of transformers through a real pipeline of two and of four stages, against one process.
 
 Every third type runs always, one with the attention that transformers takes by itself, the next with eager. With
-`AM_SWEEP=folder` all do, under both and, on two or on four stages, under a pairwise choice of conditions, and leave there what
-they measured; `nox -s sweep` makes `docs/coverage/pipeline.md` of it.
+`AM_SWEEP=folder` all do, under both and, on two or on four stages, under a pairwise choice of conditions, and leave
+there what they measured; `nox -s sweep` makes `docs/coverage/pipeline.md` of it.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
         raise CannotCutError("its forward draws from Python's random module, on every stage something else")
     if trace.outside:
         raise CannotCutError(
-            f"{trace.outside[0]} reads a parameter that the module does not hold, through a function closed over it, for "
-            "example: no copy of the model has it; register it where it is read"
+            f"{trace.outside[0]} reads a parameter that the module does not hold, through a function closed over it, "
+            "for example: no copy of the model has it; register it where it is read"
         )
     for hook in trace.hooked:
         if made := next((s for s in hook.sources if isinstance(s, (Value, Inner, Weight))), None):

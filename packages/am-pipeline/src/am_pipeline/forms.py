@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,10 +32,24 @@ class Given:
     def at(self, batch: int, seq_len: int) -> torch.Tensor:
         tensor = self.sample
         for dim, size in enumerate(self.shape.at(batch, seq_len)):
-            if size != tensor.shape[dim]:
-                places = torch.arange(size, device=tensor.device) % max(tensor.shape[dim], 1)
+            if size != (there := tensor.shape[dim]):
+                places = torch.arange(size, device=tensor.device)
+                # The last of a row stays the last: padding is there.
+                places = places % max(there, 1) if size > there else (places + 1) * there // size - 1
                 tensor = tensor.index_select(dim, places)
         return tensor
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether its numbers are zeros and ones alone, or none are."""
+        return not self.sample.is_floating_point() and bool(((self.sample == 0) | (self.sample == 1)).all())
+
+    def filled(self, zero_at_the_end: bool) -> Given:
+        """A mask of ones; of ones with a zero at the end of each row: code often leaves a mask of ones alone out."""
+        ones = torch.ones_like(self.sample)
+        if zero_at_the_end and ones.dim() and ones.shape[-1] > 1:
+            ones[..., -1] = 0
+        return replace(self, sample=ones)
 
     @property
     def batch_dim(self) -> int | None:
@@ -143,9 +157,13 @@ def resolve_form(
     def small(choice: Mapping[str, Shape], sizes: tuple[tuple[int, int], ...] = SIZES) -> Form:
         return Form(first, {n: Given(n, shape, tensors[n]) for n, shape in choice.items()}, others, training, sizes)
 
+    def masked(form: Form) -> Form:
+        given = {n: g.filled(zero_at_the_end=True) if g.is_mask else g for n, g in form.tensors.items()}
+        return replace(form, tensors=given)
+
     def larger(choice: Mapping[str, Shape]) -> Form:
         """More sequences than the batch has, and than tokens: code that looks up a row for each runs out of others."""
-        return small(choice, ((batch + 8, batch + 3),))
+        return masked(small(choice, ((batch + 8, batch + 3),)))
 
     def real(choice: Mapping[str, Shape]) -> Form:
         """The first microbatch itself: what must fit each other in number, images and their places, does."""

@@ -135,13 +135,27 @@ class Reading:
                     batch_dims=batch_dims or {},
                     pieces=pieces,
                 )
-            self._proved[pattern] = form, self._prove_form(form, stages)
+            self._proved[pattern] = form, self._prove_forms(form, stages)
         return self._proved[pattern]
 
     def remember(self, passages: tuple[Passage, ...]) -> None:
         """What `cut` returned for this form."""
         if not self.form.tensors and not self.form.others:
             self._proved[self.form.training, (), (), False] = self.form, passages
+
+    def _prove_forms(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
+        """A form with masks holds for masks that hide something and for those that hide nothing."""
+        masks = {name for name, given in form.tensors.items() if given.is_mask}
+        if not masks or len(form.sizes) == 1:
+            return self._prove_form(form, stages)
+        found = []
+        for hides in (False, True):
+            tensors = {n: g.filled(hides) if n in masks else g for n, g in form.tensors.items()}
+            found.append(self._prove_form(replace(form, tensors=tensors), stages))
+        for open_, hiding in zip(*found, strict=True):
+            if (open_.sends, list(open_.returns)) != (hiding.sends, list(hiding.returns)):
+                raise ValueError(f"what crosses the cut depends on what {', '.join(sorted(masks))} hides")
+        return found[1]
 
     def _prove_form(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
         try:
