@@ -103,7 +103,8 @@ def sweep(session: nox.Session) -> None:
     folder.mkdir(parents=True)
     session.env["AM_SWEEP"] = str(folder)
     for package in PACKAGES[1:]:
-        tests = sorted(map(str, ROOT.glob(f"packages/{package}/tests/test_*sweep.py")))
+        kinds = ("test_*sweep.py", "test_habits.py")
+        tests = sorted(str(file) for kind in kinds for file in ROOT.glob(f"packages/{package}/tests/{kind}"))
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder), "pipeline", "tensor", "data", "experts", "context")

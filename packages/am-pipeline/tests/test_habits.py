@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -22,11 +23,17 @@ from am_testkit.exact import relative_error
 from .habits import EITHER, EXACT, HABITS, REFUSED, SIDE_CHANNELS, Decoder, token_rows
 
 TOLERANCE, ROUNDING = 1e-10, 1e-3
+# In turn on two and on four stages, and every eighth over ranks under either schedule; with AM_SWEEP all of it.
+SWEEP = bool(os.environ.get("AM_SWEEP"))
+CUTS = [(name, stages) for place, name in enumerate(HABITS) for stages in ((2, 4) if SWEEP else ((2, 4)[place % 2],))]
+OVER_RANKS = {
+    schedule: list(HABITS) if SWEEP else list(HABITS)[start::8]
+    for start, schedule in enumerate(("1F1B", "Interleaved1F1B"))
+}
 LENGTHS = (6, 9)  # the second batch is longer: nothing may stay from the first
 
 
-@pytest.mark.parametrize("num_stages", [2, 4])
-@pytest.mark.parametrize("name", HABITS)
+@pytest.mark.parametrize(("name", "num_stages"), CUTS)
 def test_a_habit_is_cut_and_exact_or_refused_by_name(name, num_stages):
     habit = HABITS[name]
     reason = in_a_chain(habit, num_stages)
@@ -41,7 +48,8 @@ def test_a_habit_is_cut_and_exact_or_refused_by_name(name, num_stages):
 @pytest.mark.ranks(2, timeout=240)
 def test_the_habits_that_are_cut_train_over_ranks_as_in_one_process(schedule):
     failures = {}
-    for name, habit in HABITS.items():
+    for name in OVER_RANKS[schedule]:
+        habit = HABITS[name]
         # A group of its own with a short timeout: a habit that hangs or fails on one rank does not take the next along.
         mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=5)), "cpu", mesh_dim_names=("pp",))
         try:
@@ -59,7 +67,7 @@ def test_the_habits_that_are_cut_train_over_ranks_as_in_one_process(schedule):
             except AssertionError as wrong:
                 failures[name] = str(wrong).splitlines()[:1]
     table = "\n".join(f"{name}\n  " + "\n  ".join(lines) for name, lines in failures.items())
-    assert not failures, f"{len(failures)} of {len(HABITS)} habits\n{table}"
+    assert not failures, f"{len(failures)} of {len(OVER_RANKS[schedule])} habits\n{table}"
 
 
 def in_a_chain(habit: type[Decoder], num_stages: int) -> str | None:

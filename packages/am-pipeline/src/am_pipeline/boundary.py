@@ -86,6 +86,7 @@ class Boundary:
     expected: list[tuple[tuple[int, ...], torch.dtype]] | None = None
     passes_on: bool = False
     watch: Tracer | None = None
+    _names: tuple[str, ...] = ()
     _active: bool = False
     _with_gradients: bool = False
     _hooked: set[str] = field(default_factory=set)
@@ -151,16 +152,19 @@ class Boundary:
 
     def _enter(self, part: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         # Training never reads a key-value cache, and a stage would fill only its own layers of it.
-        if "use_cache" in inspect.signature(part.forward).parameters:
+        self._names = names = self._names or tuple(inspect.signature(part.forward).parameters)
+        if "use_cache" in names:
             kwargs.setdefault("use_cache", False)
         self._shards = getattr(part, "sequence_shards", 1)
         self.passage = self.chosen or self.passage
         name = self.passage.first_input[0]
         count = 0 if self.is_first else len(self.passage.receives)
         received, args = args[:count], args[count:]
-        kwargs |= zip(inspect.signature(part.forward).parameters, args, strict=False)
+        kwargs |= zip(names, args, strict=False)
         first = kwargs.get(name)
-        seen = received[0] if received else first if first is not None else next(tensors_in(kwargs))
+        seen = received[0] if received else first if first is not None else next(tensors_in(kwargs), None)
+        if seen is None:
+            raise ValueError(f"the first stage of {type(part).__name__} must be called with {name}")
         self._device = seen.device
         self._sizes = self._sizes_of(received) if received else (seen.shape[0], seen.shape[1])
         if self.chosen is None and self.prove is not None:

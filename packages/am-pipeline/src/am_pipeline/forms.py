@@ -146,6 +146,7 @@ def resolve_form(
     """
     given_pieces = {name: value.tensor for name, value in inputs.items() if isinstance(value, Piece)}
     tensors = {n: value for n, value in inputs.items() if isinstance(value, torch.Tensor)} | given_pieces
+    tensors = {name: value.detach().cpu() for name, value in tensors.items()}
     others = {name: value for name, value in inputs.items() if name not in tensors}
     options = {
         name: list(_options(name, value, batch // pieces if name in given_pieces else batch, seq_len, batch_dims))

@@ -83,7 +83,7 @@ class Reading:
         if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
             raise CannotCutError("its forward runs other modules for longer inputs")
         self.anatomy = self._anatomy()
-        self._proved: dict[tuple, tuple[Form, tuple[Passage, ...]]] = {}
+        self._proved: dict[tuple, tuple[dict[str, int | None], tuple[Passage, ...]]] = {}
 
     def __deepcopy__(self, memo: dict) -> Reading:
         return self
@@ -99,7 +99,7 @@ class Reading:
         training: bool,
         batch_dims: Mapping[str, int | None] | None = None,
         pieces: int = 1,
-    ) -> tuple[Form, tuple[Passage, ...]]:
+    ) -> tuple[dict[str, int | None], tuple[Passage, ...]]:
         """What every stage does when the model is called with these inputs; found out and proved once for each form.
 
         Args:
@@ -111,37 +111,29 @@ class Reading:
             batch_dims: the batch dims of inputs of which they are known.
             pieces: microbatches of the batch.
 
+        Returns:
+            The batch dim of every further tensor, None where it goes to every microbatch whole; the passages.
+
         Raises:
             ValueError: the cut does not hold for these inputs, or the batch dim of one cannot be told.
         """
-        said = tuple(sorted((batch_dims or {}).items()))
-        pattern = (
-            training,
-            _pattern(inputs, batch, seq_len, pieces),
-            said if inputs else (),
-            pieces > 1 and bool(inputs),
-        )
+        said = dict(batch_dims or {}) if inputs else {}
+        splits = pieces if inputs else 1
+        pattern = training, _pattern(inputs, batch, seq_len, splits), tuple(sorted(said.items())), splits > 1
         if pattern not in self._proved:
-            given = self.form.first if first is None else replace(self.form.first, sample=first)
+            given = self.form.first if first is None else replace(self.form.first, sample=first.detach().cpu())
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
             if inputs:
-                form = resolve_form(
-                    given,
-                    inputs,
-                    batch,
-                    seq_len,
-                    partial(inputs_read, self.weightless, self.units),
-                    training=training,
-                    batch_dims=batch_dims or {},
-                    pieces=pieces,
-                )
-            self._proved[pattern] = form, self._prove_forms(form, stages)
+                runs = partial(inputs_read, self.weightless, self.units)
+                sizes = (batch, seq_len)
+                form = resolve_form(given, inputs, *sizes, runs, training=training, batch_dims=said, pieces=splits)
+            self._proved[pattern] = form.batch_dims, self._prove_forms(form, stages)
         return self._proved[pattern]
 
     def remember(self, passages: tuple[Passage, ...]) -> None:
         """What `cut` returned for this form."""
         if not self.form.tensors and not self.form.others:
-            self._proved[self.form.training, (), (), False] = self.form, passages
+            self._proved[self.form.training, (), (), False] = {}, passages
 
     def _prove_forms(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
         """A form with masks holds for masks that hide something and for those that hide nothing."""
@@ -163,12 +155,13 @@ class Reading:
             if held != stages:
                 more = [name for mine, names in zip(stages, held, strict=True) for name in names if name not in mine]
                 raise CannotCutError(f"with them more than one stage has to hold {', '.join(more)}")
-        except CannotCutError as why:
+        except Exception as why:  # a refusal, or whatever the model's own code raises on such inputs
+            failed = "" if isinstance(why, CannotCutError) else f"its forward failed: {type(why).__name__}: "
             names = ", ".join((form.first.name, *form.tensors, *form.others))
             raise ValueError(
                 f"{type(self.weightless.model).__name__}, cut between the layers of {self.stack}, cannot be called "
-                f"with {names}{' in training' if form.training else ''}: {why}"
-            ) from why.__cause__
+                f"with {names}{' in training' if form.training else ''}: {failed}{why}"
+            ) from why
         return passages
 
     @property

@@ -273,7 +273,7 @@ class PipelineSchedule(StepHooks, Schedule):
         lists = {n for n, value in others.items() if is_per_microbatch(value, count)}
         for microbatch in range(count if lists else 1):
             inputs = {n: _piece(value[microbatch]) if n in lists else value for n, value in others.items()}
-            form, of_stages = plan.reading.passages_for(
+            dims, of_stages = plan.reading.passages_for(
                 plan.stages,
                 shared.get(name),
                 inputs,
@@ -283,7 +283,7 @@ class PipelineSchedule(StepHooks, Schedule):
                 batch_dims=self.batch_dims,
                 pieces=count,
             )
-            batch_dims |= form.batch_dims
+            batch_dims |= dims
             passages.append(of_stages)
         passages = passages if lists else passages * count
         for before, after in itertools.pairwise(passages):
