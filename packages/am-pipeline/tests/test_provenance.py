@@ -139,6 +139,16 @@ def test_reading_a_model_leaves_generators_and_grad_mode_alone():
     assert torch.is_grad_enabled()
 
 
+def test_a_unit_that_runs_without_gradients_sends_what_has_none():
+    def run(model, ids):
+        with torch.no_grad():
+            embedded = model.embed(ids)
+        return model.norm(stack(model, embedded + 1) + embedded)
+
+    (crossed,) = (c for c in plan_cut(Decoder(run), 2).passages[0].sends if c.value.unit == "embed")
+    assert not crossed.requires_grad
+
+
 STAGES = (("embed", "layers.0", "layers.1"), ("layers.2", "layers.3", "norm"))
 
 

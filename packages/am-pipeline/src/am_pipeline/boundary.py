@@ -172,6 +172,7 @@ class Boundary:
             self.passage = self.prove(first, others, self._sizes, part.training)
         self._hook(part)
         self._counts.clear()
+        self._received, self._to_send = {}, {}  # of a forward that failed
         self._active, self._with_gradients = True, torch.is_grad_enabled()
         if self.is_first:
             return (), kwargs
@@ -232,7 +233,7 @@ class Boundary:
 
     def _take(self, value: Value, tensor: torch.Tensor) -> None:
         self._refuse_hidden(value)
-        crossed = next(c for c in self.passage.sends if c.value == value)
+        crossed = self._crossed(value)
         self._to_send[value] = self._copied(tensor) if crossed.written else tensor
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -240,11 +241,14 @@ class Boundary:
 
     def _refuse_hidden(self, value: Value) -> None:
         """Inside a custom function, or a checkpoint that is one, gradients do not reach what the stage hands over."""
-        if self._with_gradients and not torch.is_grad_enabled():
+        if self._with_gradients and not torch.is_grad_enabled() and self._crossed(value).requires_grad:
             raise RuntimeError(
                 f"{value} crosses the cut inside a custom autograd function or a reentrant checkpoint, which hide it "
                 "from the stage; recompute with use_reentrant=False"
             )
+
+    def _crossed(self, value: Value) -> Crossed:
+        return next(c for c in (*self.passage.sends, *self.passage.receives) if c.value == value)
 
     def _sizes_of(self, received: tuple[torch.Tensor, ...]) -> tuple[int, int]:
         for crossed, tensor in zip(self.passage.receives, received, strict=True):

@@ -230,6 +230,10 @@ class Tracer(TorchDispatchMode):
             random.setstate(drawn)
             for handle in handles:
                 handle.remove()
+        # A function of its own or a checkpoint around a unit gives its result a gradient when the unit is done.
+        in_the_end = {value: leaf.requires_grad for leaf, _, value in self._values.values()}
+        for leaf in (leaf for call in self.trace.calls for leaf in call.leaves):
+            leaf.requires_grad = in_the_end[leaf.value]
         self.trace.output = frozenset().union(*(self._of(t).sources for t in output))
         self.trace.output_keys = tuple(map(self._fingerprint, output))
         return self.trace
@@ -283,9 +287,11 @@ class Tracer(TorchDispatchMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         tensors = list(tensors_in((args, kwargs)))
-        memories = [self._of(t) for t in tensors]
+        by_form = name.split(".")[1] in _BY_FORM
+        memories = [] if by_form else [self._of(t) for t in tensors]
         written = [id(t) for t in written_arguments(func, args, kwargs)]
-        seen = hash((name, _static(args), _static(tuple(kwargs.items())), *map(self._fingerprint, tensors)))
+        fingerprint = _geometry if by_form else self._fingerprint
+        seen = hash((name, _static(args), _static(tuple(kwargs.items())), *map(fingerprint, tensors)))
         draws = is_random(func)
         if draws and self.active is None:
             self.draws += 1
@@ -299,7 +305,7 @@ class Tracer(TorchDispatchMode):
                 sources |= self._weights_read(memory, None)
             if draws:
                 sources |= {Draw(f"{name} of {_place()}")}
-        unknown = any(m.unknown for m in memories)
+        unknown = any(self._of(t).unknown for t in tensors)
         if self.narrow and name in _BY_PLACE and any(isinstance(s, Inner) and s.call < 0 for s in sources):
             raise IndexError(f"{name} picks places of {_place()} that are not there")
         if name in _LOOKS:
@@ -544,6 +550,9 @@ _GUESSES: dict[str, Callable[[Tracer, tuple, dict], Any]] = {
     "aten.repeat_interleave.Tensor": _repeats,
 }
 _LOOKS = set(_GUESSES)
+# Operators that take of a tensor its shape and dtype alone.
+_BY_FORM = {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")}
+_BY_FORM |= {f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")}
 # Operators that pick elements by numbers, which would not be in bounds of a tensor with fewer tokens.
 _BY_PLACE = {"aten.index.Tensor", "aten.gather.default", "aten.index_select.default", "aten.take.default"}
 
