@@ -150,6 +150,23 @@ def test_a_unit_that_runs_without_gradients_sends_what_has_none():
     assert not crossed.requires_grad
 
 
+def test_a_unit_with_a_state_between_the_layers_is_refused():
+    class Normed(Decoder):
+        def __init__(self):
+            super().__init__(run)
+            self.norm = nn.BatchNorm1d(8)
+
+    def run(model, ids):
+        hidden = model.embed(ids)
+        for layer in model.layers:
+            hidden = model.norm(layer(hidden).mT).mT
+        return hidden
+
+    assert len(plan_cut(Normed().eval(), 2).stages) == 2
+    with pytest.raises(ValueError, match=r"norm keeps a state, norm\.\w+, and would be on stages 0 and 1"):
+        plan_cut(Normed(), 2)
+
+
 STAGES = (("embed", "layers.0", "layers.1"), ("layers.2", "layers.3", "norm"))
 
 

@@ -183,6 +183,9 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
             made = next(s for s in sources if isinstance(s, (Value, Inner)))
             raise CannotCutError(f"its forward writes {made} into {name}, which is on every stage")
     for call in trace.calls:
+        if call.keeps and len(holders(call.unit)) > 1:
+            where = _stages(holders(call.unit))
+            raise CannotCutError(f"{call.unit} keeps a state, {call.keeps}, and would be on stages {where}")
         if units.is_layer(call.unit):
             for stage in holders(call.unit):
                 run(stage, call)

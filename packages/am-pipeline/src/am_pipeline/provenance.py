@@ -113,6 +113,7 @@ class Call:
         takes: of every tensor among its arguments, in order, which value it is, unchanged; None for others.
         returns: what it returned, with a `Leaf` or an `Argument` for every tensor.
         random: whether it drew random numbers.
+        keeps: name of a parameter or buffer that it wrote into.
     """
 
     unit: str
@@ -122,6 +123,7 @@ class Call:
     takes: tuple[Value | None, ...] = ()
     returns: Any = None
     random: bool = False
+    keeps: str = ""
 
     @property
     def leaves(self) -> list[Leaf]:
@@ -339,6 +341,8 @@ class Tracer(TorchDispatchMode):
             memory = self._of(tensor)
             if memory.weight and call is None:
                 self.trace.kept[memory.weight[0]] = memory.sources | sources
+            if memory.weight and call is not None:
+                call.keeps = memory.weight[0]
             if memory.exported:
                 self.trace.written |= {s for s in memory.sources if isinstance(s, Value)}
             if call is None or memory.maker is not call:
