@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -198,6 +198,37 @@ def is_view(tensor: torch.Tensor) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module was compiled, in place or by wrapping."""
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def after_each_call(module: nn.Module, do: Callable[[Any], None]) -> None:
+    """Call `do(output)` after every call of a module; outside of the graph where the module has been compiled."""
+    if is_compiled(module) and module._compiled_call_impl is not None:
+        compiled = module._compiled_call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = compiled(*args, **kwargs)
+            do(output)
+            return output
+
+        module._compiled_call_impl = call
+    else:
+        module.register_forward_hook(lambda _module, _args, output: do(output))
+
+
+def backward_hooks_of(module: nn.Module) -> bool:
+    """Whether somebody registered hooks for the backward of a module."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def hooks_of(module: nn.Module) -> bool:
+    """Whether somebody registered hooks for the forward of a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def looks_at_values(function: Any) -> bool:
+    """Whether an operator's result, or the shape of it, is a matter of numbers in its inputs alone."""
+    tags = function.tags
+    return torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags
 
 
 def n_microbatches(schedule: _PipelineSchedule) -> int:

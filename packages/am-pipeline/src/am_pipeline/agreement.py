@@ -2,7 +2,7 @@
 
 One all-gather of a row of int64 per rank and one host sync, however much there is to say::
 
-    row   error, batch, seq_len, rows, shards, dtypes, description | tokens | three words per copy | text
+    row   error, batch, seq_len, rows, shards, dtypes, mode, description | tokens | three words per copy | text
                                                             known to the device ^^^^^^^^^^^^^^^^^^^
 
 Each rank looks at its own call and raises nothing; what it finds wrong goes into the row, in words. All ranks read the
@@ -35,6 +35,7 @@ class Report:
         rows: sequences of the target, from the last stage's rank.
         shards: ranks over which the sequence is sharded between layers.
         lowest_dtype, highest_dtype: of its stages' hidden states, by place in `_DTYPES`.
+        mode: whether it trains or evaluates, with parts in training mode or not; the same on all ranks.
         described: bytes of the description of shared inputs, from the first stage's rank; it is the text if it fits.
     """
 
@@ -45,6 +46,7 @@ class Report:
     shards: int = 1
     lowest_dtype: int = 0
     highest_dtype: int = 0
+    mode: int = 0
     described: int = 0
 
     def note_dtypes(self, dtypes: list[torch.dtype]) -> None:
@@ -133,6 +135,12 @@ def _check_reports(reports: list[Report]) -> None:
         raise ValueError(
             f"seq_len={seq_len} does not divide over the {shards} ranks that shard the sequence; "
             f"pad it to {-(-seq_len // shards) * shards}"
+        )
+    modes = {each.mode for each in reports}
+    if len(modes) > 1:
+        words = ("step, evaluation mode", "eval, evaluation mode", "step, training mode", "eval, training mode")
+        raise ValueError(
+            f"the ranks of a pipeline do different things: {', '.join(words[m - 1] for m in sorted(modes))}"
         )
     lowest, highest = min(each.lowest_dtype for each in reports), max(each.highest_dtype for each in reports)
     if lowest != highest:

@@ -3,8 +3,8 @@
 A stage keeps the model's own forward. Units that it does not hold are stand-ins. A value that the stage was sent is
 what its stand-in returns; what the stage sends is taken from the unit that made it, or where it reaches a stand-in::
 
-    stage 0   embed  L0  L1 [S2] S3  S4  S5  -    -        S2 is handed what L1 returned: that is what the stage sends
-    stage 1   dummy  S0 [S1] L2  L3 [S4] S5  -    -        S1 returns what the stage received, S4 is handed L3's
+    stage 0   embed  L0 [L1] S2  S3  S4  S5  -    -        what L1 returned is what the stage sends
+    stage 1   dummy  S0 [S1] L2 [L3] S4  S5  -    -        S1 returns what the stage received
     stage 2   dummy  S0  S1  S2 [S3] L4  L5  norm head     S3 returns what the stage received
 
 All other stand-ins return tensors of the right shape that hold no numbers: NaN. The cut has proved that nothing that
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_pipeline._torch_compat import is_view
+from am_pipeline._torch_compat import after_each_call, is_view
 from am_pipeline.crossing import Crossed, Shape, batch_and_sequence
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.provenance import Argument, Tracer, Value
@@ -44,7 +44,6 @@ class Passage:
     Attributes:
         receives, sends: the tensors that enter and leave, in order.
         returns: for every call of a unit that is absent, what its stand-in returns.
-        handed: by call of an absent unit, which of its arguments are values to send: `(position, value)`.
         made: by call of a held unit, which of the tensors it returns are values to send: `(place, value)`.
         narrow: calls of absent units after which nothing counts; their tokens may be one.
         first_input: name, shape and dtype of the model's first argument.
@@ -55,7 +54,6 @@ class Passage:
     receives: tuple[Crossed, ...]
     sends: tuple[Crossed, ...]
     returns: Mapping[tuple[str, int], Any]
-    handed: Mapping[tuple[str, int], tuple[tuple[int, Value], ...]]
     made: Mapping[tuple[str, int], tuple[tuple[int, Value], ...]]
     narrow: frozenset[tuple[str, int]]
     first_input: tuple[str, Shape, torch.dtype]
@@ -123,10 +121,7 @@ class Boundary:
                 f"with these inputs the forward calls {unit} (call {call[1] + 1}), which is on another stage; it did "
                 "not when the model was cut"
             )
-        handed = self.passage.handed.get(call, ())
         tensors = list(tensors_in((args, kwargs)))
-        for position, value in handed:
-            self._take(value, tensors[position])
 
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Argument):
@@ -137,7 +132,8 @@ class Boundary:
 
     def _fill(self, leaf: Missing, call: tuple[str, int]) -> torch.Tensor:
         if leaf.value in self._received:
-            self._refuse_hidden(leaf.value)
+            if self._with_gradients and not torch.is_grad_enabled() and self._crossed(leaf.value).requires_grad:
+                raise RuntimeError(_hidden(leaf.value))
             return self._received[leaf.value]
         batch, length = self._sizes
         length = 1 if call in self.passage.narrow else length // self._shards if leaf.of_layer else length
@@ -175,7 +171,7 @@ class Boundary:
         self._received, self._to_send = {}, {}  # of a forward that failed
         self._active, self._with_gradients = True, torch.is_grad_enabled()
         if self.is_first:
-            return (), kwargs
+            return ((kwargs.pop(name),), kwargs) if name in kwargs else ((), kwargs)
         kwargs = {key: value for key, value in kwargs.items() if key not in self.passage.withheld}
         for crossed, tensor in zip(self.passage.receives, received, strict=True):
             tensor = _Received.apply(tensor) if tensor.requires_grad and self.watch is None else tensor
@@ -188,8 +184,8 @@ class Boundary:
                     "(a schedule built by this package does it)"
                 )
             _, shape, dtype = self.passage.first_input
-            kwargs[name] = torch.zeros(shape.at(*self._sizes), dtype=dtype, device=self._device)
-        return (), kwargs
+            kwargs[name] = no_numbers(shape.at(*self._sizes), dtype, self._device)
+        return (kwargs.pop(name),), kwargs
 
     def _leave(self, part: nn.Module, args: tuple, output: Any) -> Any:
         to_send = self._to_send
@@ -210,6 +206,7 @@ class Boundary:
             if self.watch is not None:
                 outputs.append(tensor)
                 continue
+            self._refuse_hidden(crossed, tensor)
             if self.expected is not None:
                 tensor = self._as_agreed(tensor, *self.expected[place], crossed)
             # A backward in two passes detaches what was sent in place, which a view does not allow.
@@ -220,10 +217,10 @@ class Boundary:
     def _hook(self, part: nn.Module) -> None:
         """Take what held units return, after everything that was installed on them since the part was built."""
         for unit in {unit for unit, _ in self.passage.made} - self._hooked:
-            part.get_submodule(unit).register_forward_hook(partial(self._made, unit))
+            after_each_call(part.get_submodule(unit), partial(self._made, unit))
             self._hooked.add(unit)
 
-    def _made(self, unit: str, _module: nn.Module, _args: tuple, output: Any) -> None:
+    def _made(self, unit: str, output: Any) -> None:
         if not self._active:
             return
         call = (unit, self._counts[unit])
@@ -232,20 +229,15 @@ class Boundary:
             self._take(value, list(tensors_in(output))[place])
 
     def _take(self, value: Value, tensor: torch.Tensor) -> None:
-        self._refuse_hidden(value)
         crossed = self._crossed(value)
         self._to_send[value] = self._copied(tensor) if crossed.written else tensor
 
     def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if self.watch is None else self.watch.copy(tensor)
 
-    def _refuse_hidden(self, value: Value) -> None:
-        """Inside a custom function, or a checkpoint that is one, gradients do not reach what the stage hands over."""
-        if self._with_gradients and not torch.is_grad_enabled() and self._crossed(value).requires_grad:
-            raise RuntimeError(
-                f"{value} crosses the cut inside a custom autograd function or a reentrant checkpoint, which hide it "
-                "from the stage; recompute with use_reentrant=False"
-            )
+    def _refuse_hidden(self, crossed: Crossed, tensor: torch.Tensor) -> None:
+        if self._with_gradients and crossed.requires_grad and crossed.written and not tensor.requires_grad:
+            raise RuntimeError(_hidden(crossed.value))
 
     def _crossed(self, value: Value) -> Crossed:
         return next(c for c in (*self.passage.sends, *self.passage.receives) if c.value == value)
@@ -329,6 +321,13 @@ def _absent(child: nn.Module, name: str, boundary: Boundary) -> nn.Module:
     if isinstance(child, nn.ModuleList):
         return nn.ModuleList(_absent(c, f"{name}.{n}", boundary) for n, c in child.named_children())
     return Absent(child, name, boundary)
+
+
+def _hidden(value: Value) -> str:
+    return (
+        f"{value} crosses the cut inside a custom autograd function or a reentrant checkpoint, which hide it from the "
+        "stage; recompute with use_reentrant=False"
+    )
 
 
 def no_numbers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

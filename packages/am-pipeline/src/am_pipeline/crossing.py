@@ -34,11 +34,12 @@ class Dim:
     more: int = 0
 
     def at(self, batch: int, seq_len: int) -> int:
-        return int(self.factor * (batch if self.batch else 1) * (seq_len if self.sequence else 1)) + self.more
+        size = (batch if self.batch else 1) * (seq_len if self.sequence else 1)
+        return size * self.factor.numerator // self.factor.denominator + self.more  # sizes may be symbolic
 
     def size_of(self, size: int) -> int:
         """The batch size or sequence length of which this makes `size`."""
-        return int((size - self.more) / self.factor)
+        return (size - self.more) * self.factor.denominator // self.factor.numerator
 
     def __str__(self) -> str:
         words = [w for w, there in (("batch", self.batch), ("sequence", self.sequence)) if there]
@@ -171,6 +172,8 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
             f"{trace.outside[0]} reads a parameter that the module does not hold, through a function closed over it, "
             "for example: no copy of the model has it; register it where it is read"
         )
+    if trace.stale:
+        raise CannotCutError(f"{trace.stale[0]} reads what an earlier forward left, which another stage may have")
     for hook in trace.hooked:
         if made := next((s for s in hook.sources if isinstance(s, (Value, Inner, Weight))), None):
             raise CannotCutError(f"{hook.place} puts a hook on the gradient of {made}, which every stage would do")

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from am_pipeline._torch_compat import compute_dtype
 from am_pipeline.anatomy import Anatomy, candidate_stacks
 from am_pipeline.balance import Costs, balanced, costs_of
 from am_pipeline.boundary import Boundary, Passage
@@ -19,7 +21,7 @@ from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.reading import Reading, Stages, holders_of, inputs_read
 from am_pipeline.skeleton import copy_without
 from am_pipeline.units import Units
-from am_pipeline.weightless import Weightless
+from am_pipeline.weightless import Weightless, refuse_uncopied
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CutPlan:
         shared: parameters that more than one stage holds.
         passages: what each stage receives, sends and leaves out.
         reading: what the plan was made from.
+        dtype: of most of the layers' parameters when the model was cut.
     """
 
     anatomy: Anatomy
@@ -52,6 +55,7 @@ class CutPlan:
     shared: tuple[SharedParameter, ...]
     passages: tuple[Passage, ...]
     reading: Reading
+    dtype: torch.dtype
 
     def __deepcopy__(self, memo: dict) -> CutPlan:
         return self
@@ -136,6 +140,7 @@ def plan_stages(
 ) -> CutPlan:
     """`plan_cut` where the number of stages depends on how many layers the model turns out to have."""
     _refuse_layer_drop(model)
+    refuse_uncopied(model)
     by_hand = None
     if module_names_per_stage is not None:
         by_hand = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
@@ -181,7 +186,8 @@ def _plan_with(
     _check_runs(reading, stages)
     stages, passages = reading.cut(stages)
     reading.remember(passages)
-    return CutPlan(reading.anatomy, stages, _find_shared(model, reading.units, stages), passages, reading)
+    shared = _find_shared(model, reading.units, stages)
+    return CutPlan(reading.anatomy, stages, shared, passages, reading, compute_dtype(model, stack))
 
 
 def _read(weightless: Weightless, stack: str, named: list[str], example_inputs: Mapping[str, Any] | None) -> Reading:
@@ -330,8 +336,18 @@ def _holders(units: Units, stages: Stages, parameter: str) -> set[int]:
 
 def _find_shared(model: nn.Module, units: Units, stages: Stages) -> tuple[SharedParameter, ...]:
     copies: dict[int, dict[int, str]] = {}
+    memory: dict[tuple, tuple[str, nn.Parameter, set[int]]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         held = copies.setdefault(id(parameter), {})
-        for stage in _holders(units, stages, name):
+        holders = _holders(units, stages, name)
+        for stage in holders:
             held.setdefault(stage, name)
+        if parameter.is_meta or not parameter.numel() or isinstance(parameter, DTensor):
+            continue
+        place = (parameter.device, parameter.data_ptr())
+        other, first, where = memory.setdefault(place, (name, parameter, holders))
+        if first is not parameter and first.numel() == parameter.numel() and where != holders:
+            raise CannotCutError(
+                f"{other} and {name} are two parameters over one memory, on different stages; tie them as one parameter"
+            )
     return tuple(SharedParameter(tuple(sorted(held.items()))) for held in copies.values() if len(held) > 1)

@@ -19,6 +19,8 @@ from am_pipeline.inputs import ENCODER_INPUTS
 
 # Sequences and tokens of the two runs that tell a tensor's dims apart.
 SIZES = ((3, 8), (5, 16))
+# A third, to see that lengths are not rounded up.
+ODD = (2, 11)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +46,11 @@ class Given:
         """Whether its numbers are zeros and ones alone, or none are."""
         return not self.sample.is_floating_point() and bool(((self.sample == 0) | (self.sample == 1)).all())
 
-    def filled(self, zero_at_the_end: bool) -> Given:
-        """A mask of ones; of ones with a zero at the end of each row: code often leaves a mask of ones alone out."""
+    def filled(self, hides: bool) -> Given:
+        """A mask of ones, or of ones between zeros: code often leaves out a mask of ones."""
         ones = torch.ones_like(self.sample)
-        if zero_at_the_end and ones.dim() and ones.shape[-1] > 1:
-            ones[..., -1] = 0
+        if hides and ones.dim() and ones.shape[-1] > 2:
+            ones[..., 0] = ones[..., -1] = 0
         return replace(self, sample=ones)
 
     @property
@@ -159,7 +161,7 @@ def resolve_form(
         return Form(first, {n: Given(n, shape, tensors[n]) for n, shape in choice.items()}, others, training, sizes)
 
     def masked(form: Form) -> Form:
-        given = {n: g.filled(zero_at_the_end=True) if g.is_mask else g for n, g in form.tensors.items()}
+        given = {n: g.filled(hides=True) if g.is_mask else g for n, g in form.tensors.items()}
         return replace(form, tensors=given)
 
     def larger(choice: Mapping[str, Shape]) -> Form:

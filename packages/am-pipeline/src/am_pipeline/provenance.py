@@ -32,7 +32,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_pipeline._torch_compat import is_fake, is_random, operator_name, quiet_fakes, storage_key, written_arguments
+from am_pipeline._torch_compat import (
+    is_fake,
+    is_random,
+    looks_at_values,
+    operator_name,
+    quiet_fakes,
+    storage_key,
+    written_arguments,
+)
 from am_pipeline.nested import map_leaves, tensors_in
 
 
@@ -110,7 +118,7 @@ class Call:
     Attributes:
         reads: the sources of what its operators read, other than its own parameters.
         digest: fingerprint of all that its operators did and saw.
-        takes: of every tensor among its arguments, in order, which value it is, unchanged; None for others.
+        looks: whether it read numbers that are not known, so that it may go another way.
         returns: what it returned, with a `Leaf` or an `Argument` for every tensor.
         random: whether it drew random numbers.
         keeps: name of a parameter or buffer that it wrote into.
@@ -120,7 +128,7 @@ class Call:
     index: int
     reads: set[Source] = field(default_factory=set)
     digest: int = 0
-    takes: tuple[Value | None, ...] = ()
+    looks: bool = False
     returns: Any = None
     random: bool = False
     keeps: str = ""
@@ -148,6 +156,7 @@ class Trace:
         output_keys: fingerprints of its tensors.
         looks: numbers read between units that depend on anything but constants.
         python_random: whether the forward drew from Python's own generator, which no stage shares with another.
+        stale: where what an earlier forward made is read.
         outside: where a parameter is read that is none of the model's: a function closed over it, for example.
         hooked: tensors on whose gradients code between units puts hooks.
         written: values that were written into after they were returned.
@@ -159,6 +168,7 @@ class Trace:
     output_keys: tuple[int, ...] = ()
     looks: list[Look] = field(default_factory=list)
     python_random: bool = False
+    stale: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     hooked: list[Look] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
@@ -205,10 +215,11 @@ class Tracer(TorchDispatchMode):
         self.active: Call | None = None
         self.path: list[str] = []
         self.counts: Counter[str] = Counter()
+        self.left: set[int] = set()  # what an earlier forward made
         self.narrow = False  # what absent units return has fewer tokens than it should
         self.draws = 0
         self.quiet = False
-        self._values: dict[int, tuple[torch.Tensor, int, Value]] = {}  # by the identity of what units returned
+        self._values: dict[Value, torch.Tensor] = {}
         tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         for name, tensor in tensors:
             known = self.memory.get(storage_key(tensor))
@@ -217,28 +228,43 @@ class Tracer(TorchDispatchMode):
             identity = storage_key(tensor) if is_fake(tensor) else names[0]
             self._remember(tensor, frozenset(), hash(("weight", identity)), weight=names)
 
-    def run(self, forward: Callable[[], Any]) -> Trace:
-        """Call `forward`, which runs the model and returns the tensors that count as its output."""
+    def run(self, forward: Callable[[], Any], twice: bool = False) -> Trace:
+        """Call `forward`, which runs the model and returns the tensors that count as its output.
+
+        With `twice` it is called once more, to see whether it reads what the first call left.
+        """
         handles = []
         for name, module in self.model.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leaving(name), with_kwargs=True))
-        drawn = random.getstate()
         try:
-            with torch.random.fork_rng([]), quiet_fakes(), torch.enable_grad(), _Lookers(self), self:
-                output = list(tensors_in(forward()))
+            with _generators_kept() as drawn, quiet_fakes(), torch.enable_grad(), torch.device("cpu"):
+                with _Lookers(self), self:
+                    output = list(tensors_in(forward()))
+                self.trace.python_random = drawn()
+                if twice:
+                    self._run_again(forward)
         finally:
-            self.trace.python_random = random.getstate() != drawn
-            random.setstate(drawn)
             for handle in handles:
                 handle.remove()
         # A function of its own or a checkpoint around a unit gives its result a gradient when the unit is done.
-        in_the_end = {value: leaf.requires_grad for leaf, _, value in self._values.values()}
         for leaf in (leaf for call in self.trace.calls for leaf in call.leaves):
-            leaf.requires_grad = in_the_end[leaf.value]
+            leaf.requires_grad = self._values[leaf.value].requires_grad
         self.trace.output = frozenset().union(*(self._of(t).sources for t in output))
         self.trace.output_keys = tuple(map(self._fingerprint, output))
         return self.trace
+
+    def _run_again(self, forward: Callable[[], Any]) -> None:
+        first, self.trace = self.trace, Trace()
+        counts, self.counts = self.counts, Counter()
+        self.left = {key for key, memory in self.memory.items() if not memory.weight}
+        with _Lookers(self), self:
+            forward()
+        first.stale = self.trace.stale
+        one, two = ([call.unit for call in trace.calls] for trace in (first, self.trace))
+        if one != two:
+            first.stale.append("a second forward, which runs other modules than the first, perhaps since it")
+        self.trace, self.counts = first, counts
 
     def input(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """An input of the model, known by its name."""
@@ -276,8 +302,9 @@ class Tracer(TorchDispatchMode):
 
     def hook(self, tensor: torch.Tensor) -> None:
         """A hook on the gradient of a tensor: code between units puts it on both sides of a cut."""
-        if self.active is None:
-            self.trace.hooked.append(Look(self._of(tensor).sources, _place()))
+        memory = self._of(tensor)
+        if self.active is None or memory.maker is not self.active:
+            self.trace.hooked.append(Look(memory.sources, _place()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.quiet:
@@ -291,6 +318,8 @@ class Tracer(TorchDispatchMode):
         tensors = list(tensors_in((args, kwargs)))
         by_form = name.split(".")[1] in _BY_FORM
         memories = [] if by_form else [self._of(t) for t in tensors]
+        if self.left and not by_form:
+            self._notice_left(tensors)
         written = [id(t) for t in written_arguments(func, args, kwargs)]
         fingerprint = _geometry if by_form else self._fingerprint
         seen = hash((name, _static(args), _static(tuple(kwargs.items())), *map(fingerprint, tensors)))
@@ -310,13 +339,24 @@ class Tracer(TorchDispatchMode):
         unknown = any(self._of(t).unknown for t in tensors)
         if self.narrow and name in _BY_PLACE and any(isinstance(s, Inner) and s.call < 0 for s in sources):
             raise IndexError(f"{name} picks places of {_place()} that are not there")
-        if name in _LOOKS:
+        looks = name in _GUESSES or (looks_at_values(func) and not _picks_by_number(name, args))
+        if looks and self.active is not None:
+            self.active.looks |= unknown or draws or self.active.random
+        if looks:
             self._look(sources)
         result = self._compute(func, name, args, kwargs, tensors, unknown)
         self._label(seen, sources, result, unknown, [t for t in tensors if id(t) in written])
         return result
 
     # What operators read and make.
+
+    def _notice_left(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            memory = self._of(tensor)
+            if storage_key(tensor) in self.left and any(isinstance(s, (Value, Inner)) for s in memory.sources):
+                self.trace.stale.append(
+                    f"{self.path[-1] if self.path and self.path[-1] else 'its forward'} at {_place()}"
+                )
 
     def _read_inside(self, call: Call, memories: list[_Memory], seen: int) -> None:
         call.digest = hash((call.digest, seen))
@@ -424,11 +464,6 @@ class Tracer(TorchDispatchMode):
         self.memory[storage_key(tensor)] = memory
         return memory
 
-    def _value_of(self, tensor: torch.Tensor) -> Value | None:
-        """The value that this very tensor is, unchanged: a view of it may have another gradient."""
-        leaf, key, value = self._values.get(id(tensor), (None, 0, None))
-        return value if leaf is tensor and self._of(tensor).key == key else None
-
     def _fingerprint(self, tensor: torch.Tensor) -> int:
         return hash((self._of(tensor).key, *_geometry(tensor)))
 
@@ -440,8 +475,6 @@ class Tracer(TorchDispatchMode):
             if self.active is None and name and self.unit_of(name) == name:
                 call = Call(name, self.counts[name])
                 self.counts[name] += 1
-                found = list(tensors_in((args, kwargs)))
-                call.takes = tuple(map(self._value_of, found))
                 self.trace.calls.append(call)
                 self.active = call
 
@@ -470,7 +503,7 @@ class Tracer(TorchDispatchMode):
             memory = self._of(leaf)
             made = memory.maker is call or memory.writer is call
             position = next((i for i, argument in enumerate(arguments) if argument is leaf), None)
-            if not made and position is not None:
+            if not made and position is not None and not call.looks:
                 template.append(Argument(position))
                 return leaf
             if storage_key(leaf) not in values and (not made or not _is_all_of_its_memory(leaf)):
@@ -479,7 +512,7 @@ class Tracer(TorchDispatchMode):
             value = values.setdefault(storage_key(leaf), Value(call.unit, call.index, len(values)))
             memory.sources, memory.key = frozenset([value]), _key_of(value)
             memory.maker, memory.writer, memory.exported = None, None, True
-            self._values[id(leaf)] = leaf, memory.key, value
+            self._values[value] = leaf
             template.append(Leaf(value, leaf))
             return leaf
 
@@ -495,6 +528,25 @@ class Tracer(TorchDispatchMode):
             yield
         finally:
             self.quiet = before
+
+
+@contextmanager
+def _generators_kept() -> Iterator[Callable[[], bool]]:
+    """Generators of random numbers are afterwards as before; tells whether one that is not torch's was used."""
+    numpy = sys.modules.get("numpy")
+    before, of_numpy = random.getstate(), numpy.random.get_state(legacy=False) if numpy else None
+
+    def used() -> bool:
+        now = numpy.random.get_state(legacy=False) if numpy else None
+        return random.getstate() != before or str(now) != str(of_numpy)
+
+    try:
+        with torch.random.fork_rng([]):
+            yield used
+    finally:
+        random.setstate(before)
+        if numpy:
+            numpy.random.set_state(of_numpy)
 
 
 class _Lookers(TorchFunctionMode):
@@ -527,6 +579,11 @@ def _unique(tracer: Tracer, args: tuple, kwargs: dict) -> tuple[torch.Tensor, ..
     return (tracer.unknown(flat, args[0].dtype), *(tracer.unknown(flat, torch.int64) for _ in range(2)))
 
 
+def _unique_rows(tracer: Tracer, args: tuple, kwargs: dict) -> tuple[torch.Tensor, ...]:
+    rows = (args[0].shape[args[1]],)
+    return (tracer.unknown(tuple(args[0].shape), args[0].dtype), *(tracer.unknown(rows, torch.int64) for _ in range(2)))
+
+
 def _masked_select(tracer: Tracer, args: tuple, kwargs: dict) -> torch.Tensor:
     return tracer.unknown((torch.broadcast_shapes(args[0].shape, args[1].shape).numel(),), args[0].dtype)
 
@@ -548,12 +605,13 @@ _GUESSES: dict[str, Callable[[Tracer, tuple, dict], Any]] = {
     "aten._is_any_true.default": lambda tracer, args, kwargs: torch.tensor(False),
     "aten.nonzero.default": _nonzero,
     "aten.masked_select.default": _masked_select,
+    "aten.allclose.default": lambda tracer, args, kwargs: False,
     "aten._unique2.default": _unique,
+    "aten.unique_dim.default": _unique_rows,
     "aten.unique_consecutive.default": _unique,
     "aten.bincount.default": _bincount,
     "aten.repeat_interleave.Tensor": _repeats,
 }
-_LOOKS = set(_GUESSES)
 # Operators that take of a tensor its shape and dtype alone.
 _BY_FORM = {f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")}
 _BY_FORM |= {f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")}
@@ -570,6 +628,13 @@ def _that_add_up(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> list[i
 def sent_key(value: Value, tensor: torch.Tensor) -> int:
     """The fingerprint of a tensor that is this value, unchanged."""
     return hash((_key_of(value), *_geometry(tensor)))
+
+
+def _picks_by_number(name: str, args: tuple) -> bool:
+    """Whether an indexing operator has places and no masks: its result has the shape of those."""
+    if name != "aten.index.Tensor":
+        return False
+    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
 
 
 def _key_of(value: Value) -> int:

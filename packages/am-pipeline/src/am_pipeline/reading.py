@@ -28,7 +28,7 @@ from am_pipeline.crossing import (
     needs_of,
     shape_of,
 )
-from am_pipeline.forms import SIZES, Form, Piece, resolve_form, text_form
+from am_pipeline.forms import ODD, SIZES, Form, Piece, resolve_form, text_form
 from am_pipeline.inputs import ENCODER_INPUTS
 from am_pipeline.nested import map_leaves
 from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value, sent_key
@@ -70,7 +70,7 @@ class Reading:
         opened = {name.rsplit(".", n)[0] for name in named for n in range(1, name.count(".") + 1)}
         while True:
             self.units = Units(weightless.model, stack, opened)
-            self.small = self._trace_whole(self.form.sizes[0])
+            self.small = _trace(weightless, self.units, self.form, self.form.sizes[0], twice=True)
             called = {call.unit for call in self.small.calls}
             nested = {a for a in called for b in called if b.startswith(f"{a}.")}
             if not nested:
@@ -79,7 +79,11 @@ class Reading:
         if not any(self.units.is_layer(call.unit) for call in self.small.calls):
             raise CannotCutError("its forward does not run them on text")
         self._refuse_other_paths()
-        self.large = self._trace_whole(self.form.sizes[1]) if len(self.form.sizes) > 1 else self.small
+        self.large, self.odd = self.small, None
+        if len(self.form.sizes) > 1:
+            self.large = _trace(weightless, self.units, self.form, self.form.sizes[1])
+            with contextlib.suppress(Exception):  # some models take no odd length
+                self.odd = _trace(weightless, self.units, self.form, ODD)
         if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
             raise CannotCutError("its forward runs other modules for longer inputs")
         self.anatomy = self._anatomy()
@@ -213,7 +217,7 @@ class Reading:
 
     def _unproved(self, stages: Stages, needs: Needs, stage: int) -> Passage:
         enters, leaves = needs.enters[stage], needs.enters[stage + 1]
-        returns, handed = {}, {}
+        returns = {}
         made: dict[tuple[str, int], list[tuple[int, Value]]] = {}
         waiting = [value for value in leaves if value not in enters]
         for call, larger in zip(self.small.calls, self.large.calls, strict=True):
@@ -221,10 +225,6 @@ class Reading:
             if stage in holders_of(stages, call.unit):
                 continue
             returns[key] = self._template(call, larger)
-            taken = [(place, value) for place, value in enumerate(call.takes) if value in waiting]
-            if taken:
-                handed[key] = tuple(taken)
-                waiting = [value for value in waiting if value not in [v for _, v in taken]]
         for value in waiting:
             call = self.small.call(value.unit, value.call)
             tensors = [leaf for leaf in _leaves(call.returns) if isinstance(leaf, (Leaf, Argument))]
@@ -234,15 +234,17 @@ class Reading:
         if stage and not any(batch_and_sequence(c.shape) for c in receives):
             raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
         first = (self.form.first.name, self.form.first.shape, self.form.first.sample.dtype)
+        # A unit that is held runs whether its result counts or not.
+        held = (call for call in self.small.calls if stage in holders_of(stages, call.unit))
+        run_on = {source.name for call in held for source in call.reads if isinstance(source, Input)}
         return Passage(
             receives,
             tuple(self._crossed(value) for value in leaves),
             returns,
-            handed,
             {call: tuple(places) for call, places in made.items()},
             frozenset(),
             first,
-            frozenset(needs.inputs[stage]),
+            frozenset(needs.inputs[stage] | run_on),
         )
 
     def _template(self, call: Call, larger: Call) -> Any:
@@ -271,6 +273,10 @@ class Reading:
                 f"{one[1]} tokens and {large.shape} for {other[0]} of {other[1]}: it must be of the batch, the "
                 "sequence and fixed sizes"
             )
+        if self.odd is not None:
+            seen = next((x.shape for x in self.odd.call(value.unit, value.call).leaves if x.value == value), None)
+            if seen != shape.at(*ODD):
+                raise CannotCutError(f"{value} is {shape} for even lengths and {seen} for {ODD[1]} tokens")
         if small.dtype.is_complex:
             raise CannotCutError(f"{value} has to travel to later stages, and is complex: messages are not")
         written = value in self.small.written
@@ -310,8 +316,6 @@ class Reading:
         boundary.watch = tracer
         size = self.form.sizes[0]
         given = {n: v for n, v in _inputs(tracer, self.form, size).items() if n not in passage.withheld}
-        if stage and self.form.first.name not in passage.needs:
-            del given[self.form.first.name]
         received = [tracer.given(c.value, c.shape.at(*size), c.dtype, c.requires_grad) for c in passage.receives]
         try:
             trace = tracer.run(lambda: part(*received, **given))
@@ -335,9 +339,6 @@ class Reading:
             raise CannotCutError(f"stage {stage} would send something else than {wrong.value}")
         called = {call: returned for call, returned in passage.returns.items() if boundary.called[call[0]] > call[1]}
         return replace(passage, returns=called)
-
-    def _trace_whole(self, size: tuple[int, int]) -> Trace:
-        return _trace(self.weightless, self.units, self.form, size)
 
     def _refuse_other_paths(self) -> None:
         """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""
@@ -394,13 +395,14 @@ def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | 
     return {source.name for source in read if isinstance(source, Input)}
 
 
-def _trace(weightless: Weightless, units: Units, form: Form, size: tuple[int, int]) -> Trace:
+def _trace(weightless: Weightless, units: Units, form: Form, size: tuple[int, int], twice: bool = False) -> Trace:
     """Run the whole model on inputs of a form, for so many sequences and tokens."""
     model = weightless.fresh(form.training)
     tracer = Tracer(model, weightless.fake, units.of)
     settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     given = settings | _inputs(tracer, form, size)
-    return tracer.run(lambda: select_output(model(**given)))
+    first = given.pop(form.first.name)
+    return tracer.run(lambda: select_output(model(first, **given)), twice=twice)
 
 
 def _inputs(tracer: Tracer, form: Form, size: tuple[int, int]) -> dict[str, Any]:
@@ -434,7 +436,7 @@ def _pattern(inputs: Mapping[str, Any], batch: int, seq_len: int, pieces: int) -
         if isinstance(value, Piece):
             return "piece", of(value.tensor, batch // pieces)
         if not isinstance(value, torch.Tensor):
-            return repr(value)
+            return "float" if isinstance(value, float) else repr(value)
         return str(value.dtype), tuple((size == rows, size == seq_len, size == 1) for size in value.shape)
 
     return tuple((name, of(value)) for name, value in sorted(inputs.items()))

@@ -89,10 +89,10 @@ def _crossing(stage: PipelineStage, config: Any, batch: int, seq_len: int, shard
         hidden: Sent = [((batch, seq_len // shards, get_hidden_and_vocab_size(config)[0]), dtype)]
         return hidden, hidden
     passage = stage.boundary.passage
-    cut_with = next((c.dtype for c in (*passage.receives, *passage.sends) if c.of_layer), dtype)
+    cut_with = stage.plan.dtype
 
     def sizes(crossed: Crossed) -> tuple[tuple[int, ...], torch.dtype]:
-        # What had the hidden state's dtype when the model was cut has it now, whatever the part computes in.
+        # What had the layers' dtype when the model was cut has the one in which the part computes now.
         kind = dtype if crossed.dtype == cut_with else crossed.dtype
         return crossed.shape.at(batch, seq_len // shards if crossed.of_layer else seq_len), kind
 

@@ -187,6 +187,7 @@ class PipelineSchedule(StepHooks, Schedule):
             self._dtypes = tuple(hidden_dtype(stage) for stage in stages)
             self._copies = SharedCopies(stages)
         report.note_dtypes(list(self._dtypes))
+        report.mode = 1 + int(self._evaluating) + 2 * int(stages[0].submod.training)
         report.shards = max(getattr(stage.submod, "sequence_shards", 1) for stage in stages)
         try:
             if not self._evaluating and has_loss(self) and not torch.is_grad_enabled():
@@ -195,10 +196,9 @@ class PipelineSchedule(StepHooks, Schedule):
             _refuse_labels(call.kwargs)
             if any(stage.is_first for stage in stages):
                 report.batch, report.seq_len = self._check_ids(call)
-                if call.kwargs or stages[0].plan.needs_first_input:
-                    # Keyword inputs (images, positions) may make more depend on the ids than text alone does.
-                    text, offered = describe_inputs(call.kwargs | {_first_name(stages): call.args[0]})
-                    report.described = len(text.encode())
+                # Every stage runs the code between the units, which may look at the ids.
+                text, offered = describe_inputs(call.kwargs | {_first_name(stages): call.args[0]})
+                report.described = len(text.encode())
             if any(stage.is_last for stage in stages):
                 report.rows = self._check_target(call)
                 tokens = count_tokens(call.target, self.ignore_index)
@@ -220,6 +220,14 @@ class PipelineSchedule(StepHooks, Schedule):
         return agreement, offered
 
     def _check_ids(self, call: _CallOnThisRank) -> tuple[int, int]:
+        if len(call.args) > 1:
+            raise ValueError(f"step takes one positional input, got {len(call.args)}; give the others by name")
+        needy = [n for n, v in call.kwargs.items() if any(t.requires_grad for t in tensors_in(v))]
+        if needy or any(t.requires_grad for t in tensors_in(call.args)):
+            raise ValueError(
+                f"the input {needy[0] if needy else 'of the first stage'} requires a gradient, which would miss what "
+                "later stages add; make it a parameter of the model"
+            )
         ids = call.args[0] if call.args else None
         if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
             raise ValueError("the rank of the first stage must call step(ids, ...) with ids of shape (B, S)")
@@ -319,7 +327,8 @@ class PipelineSchedule(StepHooks, Schedule):
             if unknown := sorted(set(call.kwargs) - set(shared)):
                 raise ValueError(f"the rank of the first stage must be given {', '.join(unknown)}, too")
             own = call.args if holds_first else ()
-            running.inputs = split_inputs(own, shared | call.kwargs, count, batch, batch_dims)
+            mine = {name: value for name, value in call.kwargs.items() if value is not None}
+            running.inputs = split_inputs(own, shared | mine, count, batch, batch_dims)
             if call.target is not None:
                 running.targets = split_target(call.target, count)
         except Exception as error:

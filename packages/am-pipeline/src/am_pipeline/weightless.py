@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_pipeline._torch_compat import fake_mode
+from am_pipeline._torch_compat import backward_hooks_of, fake_mode, hooks_of
 
 # Kernels that run on tensors of a device only, and what computes the same from the same inputs anywhere.
 _ATTENTION_ANYWHERE = ("sdpa", "eager")
@@ -40,7 +40,7 @@ class Weightless:
     @property
     def first_input(self) -> str:
         """The name of the first argument of the model's forward."""
-        return next(iter(inspect.signature(self.model.forward).parameters))
+        return _first_parameter(self.model).name
 
     def __deepcopy__(self, memo: dict) -> Weightless:
         return self
@@ -48,6 +48,46 @@ class Weightless:
     def _shaped(self, parameter: nn.Parameter) -> torch.Tensor:
         with self.fake:
             return torch.empty(parameter.shape, dtype=parameter.dtype)
+
+
+def refuse_uncopied(model: nn.Module) -> None:
+    """What a copy of a model does not take along, or what would happen once for each part of it.
+
+    Raises:
+        ValueError: names it.
+    """
+    kind, first = type(model).__name__, _first_parameter(model)
+    if first.kind not in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD):
+        raise ValueError(
+            f"the forward of {kind} takes {first}, which does not say what its first input is; cut the model inside "
+            "(of a peft model without a task type: model.base_model.model)"
+        )
+    if hooks_of(model) or backward_hooks_of(model):
+        raise ValueError(f"{kind} has hooks of its own, which would run in every part; register them after the cut")
+    for name, module in model.named_modules():
+        if backward_hooks_of(module):
+            raise ValueError(
+                f"{name} of {kind} has a hook for its backward, which a cut behind it leaves out; register it after "
+                "the cut, on the part that holds it"
+            )
+        for key, value in vars(module).items():
+            cells = getattr(value, "__closure__", None) or ()
+            if any(isinstance(_content(cell), nn.Module) for cell in cells):
+                raise ValueError(
+                    f"{key} of {name or kind} is a function closed over a module: a part would go on with the old one; "
+                    "make it a method, or give it the module as an argument"
+                )
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _first_parameter(model: nn.Module) -> inspect.Parameter:
+    return next(iter(inspect.signature(model.forward).parameters.values()))
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
