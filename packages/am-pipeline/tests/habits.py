@@ -2185,3 +2185,199 @@ class OnlyASkipIsTrained(Decoder):
 
     def forward(self, input_ids):
         return self.finish(self.run(self.embed(input_ids)) * self.gate(input_ids))
+
+
+class ScaledBetweenLayersWhereIdsEnd(Decoder):
+    """Code between layers that the first few tokens do not run, and the next batch does."""
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+            if (input_ids == EOS).any():
+                x = x * 2
+        return self.finish(x)
+
+
+class ScaledBetweenLayersFromTheSecondForwardOn(Decoder):
+    forwards = 0
+
+    def run(self, x):
+        self.forwards += 1
+        for layer in self.layers:
+            x = layer(x)
+            if self.forwards > 1:
+                x = x * 0.5
+        return x
+
+
+class ScaledBetweenLayersOfLongInputs(Decoder):
+    def run(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if x.shape[1] % 3 == 0:
+                x = x * 0.5
+        return x
+
+
+class LengthPaddedAndCutAgain(Decoder):
+    """The hidden state has more tokens than the ids where their number is no multiple of eight."""
+
+    expect = EITHER
+
+    def forward(self, input_ids):
+        length = input_ids.shape[1]
+        x = self.run(F.pad(self.embed(input_ids), (0, 0, 0, -length % 8)))
+        return self.finish(x[:, :length])
+
+
+class BlockThatMayReadIds(Block):
+    def forward(self, x, ids):
+        x = super().forward(x)
+        return x * (1 + (ids % 3)[..., None]) if (x.abs() > 0.01).any() else x
+
+
+class BranchOnHiddenInsideThatReadsIds(Decoder):
+    """A layer that reads the ids only where its own numbers say so."""
+
+    block = BlockThatMayReadIds
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, input_ids)
+        return self.finish(x)
+
+
+class BlockOfChosenTokens(Block):
+    def forward(self, x):
+        chosen = x.sum(-1, keepdim=True) > 0
+        if chosen.any():
+            x = x + self.mlp(self.norm2(x)) * chosen
+        return x
+
+
+class LayerThatMayReturnWhatItGot(Decoder):
+    """Mixture of depths: chosen tokens pass through the MLP; where none is chosen, the input is the result."""
+
+    block = BlockOfChosenTokens
+
+    def more(self):
+        for layer in self.layers:
+            del layer.attention, layer.norm1
+
+    def run(self, x):
+        for layer in self.layers:
+            x = layer(x) * 0.9
+        return x
+
+
+class CountOfIdsByTheSizeOfTheirChoice(Decoder):
+    def forward(self, input_ids):
+        ends = input_ids[input_ids == EOS].numel()
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x) / (1 + ends)
+        return self.finish(x)
+
+
+class CountOfDistinctRows(Decoder):
+    def forward(self, input_ids):
+        rows = torch.unique(input_ids % 2, dim=0).shape[0]
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x) / rows
+        return self.finish(x)
+
+
+class ClosenessOfIds(Decoder):
+    def forward(self, input_ids):
+        x = self.run(self.embed(input_ids))
+        near = torch.allclose(input_ids.double(), torch.full_like(input_ids, 5).double(), atol=55)
+        return self.finish(x * 2 if near else x)
+
+
+class MaskKeptForTheNextForward(Decoder):
+    expect, words = REFUSED, "reads what an earlier forward left"
+    mask = None
+
+    def run(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if self.mask is not None and self.mask.shape == x.shape:
+                x = x * (1 + self.mask)
+        self.mask = (x > 0).detach()
+        return x
+
+
+class BufferOfIdsKeptForTheNextForward(Decoder):
+    expect = EITHER
+
+    def more(self):
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input_ids):
+        x = self.run(self.embed(input_ids))
+        seen = self.seen.clone()
+        self.seen.copy_(input_ids.double().mean())
+        return self.finish(x * (1 + seen / VOCAB))
+
+
+class BlockWithHook(Block):
+    def forward(self, x, first):
+        if first.requires_grad:
+            first.register_hook(lambda gradient: gradient * 0.5)
+        return super().forward(x) + first * 0.1
+
+
+class HookThatLayersPutOnTheEmbedding(Decoder):
+    expect, words = REFUSED, "puts a hook on the gradient"
+
+    block = BlockWithHook
+
+    def forward(self, input_ids):
+        first = x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, first)
+        return self.finish(x)
+
+
+class HookForTheBackwardOfALayer(Decoder):
+    expect, words = REFUSED, r"layers\.1 .* has a hook for its backward"
+
+    def more(self):
+        self.layers[1].register_full_backward_hook(lambda _m, inputs, _o: tuple(g * 0.5 for g in inputs))
+
+
+class HookBeforeTheForwardOfTheModel(Decoder):
+    expect, words = REFUSED, "has hooks of its own"
+
+    def more(self):
+        self.register_forward_pre_hook(lambda _m, args: (args[0] % 7,))
+
+
+class ActivationClosedOverTheModel(Decoder):
+    expect, words = REFUSED, "closed over a module"
+
+    def more(self):
+        self.activation = lambda x: F.gelu(x) if self.training else x
+
+    def finish(self, x):
+        return super().finish(self.activation(x))
+
+
+class TieByMemory(Decoder):
+    expect, words = REFUSED, "two parameters over one memory"
+
+    @classmethod
+    def make(cls):
+        model = super().make()
+        model.head.weight.data = model.embed.weight.data
+        return model
+
+
+class TakesAnything(Decoder):
+    expect, words = REFUSED, "does not say what its first input is"
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)

@@ -233,9 +233,7 @@ def probe(output: Any) -> torch.Tensor:
 
 def _forward(model, plan, parts, draws: Draws, args: tuple, kwargs: dict[str, Any]) -> list[tuple[tuple, Any]]:
     """What each part received and returned. Later parts get what a schedule would hand them."""
-    shared = dict(kwargs)
-    if plan.needs_first_input or kwargs:
-        shared[next(iter(inspect.signature(model.forward).parameters))] = args[0]
+    shared = kwargs | {next(iter(inspect.signature(model.forward).parameters)): args[0]}
     passed = []
     for stage, part in enumerate(parts):
         _empty_side_channels()
