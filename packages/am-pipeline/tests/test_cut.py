@@ -119,6 +119,27 @@ def test_a_recomputed_layer_sees_its_own_microbatch():
     assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
 
 
+@pytest.mark.parametrize("first", ["recompute", "cut"])
+def test_layers_that_a_reentrant_checkpoint_recomputes_one_by_one_are_exact(first):
+    model = tiny("llama", attention="sdpa").train()
+    whole = copy.deepcopy(model)
+    if first == "recompute":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.enable_input_require_grads()
+    plan = plan_cut(model, 2)
+    parts = [build_part(model, plan, stage)[0] for stage in range(2)]
+    if first == "cut":
+        for part in parts:
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    ids, labels = token_batch(2, 12)
+    sent = parts[0](ids)
+    received = sent.detach().clone().requires_grad_()
+    next_token_loss(parts[1](received), labels).backward()
+    sent.backward(received.grad)
+    next_token_loss(whole(ids, use_cache=False).logits, labels).backward()
+    assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

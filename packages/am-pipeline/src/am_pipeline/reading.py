@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -31,7 +31,7 @@ from am_pipeline.crossing import (
 from am_pipeline.forms import ODD, SIZES, Form, Piece, resolve_form, text_form
 from am_pipeline.inputs import ENCODER_INPUTS
 from am_pipeline.nested import map_leaves
-from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value, sent_key
+from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value, leaves_of, sent_key
 from am_pipeline.skeleton import copy_without
 from am_pipeline.units import Units
 from am_pipeline.weightless import Weightless
@@ -227,7 +227,7 @@ class Reading:
             returns[key] = self._template(call, larger)
         for value in waiting:
             call = self.small.call(value.unit, value.call)
-            tensors = [leaf for leaf in _leaves(call.returns) if isinstance(leaf, (Leaf, Argument))]
+            tensors = [leaf for leaf in leaves_of(call.returns) if isinstance(leaf, (Leaf, Argument))]
             place = next(i for i, leaf in enumerate(tensors) if isinstance(leaf, Leaf) and leaf.value == value)
             made.setdefault((value.unit, value.call), []).append((place, value))
         receives = tuple(self._crossed(value) for value in enters)
@@ -440,9 +440,3 @@ def _pattern(inputs: Mapping[str, Any], batch: int, seq_len: int, pieces: int) -
         return str(value.dtype), tuple((size == rows, size == seq_len, size == 1) for size in value.shape)
 
     return tuple((name, of(value)) for name, value in sorted(inputs.items()))
-
-
-def _leaves(returned: Any) -> Iterator[Any]:
-    found: list[Any] = []
-    map_leaves(returned, found.append)
-    yield from found
