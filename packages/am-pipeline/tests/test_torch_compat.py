@@ -227,3 +227,26 @@ def test_what_does_not_fit_without_memory_raises_without_a_log(caplog):
     with compat.quiet_fakes(), pytest.raises(RuntimeError):
         one.mul_(two)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_a_module_returned_is_seen_after_every_call(compiled):
+    module, seen = nn.Linear(2, 2), []
+    if compiled:
+        module.compile(backend="eager")
+    compat.after_each_call(module, seen.append)
+    outputs = [module(torch.ones(1, 2)) for _ in range(2)]
+    assert all(one is other for one, other in zip(seen, outputs, strict=True))
+
+
+def test_hooks_of_a_module_and_operators_that_look_at_values_are_known():
+    module = nn.Linear(2, 2)
+    assert not compat.hooks_of(module)
+    assert not compat.backward_hooks_of(module)
+    module.register_forward_hook(lambda *_: None)
+    module.register_full_backward_hook(lambda *_: None)
+    assert compat.hooks_of(module)
+    assert compat.backward_hooks_of(module)
+    aten = torch.ops.aten
+    assert all(map(compat.looks_at_values, (aten.nonzero.default, aten.masked_select.default, aten.index.Tensor)))
+    assert not compat.looks_at_values(aten.add.Tensor)
