@@ -34,7 +34,7 @@ def compare(family, rows, kind="p2p", padding=None, change=lambda model: None):
     ranks = dist.get_world_size()
     axes = (ranks // 2, 2) if kind == "a2a+p2p" else (ranks,)
     mesh = init_device_mesh("cpu", axes, mesh_dim_names=("cp_p2p", "cp_a2a")[-len(axes) :])
-    one = small(family, dtype=torch.float64).train()
+    one = small(family, dtype=torch.float64, attention="sdpa").train()
     model = copy.deepcopy(one)
     ids = torch.randint(3, 60, (rows, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "labels": ids}

@@ -116,11 +116,6 @@ def test_fixture_that_breaks_on_one_process(broken_on_one_process):
     meet()
 
 
-@pytest.mark.ranks(16)
-def test_more_ranks_than_there_are():
-    raise AssertionError("must not run")
-
-
 @pytest.mark.ranks(2)
 def test_same_folder_on_all_ranks(tmp_path):
     (tmp_path / str(dist.get_rank())).write_text("")
@@ -131,6 +126,11 @@ def test_same_folder_on_all_ranks(tmp_path):
 @pytest.mark.ranks(2)
 def test_fine_after():
     meet()
+
+
+@pytest.mark.ranks(16)
+def test_more_ranks_than_there_are():
+    raise AssertionError("must not run")
 
 
 def test_without_ranks():

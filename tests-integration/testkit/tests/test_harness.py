@@ -71,9 +71,10 @@ def test_what_goes_wrong_on_a_rank_fails_that_test_and_says_why(run, name):
         assert words in failure.text, f"{words!r} is not in:\n{failure.text}"
 
 
-@pytest.mark.parametrize(
-    "name", ["test_fine_before", "test_fine_after", "test_same_folder_on_all_ranks", "test_without_ranks"]
-)
+FINE = "test_fine_before", "test_fine_after", "test_same_folder_on_all_ranks", "test_without_ranks"
+
+
+@pytest.mark.parametrize("name", [*FINE, "test_in_the_next_module"])
 def test_the_tests_around_bad_ones_pass(run, name):
     case = run[2][name]
     assert all(case.find(kind) is None for kind in ("failure", "error", "skipped"))
@@ -109,7 +110,7 @@ def test_the_launch_fails_and_counts_right(run):
     mode, output, _, code, _, _ = run
     assert code == 1
     failed = len(FAILURES) + (mode != "forked")
-    passed = 4 + (mode == "forked")
+    passed = 5 + (mode == "forked")
     assert f"{failed} failed, {passed} passed, 2 skipped, 2 errors" in re.sub(r"\d+ warnings?, ", "", output)
     assert output.count("test session starts") == 1, "one rank reports"
 

@@ -168,12 +168,13 @@ class LockstepSession:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
         self.number += 1
         wanted = asked(item)
-        taking_part = self.lockstep.rank == 0 if wanted is None else self._takes_part(*wanted)
-        if not taking_part:
+        if not self._takes_part(wanted):
             return True
         self.reported = False
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+        # What is torn down after a test is what this rank's next one does not use, and that may be in another module.
+        later = (each for each in item.session.items[self.number + 1 :] if self._takes_part(asked(each)))
+        reports = runtestprotocol(item, log=False, nextitem=next(later, None))
         if wanted is not None and wanted[0] <= self.lockstep.world:
             self._agree_on(reports, *wanted)
         if self.lockstep.rank == 0:
@@ -182,8 +183,9 @@ class LockstepSession:
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
 
-    def _takes_part(self, ranks: int, _timeout: float) -> bool:
-        """With more ranks wanted than there are, rank 0 alone reports the skip."""
+    def _takes_part(self, wanted: tuple[int, float] | None) -> bool:
+        """Rank 0 alone runs what asks for no ranks, and reports the skip of what asks for more than there are."""
+        ranks = wanted[0] if wanted else 1
         return self.lockstep.rank < ranks if ranks <= self.lockstep.world else self.lockstep.rank == 0
 
     def run(self, item: pytest.Item, body, render, ranks: int, timeout: float) -> Verdict:
