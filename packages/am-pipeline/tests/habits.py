@@ -2381,3 +2381,43 @@ class TakesAnything(Decoder):
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
+
+
+class BlockThatAsksForAGradient(Block):
+    def forward(self, x):
+        return super().forward(x if x.requires_grad else x * 0.5)
+
+
+class LayersThatAskForAGradientOverAFrozenEmbedding(Decoder):
+    """In one process the first layer gets no gradient and another scale; what arrives at a stage always needs one."""
+
+    expect, words = REFUSED, "asks whether a tensor requires a gradient"
+
+    block = BlockThatAsksForAGradient
+
+    @classmethod
+    def make(cls):
+        model = super().make()
+        model.embed.requires_grad_(False)
+        model.layers[:3].requires_grad_(False)
+        return model
+
+
+class HeadThatAsksForAGradient(Decoder):
+    expect, words = REFUSED, "asks whether a tensor requires a gradient"
+
+    def finish(self, x):
+        return super().finish(x if x.requires_grad else x * 0.5)
+
+
+class HookOnAGradientFunction(Decoder):
+    """`grad_fn.register_prehook`: seen neither by an operator nor by a method of the tensor."""
+
+    expect, words = REFUSED, "asks whether a tensor requires a gradient"
+
+    def run(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if x.grad_fn is not None:
+                x.grad_fn.register_prehook(lambda gradients: tuple(g * 0.5 for g in gradients))
+        return x

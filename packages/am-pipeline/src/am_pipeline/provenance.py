@@ -159,6 +159,7 @@ class Trace:
         stale: where what an earlier forward made is read.
         outside: where a parameter is read that is none of the model's: a function closed over it, for example.
         hooked: tensors on whose gradients code between units puts hooks.
+        trained: where the model's code asks whether a gradient goes through a tensor that a unit made.
         written: values that were written into after they were returned.
         kept: parameters and buffers that code between units wrote into, and from what.
     """
@@ -171,6 +172,7 @@ class Trace:
     stale: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     hooked: list[Look] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
 
@@ -305,6 +307,11 @@ class Tracer(TorchDispatchMode):
         memory = self._of(tensor)
         if self.active is None or memory.maker is not self.active:
             self.trace.hooked.append(Look(memory.sources, _place()))
+
+    def asks_for_gradient(self, tensor: torch.Tensor) -> None:
+        """Code asks whether a tensor requires a gradient: what arrives at a stage does, whatever was trained before."""
+        if any(isinstance(source, (Value, Inner)) for source in self._of(tensor).sources) and _is_of_the_model():
+            self.trace.trained.append(_place())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.quiet:
@@ -562,6 +569,8 @@ class _Lookers(TorchFunctionMode):
             self.tracer._look(self.tracer._of(args[0]).sources)
         if name == "register_hook":
             self.tracer.hook(args[0])
+        if name == "__get__" and getattr(func.__self__, "__name__", "") in ("requires_grad", "grad_fn", "is_leaf"):
+            self.tracer.asks_for_gradient(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -665,6 +674,14 @@ def _static(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(map(_static, value))
     return (type(value).__name__, value) if _is_plain(value) and not isinstance(value, torch.Size) else str(type(value))
+
+
+def _is_of_the_model() -> bool:
+    """Whether the code that calls is neither torch's nor ours."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("am_pipeline."):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "torch"
 
 
 def _place() -> str:

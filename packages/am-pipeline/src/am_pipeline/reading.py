@@ -324,6 +324,11 @@ class Reading:
             if asked is not None and not self.units.is_layer(asked) and stage not in holders_of(stages, asked):
                 raise _HoldMoreError(stage, asked) from error
             raise CannotCutError(f"its forward fails on stage {stage}: {type(error).__name__}: {error}") from error
+        if stage and trace.trained:
+            raise CannotCutError(
+                f"{trace.trained[0]} asks whether a tensor requires a gradient, which what arrives from another stage "
+                "always does"
+            )
         whole = {(c.unit, c.index): c.digest for c in self.small.calls}
         mine = {(c.unit, c.index): c.digest for c in trace.calls}
         for call in sorted(needs.live[stage]):
