@@ -362,7 +362,10 @@ class Reading:
                     raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
     def _anatomy(self) -> Anatomy:
-        """Which modules beside the stack run before, after and between its layers; those that do not, by place."""
+        """Which modules beside the stack run before, after and between its layers.
+
+        What text does not run is before them: an image encoder and its projector, wherever they are registered.
+        """
         places = [place for place, call in enumerate(self.small.calls) if self.units.is_layer(call.unit)]
         first, last = places[0], places[-1]
         sides: dict[str, set[str]] = {}
@@ -371,14 +374,11 @@ class Reading:
                 side = "before" if place < first else "after" if place > last else "between"
                 sides.setdefault(call.unit, set()).add(side)
         found: dict[str, list[str]] = {"before": [], "between": [], "after": []}
-        seen_stack = False
         for name, _ in modules_beside(self.weightless.model, self.stack):
             if name == self.stack:
-                seen_stack = True
                 continue
             units = [unit for unit in self.units.names if unit == name or unit.startswith(f"{name}.")]
-            default = {"after" if seen_stack else "before"}
-            of = {unit: sides.get(unit, default) for unit in units}
+            of = {unit: sides.get(unit, {"before"}) for unit in units}
             if of and all(where == next(iter(of.values())) for where in of.values()):
                 of = {name: next(iter(of.values()))}
             for unit, where in of.items():

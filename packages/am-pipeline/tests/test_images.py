@@ -1,0 +1,95 @@
+"""Every vision-language model of transformers through a pipeline of two stages, images in every row, or refused.
+
+Some types run always; with `AM_SWEEP=folder` all do, and leave there what they measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from am_pipeline import pipeline_model
+from am_testkit.exact import relative_error
+from am_testkit.models import next_token_loss
+from am_testkit.natural import natural_batch, natural_types, small_with_images
+
+SWEEP = os.environ.get("AM_SWEEP")
+ALWAYS = ["gemma3", "internvl", "llava_next", "qwen2_5_vl", "qwen3_vl"]
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Why a model is not cut, in the words of the error.
+REFUSED: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("model_type", natural_types() if SWEEP else ALWAYS)
+@pytest.mark.ranks(2, timeout=240)
+def test_images_reach_the_stages_that_need_them_or_are_refused(model_type):
+    model, dtype, batches = runnable(model_type)
+    record = {"kind": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
+    labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
+    expected = [model(**batch, use_cache=False).logits for batch in batches]
+    (sum(next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)) / 2).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    model.zero_grad()
+    try:
+        logits, parts, last = step(model, batches, labels)
+    except ValueError as refusal:
+        write(model_type, record | {"refused": str(refusal)})
+        assert model_type in REFUSED, refusal
+        return
+    largest = max(gradient.abs().max().item() for gradient in wanted.values())
+    errors = {"logits": relative_error(logits, torch.cat(expected), 0.0)} if last else {}
+    for part in parts:
+        for name, parameter in part.named_parameters(remove_duplicate=False):
+            if parameter.grad is not None or (name in wanted and wanted[name].abs().max() > 0):
+                assert parameter.grad is not None, f"{name} has no gradient"
+                target = wanted.get(name, torch.zeros_like(parameter))
+                errors[name] = relative_error(parameter.grad, target, 1e-6 * largest)
+    worst = max(errors, key=errors.get)
+    total = torch.tensor(errors[worst], dtype=torch.float64)
+    dist.all_reduce(total, dist.ReduceOp.MAX)
+    write(model_type, record | {"error": total.item()})
+    assert total.item() < TOLERANCE[dtype], f"off by {total.item():.1e}; here {worst} by {errors[worst]:.1e}"
+
+
+def step(model, batches, labels):
+    schedule, parts, first, last, _ = pipeline_model(
+        model,
+        init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)),
+        None,
+        pp_axis_name="pp",
+        dp_axis_names=(),
+        layers_per_stage=None,
+        pipeline_parallel_schedule_csv=None,
+        pipeline_parallel_schedule="1F1B",
+        microbatch_size=2,
+        local_batch_size=4,
+        device=torch.device("cpu"),
+        loss_fn=next_token_loss,
+        scale_grads=True,
+    )
+    further = {name: [batch[name] for batch in batches] for name in batches[0] if name != "input_ids"}
+    ids = torch.cat([batch["input_ids"] for batch in batches])
+    logits = schedule.step(*((ids,) if first else ()), target=torch.cat(labels) if last else None, **further)
+    return logits, parts, last
+
+
+def runnable(model_type):
+    """The model and two microbatches, in float64, or in float32 where its own code mixes the two."""
+    for dtype in (torch.float64, torch.float32):
+        model = small_with_images(model_type, dtype=dtype)
+        try:
+            return model, dtype, [natural_batch(model, rows=2, seed=seed) for seed in range(2)]
+        except NotImplementedError:
+            if dtype is torch.float32:
+                raise
+
+
+def write(model_type, measured):
+    if SWEEP and dist.get_rank() == 0:
+        pathlib.Path(SWEEP, f"images-{model_type}.json").write_text(json.dumps(measured))
