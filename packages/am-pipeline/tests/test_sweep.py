@@ -75,7 +75,7 @@ def test_every_decoder_trains_exactly_on_two_and_four_stages_or_is_refused(model
 
 
 def trained_in(case, model_type):
-    """The largest error by number of stages, and what there is to know of the model; None if it takes no such batch."""
+    """The largest error by number of stages, and what there is to know of the model; None if it has no numbers for it."""
     attention = implementation(case["attention"])
     if case["numbers"] == "float64":
         model, dtype = runnable(model_type, attention=attention)
@@ -92,6 +92,8 @@ def trained_in(case, model_type):
             loss_fn.labelled, chunks = batch.labelled(), [batch.rows(rows) for rows in MICROBATCHES]
             expected = [logits_of(model, chunk.ids, **chunk.inputs) for chunk in chunks]
             sum(loss_fn(logits, chunk.labels) for logits, chunk in zip(expected, chunks, strict=True)).backward()
+    if case in EVERY and not torch.cat(expected).isfinite().all():
+        return None  # in one process already: prophetnet hides padding by a number that float32 does not have
     wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     errors = {}
     layouts = ((2, "1F1B"), (4, "Interleaved1F1B"))
