@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from am_moe.evaluation import reshard_after_evaluation
 from am_moe.experts import Experts, describe_experts
 from am_moe.units import edges, layers, of_another_dtype
 
@@ -46,7 +47,8 @@ def apply_fsdp(
         ep_shard_enabled: whether several ranks hold the same experts.
         ep_shard_mesh: those ranks; an axis of the mesh that the expert axis belongs to.
         mp_policy, offload_policy: FSDP2's own.
-        reshard_after_forward: free a layer's whole parameters between forward and backward.
+        reshard_after_forward: free a layer's whole parameters between forward and backward. After a forward without
+            gradients they are freed in any case.
         lm_head_precision: compute the head in this dtype (`"float32"` or `torch.float32`), as a unit of its own.
         wrap_outer_model: make the whole model the root unit; False makes each of its children one.
 
@@ -96,6 +98,7 @@ def apply_fsdp(
     for root in [model] if wrap_outer_model else [c for c in model.children() if any(True for _ in c.parameters())]:
         if not isinstance(root, FSDPModule):
             fully_shard(root, **settings)
+    reshard_after_evaluation(model)
 
 
 def _check_apart(model: nn.Module) -> None:
