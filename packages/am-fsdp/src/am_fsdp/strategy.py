@@ -13,7 +13,7 @@ import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
 from am_fsdp.checkpointing import checkpoint_layers, recomputed_modules
 from am_fsdp.evaluation import reshard_after_evaluation
-from am_fsdp.replicas import check_replicas
+from am_fsdp.replicas import check_replicas, check_replicas_at_first_forward
 from am_fsdp.units import apply_fsdp_sharding_recursively, edges, units_of_another_dtype
 
 
@@ -61,8 +61,9 @@ def fsdp2_strategy_parallelize(
     Raises:
         ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
             experts are already spread over the data ranks, a unit is sharded already, one module holds parameters of
-            two dtypes, the recomputation or the plan does not fit, or real weights differ between data ranks; on every
-            rank alike, before the model is changed.
+            two dtypes, the recomputation or the plan does not fit, or real weights differ between data
+            or tensor ranks; on every rank alike, before the model is changed. From the first forward: so do weights
+            that a model from meta was given.
         TypeError: a dtype or a policy is something else.
     """
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
@@ -78,6 +79,7 @@ def fsdp2_strategy_parallelize(
     if tp_mesh is not None and tp_mesh.size() > 1:
         plan = am_tp_plans.resolve_plan(model, tp_shard_plan, sequence_parallel=sequence_parallel)
     check_replicas(model, dp_mesh, tp_mesh)
+    from_meta = any(parameter.is_meta for parameter in model.parameters())
 
     if tp_mesh is not None and plan is not None:
         am_tp_plans.apply_plan(model, tp_mesh, plan)
@@ -91,6 +93,8 @@ def fsdp2_strategy_parallelize(
     # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     reshard_after_evaluation(model)
+    if from_meta:
+        check_replicas_at_first_forward(model, dp_mesh, tp_mesh)
     return model
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard
 
 from am_moe.evaluation import reshard_after_evaluation
 from am_moe.experts import Experts, describe_experts
-from am_moe.units import edges, layers, of_another_dtype
+from am_moe.units import edges, layers, units_of_another_dtype
 
 
 def apply_fsdp(
@@ -62,25 +62,20 @@ def apply_fsdp(
     found = describe_experts(model)
     if ep_enabled and ep_shard_enabled and ep_shard_mesh is None:
         raise ValueError("ep_shard_enabled=True needs ep_shard_mesh, the ranks that hold the same experts")
+    check_units(model, ep_enabled, lm_head_precision, wrap_outer_model)
     head, head_dtype = _head(model, lm_head_precision)
     replicas = ep_shard_mesh if ep_enabled and ep_shard_enabled else None
     _check_cover(model, found, fsdp_mesh, ep_enabled, replicas)
-    if not wrap_outer_model:
-        _check_apart(model)
     settings: dict[str, Any] = {
         "mesh": fsdp_mesh,
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
         "reshard_after_forward": reshard_after_forward,
     }
-    expert_parameters = {
-        model.get_parameter(f"{experts.name}.{path}".lstrip("."))
-        for experts in (found if ep_enabled else ())
-        for path in experts.stacked
-    }
-    odd = settings | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
-    for module in of_another_dtype(model, expert_parameters):
-        fully_shard(module, **odd | {"ignored_params": expert_parameters})
+    expert_parameters = _spread_parameters(model, found) if ep_enabled else set()
+    for owners, policy in units_of_another_dtype(model, settings["mp_policy"], expert_parameters):
+        unit = [module for module in owners if module is not head]
+        _shard(unit, settings | {"mp_policy": policy, "ignored_params": expert_parameters})
     if replicas is not None:
         for experts in found:
             _shard_experts(model.get_submodule(experts.name), experts, settings, replicas)
@@ -93,12 +88,31 @@ def apply_fsdp(
         precise = MixedPrecisionPolicy(param_dtype=head_dtype, reduce_dtype=wide, output_dtype=head_dtype)
         fully_shard(head, **settings | {"mp_policy": precise})
     for unit in edges(model, head):
-        if not any(isinstance(module, FSDPModule) for module in unit):
-            fully_shard(unit, **settings)
+        _shard([module for module in unit if not isinstance(module, FSDPModule)], settings)
     for root in [model] if wrap_outer_model else [c for c in model.children() if any(True for _ in c.parameters())]:
         if not isinstance(root, FSDPModule):
             fully_shard(root, **settings)
     reshard_after_evaluation(model)
+
+
+def check_units(
+    model: nn.Module, ep_enabled: bool, lm_head_precision: str | torch.dtype | None, wrap_outer_model: bool
+) -> None:
+    """Refuse what `apply_fsdp` would, as far as the model alone shows it; nothing is changed. Raises as `apply_fsdp`."""
+    _head(model, lm_head_precision)
+    spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
+    units_of_another_dtype(model, MixedPrecisionPolicy(), spread)
+    if not wrap_outer_model:
+        _check_apart(model)
+
+
+def _spread_parameters(model: nn.Module, found: list[Experts]) -> set[nn.Parameter]:
+    return {model.get_parameter(f"{e.name}.{path}".lstrip(".")) for e in found for path in e.stacked}
+
+
+def _shard(unit: list[nn.Module], settings: dict[str, Any]) -> None:
+    if unit:
+        fully_shard(unit if len(unit) > 1 else unit[0], **settings)
 
 
 def _check_apart(model: nn.Module) -> None:
