@@ -13,7 +13,7 @@ import torch
 
 from am_fsdp.lazy import Box, Lazy
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -169,8 +169,8 @@ def files_of(tensors: dict[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]
     return dict(zip(names, ordered, strict=True))
 
 
-def write_index(folder: pathlib.Path, files: dict[str, dict[str, Lazy]]) -> None:
-    """The index of a folder of several files."""
+def index_text(files: dict[str, dict[str, Lazy]]) -> dict[str, str]:
+    """The name and the text of the index of a folder of several files."""
     everything = [tensor for tensors in files.values() for tensor in tensors.values()]
     index = {
         "metadata": {
@@ -179,7 +179,7 @@ def write_index(folder: pathlib.Path, files: dict[str, dict[str, Lazy]]) -> None
         },
         "weight_map": {key: file for file, tensors in files.items() for key in tensors},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return {INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n"}
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from am_fsdp._torch_compat import has_gradient_hooks, local_box
+from am_fsdp.adapters import Adapters, base_model, check_initialised, initialise_adapters
 from am_fsdp.buffers import compute_buffers, planned_buffers
 from am_fsdp.hf_folder import HFFolder
 from am_fsdp.hf_names import model_tensors, named_tensors, some, tied_sources
@@ -34,6 +35,10 @@ def load_hf_weights(
     are computed by transformers' own initialisation. Parameters keep being the objects they were, so an optimizer that
     holds them need not know.
 
+    A model with peft's adapters (wrapped or not) reads its base weights from the folder of its base model. Adapters on
+    meta begin as peft's do: one LoRA matrix of each pair zero, the other random by `torch.initial_seed()`, the same in
+    every layout. Those that are real are left alone.
+
     Args:
         model: laid out on any mesh (`fsdp2_strategy_parallelize`, tensor or expert parallelism), or not at all; on
             meta, or real, or in part either. It may be a pipeline part, with `strict=False`.
@@ -50,24 +55,48 @@ def load_hf_weights(
     Raises:
         ImportError: safetensors is not installed.
         ValueError: no such folder or one without safetensors; a tensor of the model that the folder lacks, has in
-            another shape, or as integers or 8-bit floats where the model has floats; a key that the model lacks; tied
-            weights that differ in the folder; a buffer on meta that nothing says how to compute. Every rank that holds
-            the same model and sees the same folder raises the same, before any memory is allocated.
+            another shape, or in a dtype whose values the model's cannot hold (integers for floats and narrower integers,
+            8-bit floats, complex for real); a key that the model lacks; tied weights that differ in the folder; a buffer
+            on meta that nothing says how to compute, or an adapter that nothing says how to initialise. Every rank that
+            holds the same model and sees the same folder raises the same, before any memory is allocated. While it
+            reads: a finite value that the model's dtype makes infinite.
     """
     source = HFFolder(folder)
-    tensors = named_tensors(model)
+    whole, model = model, base_model(model)
+    held = named_tensors(model)
+    adapters = Adapters.of(model, list(held))
+    tensors = {plain: held[name] for name, plain in adapters.base.items()}
     found = model_tensors(model, tensors, source.tensors)
     names = _sources(model, tensors, found)
     _check_fit(model, tensors, found, names, source, strict)
     boxes = {name: _box(tensor, name) for name, tensor in tensors.items()}
-    buffers = planned_buffers(model, tensors)
-    home = torch.device(device) if device is not None else _home(tensors)
+    added = _added_on_meta(model, adapters, held, tensors, boxes, names)
+    buffers = planned_buffers(model, {*held, *tensors})
+    home = torch.device(device) if device is not None else _home(held)
     for name, tensor in {id(t): (n, t) for n, t in tensors.items()}.values():
         target = _with_memory(model, tensor, home) if tensor.is_meta else tensor
-        found[names[name]].read_into(target.to_local() if isinstance(target, DTensor) else target, boxes[name])
+        _read(found[names[name]], target.to_local() if isinstance(target, DTensor) else target, boxes[name], name)
         source.release()
+    initialise_adapters(adapters, {name: _with_memory(model, held[name], home) for name in added})
     compute_buffers(model, buffers, home)
-    return model
+    return whole
+
+
+def _added_on_meta(
+    model: nn.Module,
+    adapters: Adapters,
+    held: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    boxes: dict[str, Box],
+    names: dict[str, str],
+) -> list[str]:
+    """The adapters' tensors that need values of their own; copies of modules of the base model begin as those do."""
+    copies = {n: own for n, (own, _) in adapters.trained.items() if own in names and held[n].is_meta}
+    for name, own in copies.items():
+        tensors[name], names[name], boxes[name] = held[name], names[own], _box(held[name], name)
+    added = [name for name in adapters.trained if held[name].is_meta and name not in copies]
+    check_initialised(model, adapters, added)
+    return added
 
 
 def _sources(model: nn.Module, tensors: Mapping[str, torch.Tensor], found: Mapping[str, Lazy]) -> dict[str, str]:
@@ -136,9 +165,27 @@ def _check_fit(
 
 
 def _converts(held: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether values of one dtype become those of the other, but for rounding and the range, which each read checks."""
     if held == wanted:
         return True
-    return held.itemsize > 1 and held.is_floating_point == wanted.is_floating_point
+    if held.is_complex or wanted.is_complex:
+        return held.is_complex and wanted.is_complex
+    if held.is_floating_point or wanted.is_floating_point:
+        return held.itemsize > 1 and held.is_floating_point and wanted.is_floating_point
+    return torch.promote_types(held, wanted) == wanted and torch.bool not in (held, wanted)
+
+
+def _read(lazy: Lazy, local: torch.Tensor, box: Box, name: str) -> None:
+    """Fill a shard; where its dtype has a smaller range than the folder's, look at what did not fit."""
+    narrower = local.is_floating_point() and torch.finfo(local.dtype).max < torch.finfo(lazy.dtype).max
+    if not narrower:
+        lazy.read_into(local, box)
+        return
+    exact = torch.empty(local.shape, dtype=lazy.dtype)
+    lazy.read_into(exact, box)
+    local.copy_(exact)
+    if bool((torch.isfinite(exact) & ~torch.isfinite(local.to(exact.device))).any()):
+        raise ValueError(f"{name}: the folder's {lazy.dtype} holds values beyond {local.dtype}; load it as a wider dtype")
 
 
 def _box(tensor: torch.Tensor, name: str) -> Box:
