@@ -321,6 +321,7 @@ def edited(folder, change):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+NOT_HELD: list = []  # value in a folder, dtype of the model, words
 NORM = "model.norm.weight"
 BAD_FOLDERS = {
     "none": (lambda f: f.rename(f.parent / "away"), "hf is not a folder"),
@@ -331,6 +332,12 @@ BAD_FOLDERS = {
     "no json": (lambda f: index_of(f).write_text("{"), "is not an index of safetensors files"),
     "no map": (lambda f: index_of(f).write_text("{}"), "is not an index of safetensors files: KeyError"),
     "list": (lambda f: index_of(f).write_text('{"weight_map": ["a"]}'), "is not an index of safetensors files"),
+    "nested": (lambda f: index_of(f).write_text("[" * 100_000), "is not an index of safetensors files"),
+    "no files": (lambda f: index_of(f).write_text('{"weight_map": {}}'), "it lists no files"),
+    "elsewhere": (
+        lambda f: index_of(f).write_text('{"weight_map": {"a": "../hf/model-00001-of-00002.safetensors"}}'),
+        "is outside of the folder",
+    ),
     "no file": (lambda f: next(f.glob("*.safetensors")).unlink(), r"names \['model-.*'\], which is not there"),
     "cut off": (
         lambda f: next(f.glob("*.safetensors")).write_bytes(b"\x08\0\0\0\0\0\0\0{"),
@@ -357,6 +364,56 @@ BAD_FOLDERS = {
         "torch.float8_e4m3fn in the folder",
     ),
 }
+
+
+for held, wanted in [
+    (torch.int64, torch.int32),
+    (torch.int64, torch.int8),
+    (torch.uint8, torch.int8),
+    (torch.int64, torch.float32),
+    (torch.float32, torch.int64),
+    (torch.bool, torch.int64),
+    (torch.complex64, torch.float32),
+    (torch.float32, torch.complex64),
+    (torch.uint64, torch.int64),
+]:
+    NOT_HELD.append((torch.ones(3, dtype=held), wanted, "dtypes do not convert"))
+NOT_HELD += [
+    (torch.tensor([1.0, 1e300, 2.0], dtype=torch.float64), torch.float16, "values are beyond the range"),
+    (torch.tensor([1.0, 1e5, 2.0]), torch.float16, "values are beyond the range"),
+    (torch.tensor([1.0, -1e39, 2.0], dtype=torch.float64), torch.bfloat16, "values are beyond the range"),
+]
+
+
+class Holder(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", value)
+
+
+@pytest.mark.parametrize(("value", "wanted", "words"), NOT_HELD, ids=lambda v: str(getattr(v, "dtype", v)))
+def test_what_the_dtype_of_the_model_cannot_hold_is_refused_before_anything_is_read(tmp_path, value, wanted, words):
+    save_file({"value": value}, tmp_path / "model.safetensors")
+    model = Holder(torch.zeros(3, dtype=wanted))
+    with pytest.raises(ValueError, match=words):
+        load_hf_weights(model, tmp_path)
+    assert not model.value.any()
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (torch.tensor([1.0, float("inf"), float("nan")]), torch.float16),
+        (torch.tensor([1, -2, 3], dtype=torch.int8), torch.int64),
+        (torch.tensor([1, 2, 255], dtype=torch.uint8), torch.int16),
+        (torch.tensor([1.0, 6e4, 1e-9], dtype=torch.float64), torch.float16),
+    ],
+)
+def test_what_the_dtype_of_the_model_can_hold_is_read(tmp_path, value, wanted):
+    save_file({"value": value}, tmp_path / "model.safetensors")
+    model = Holder(torch.zeros(3, dtype=wanted))
+    load_hf_weights(model, tmp_path)
+    torch.testing.assert_close(model.value, value.to(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)

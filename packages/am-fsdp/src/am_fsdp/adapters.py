@@ -77,14 +77,14 @@ def adapter_of(model: Any) -> str:
     """The name of the one adapter that is active.
 
     Raises:
-        ValueError: none or several are, or one is merged into the base weights or switched off.
+        ValueError: none or several are, or it is disabled.
     """
     layers = Adapters.of(model, []).layers.values()
     active = sorted({name for layer in layers for name in _listed(getattr(layer, "active_adapters", ()))})
     if len(active) != 1:
         raise ValueError(f"one adapter must be active to be saved, {active or 'none'} are; use set_adapter")
-    if any(getattr(layer, "merged", False) or getattr(layer, "disable_adapters", False) for layer in layers):
-        raise ValueError(f"adapter {active[0]!r} is merged into the base weights or disabled; undo that before saving")
+    if any(getattr(layer, "disable_adapters", False) for layer in layers):
+        raise ValueError(f"adapter {active[0]!r} is disabled; enable it before saving")
     return active[0]
 
 

@@ -108,8 +108,12 @@ def _contents(folder: pathlib.Path) -> dict[str, set[str] | None]:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         files: dict[str, set[str] | None] = {}
         for key, file in weight_map.items():
+            if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+                raise ValueError(f"{file[:80]!r} is outside of the folder")
             files.setdefault(os.fspath(file), set()).add(key)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not files:
+            raise ValueError("it lists no files")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
     absent = sorted(file for file in files if not (folder / file).is_file())
     if absent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -56,10 +56,9 @@ def load_hf_weights(
         ImportError: safetensors is not installed.
         ValueError: no such folder or one without safetensors; a tensor of the model that the folder lacks, has in
             another shape, or in a dtype whose values the model's cannot hold (integers for floats and narrower integers,
-            8-bit floats, complex for real); a key that the model lacks; tied weights that differ in the folder; a buffer
+            8-bit floats, complex for real, 1e300 for float16); a key that the model lacks; tied weights that differ in the folder; a buffer
             on meta that nothing says how to compute, or an adapter that nothing says how to initialise. Every rank that
-            holds the same model and sees the same folder raises the same, before any memory is allocated. While it
-            reads: a finite value that the model's dtype makes infinite.
+            holds the same model and sees the same folder raises the same, before any memory is allocated.
     """
     source = HFFolder(folder)
     whole, model = model, base_model(model)
@@ -75,7 +74,7 @@ def load_hf_weights(
     home = torch.device(device) if device is not None else _home(held)
     for name, tensor in {id(t): (n, t) for n, t in tensors.items()}.values():
         target = _with_memory(model, tensor, home) if tensor.is_meta else tensor
-        _read(found[names[name]], target.to_local() if isinstance(target, DTensor) else target, boxes[name], name)
+        found[names[name]].read_into(target.to_local() if isinstance(target, DTensor) else target, boxes[name])
         source.release()
     initialise_adapters(adapters, {name: _with_memory(model, held[name], home) for name in added})
     compute_buffers(model, buffers, home)
@@ -117,20 +116,31 @@ def _sources(model: nn.Module, tensors: Mapping[str, torch.Tensor], found: Mappi
     return sources
 
 
-def _equal(one: Lazy, other: Lazy, block: int = 1 << 22) -> bool:
+def _equal(one: Lazy, other: Lazy) -> bool:
     """Compare some rows at a time, as numbers of the wider dtype."""
     if one.shape != other.shape:
         return False
     dtype = torch.promote_types(one.dtype, other.dtype)
-    rows = max(1, block // max(1, math.prod(one.shape[1:])))
-    for start in range(0, one.shape[0] if one.dim() else 1, rows):
-        box = [(start, min(start + rows, one.shape[0])), *((0, size) for size in one.shape[1:])] if one.dim() else []
-        parts = [torch.empty([stop - start for start, stop in box], dtype=dtype) for _ in range(2)]
-        one.read_into(parts[0], box)
-        other.read_into(parts[1], box)
-        if not torch.equal(*parts):
-            return False
-    return True
+    pairs = zip(_blocks(one, dtype), _blocks(other, dtype), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def _fits(held: Lazy, wanted: torch.dtype) -> bool:
+    """Whether no finite number becomes infinite; read whole where the range is smaller, so that all ranks say the same."""
+    if not held.is_floating_point() or torch.finfo(wanted).max >= torch.finfo(held.dtype).max:
+        return True
+    blocks = _blocks(held, held.dtype)
+    return all(bool((torch.isfinite(block) <= torch.isfinite(block.to(wanted))).all()) for block in blocks)
+
+
+def _blocks(lazy: Lazy, dtype: torch.dtype, numbers: int = 1 << 22) -> Iterator[torch.Tensor]:
+    rows = max(1, numbers // max(1, math.prod(lazy.shape[1:])))
+    for start in range(0, lazy.shape[0] if lazy.dim() else 1, rows):
+        ends = [(start, min(start + rows, lazy.shape[0]))] if lazy.dim() else []
+        box = [*ends, *((0, size) for size in lazy.shape[1:])]
+        block = torch.empty([stop - begin for begin, stop in box], dtype=dtype)
+        lazy.read_into(block, box)
+        yield block
 
 
 def _check_fit(
@@ -142,7 +152,7 @@ def _check_fit(
     strict: bool,
 ) -> None:
     used = {*tensors, *names.values()}
-    shapes, dtypes, hooked = [], [], []
+    shapes, dtypes, ranges, hooked = [], [], [], []
     for name, tensor in tensors.items():
         if name in names:
             held = found[names[name]]
@@ -150,6 +160,8 @@ def _check_fit(
                 shapes.append(f"{name}: {tuple(held.shape)} in the folder, {tuple(tensor.shape)} in the model")
             if not _converts(held.dtype, tensor.dtype):
                 dtypes.append(f"{name}: {held.dtype} in the folder, {tensor.dtype} in the model")
+            elif not _fits(held, tensor.dtype):
+                ranges.append(f"{name}: {held.dtype} in the folder, {tensor.dtype} in the model")
         if tensor.is_meta and has_gradient_hooks(tensor):
             hooked.append(name)
     problems = {
@@ -157,6 +169,7 @@ def _check_fit(
         "the model has no": [n for n in found if n not in used] if strict else [],
         "shapes differ:": shapes,
         "dtypes do not convert (quantised?):": dtypes,
+        "values are beyond the range of the model's dtype:": ranges,
         "on meta with gradient hooks, which memory would lose (load before the first forward):": hooked,
     }
     told = [f"{words} {some(which)}" for words, which in problems.items() if which]
@@ -165,27 +178,16 @@ def _check_fit(
 
 
 def _converts(held: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether values of one dtype become those of the other, but for rounding and the range, which each read checks."""
+    """Whether values of one dtype become those of the other, but for rounding and for the range of floats."""
     if held == wanted:
         return True
     if held.is_complex or wanted.is_complex:
         return held.is_complex and wanted.is_complex
     if held.is_floating_point or wanted.is_floating_point:
         return held.itemsize > 1 and held.is_floating_point and wanted.is_floating_point
-    return torch.promote_types(held, wanted) == wanted and torch.bool not in (held, wanted)
-
-
-def _read(lazy: Lazy, local: torch.Tensor, box: Box, name: str) -> None:
-    """Fill a shard; where its dtype has a smaller range than the folder's, look at what did not fit."""
-    narrower = local.is_floating_point() and torch.finfo(local.dtype).max < torch.finfo(lazy.dtype).max
-    if not narrower:
-        lazy.read_into(local, box)
-        return
-    exact = torch.empty(local.shape, dtype=lazy.dtype)
-    lazy.read_into(exact, box)
-    local.copy_(exact)
-    if bool((torch.isfinite(exact) & ~torch.isfinite(local.to(exact.device))).any()):
-        raise ValueError(f"{name}: the folder's {lazy.dtype} holds values beyond {local.dtype}; load it as a wider dtype")
+    if torch.bool in (held, wanted):
+        return False
+    return torch.iinfo(wanted).min <= torch.iinfo(held).min and torch.iinfo(held).max <= torch.iinfo(wanted).max
 
 
 def _box(tensor: torch.Tensor, name: str) -> Box:

@@ -189,6 +189,9 @@ def _check_adapters(model: nn.Module, found: Adapters, adapters: str | None) -> 
             f"{type(model).__name__} has adapters ({some(found.trained)}); say what to write: adapters='base', "
             "'adapter' or 'merged'"
         )
+    merged = [name for name, layer in found.layers.items() if getattr(layer, "merged", False)]
+    if merged:
+        raise ValueError(f"an adapter is merged into the base weights of {some(merged)}; undo that before saving")
     if not found and adapters in ("adapter", "merged"):
         raise ValueError(f"adapters={adapters!r}, but {type(model).__name__} has none")
 
