@@ -546,3 +546,20 @@ def test_configs_lie_beside_the_weights(tmp_path):
     assert model.dtype == torch.float64
     own, theirs = (json.loads((tmp_path / f / "generation_config.json").read_text()) for f in ("own", "theirs"))
     assert own == theirs
+
+
+@pytest.mark.parametrize("mesh", ["dp2", "tp2"])
+@pytest.mark.ranks(2)
+def test_save_pretrained_says_what_to_call_and_state_dict_is_that_of_the_shards(tmp_path, mesh):
+    single = tiny("qwen3", tied=True)
+    model = laid_out(tiny("qwen3", tied=True), mesh)
+    with pytest.raises(RuntimeError, match=r"call am_fsdp\.save_hf_weights\(model, folder\) on every rank"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for leave_gathered in (False, True):
+        if leave_gathered:
+            model(token_batch(1, 8)[0])
+        state = model.state_dict()
+        assert set(state) == set(single.state_dict())
+        assert all(whole(value).equal(single.state_dict()[name]) for name, value in state.items())
+        assert all(isinstance(p, DTensor) for p in model.parameters())

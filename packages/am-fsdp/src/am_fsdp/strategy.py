@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -53,7 +55,8 @@ def fsdp2_strategy_parallelize(
         dp_cp_mesh_name: the flattened data and context axis; parameters are sharded over it where the mesh has it.
 
     Returns:
-        The model.
+        The model. Its `state_dict()` has the names that it had and this rank's shards, also while units are gathered; its
+        `save_pretrained` says to call `save_hf_weights`.
 
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
         each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`.
@@ -93,6 +96,7 @@ def fsdp2_strategy_parallelize(
     # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     reshard_after_evaluation(model)
+    _refuse_save_pretrained(model)
     if from_meta:
         check_replicas_at_first_forward(model, dp_mesh, tp_mesh)
     return model
@@ -165,3 +169,16 @@ def _check_model(model: nn.Module, dp_mesh: DeviceMesh, dp_name: str | tuple[str
                     f"{name} is already distributed over {len(shared)} ranks of the data axis {dp_name!r}, as experts "
                     "under expert parallelism are; shard such a model with am_moe.apply_fsdp"
                 )
+
+
+def _refuse_save_pretrained(model: Any) -> None:
+    """transformers would write this rank's shards, or wait for ranks that do not come."""
+    if hasattr(model, "save_pretrained"):
+
+        def save_pretrained(*_: Any, **__: Any) -> None:
+            raise RuntimeError(
+                f"save_pretrained cannot write {type(model).__name__}, whose parameters are sharded over ranks; call "
+                "am_fsdp.save_hf_weights(model, folder) on every rank"
+            )
+
+        model.save_pretrained = save_pretrained

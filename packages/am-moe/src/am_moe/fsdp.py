@@ -93,6 +93,20 @@ def apply_fsdp(
         if not isinstance(root, FSDPModule):
             fully_shard(root, **settings)
     reshard_after_evaluation(model)
+    _refuse_save_pretrained(model)
+
+
+def _refuse_save_pretrained(model: Any) -> None:
+    """transformers would write this rank's shards, or wait for ranks that do not come."""
+    if hasattr(model, "save_pretrained"):
+
+        def save_pretrained(*_: Any, **__: Any) -> None:
+            raise RuntimeError(
+                f"save_pretrained cannot write {type(model).__name__}, whose parameters are sharded over ranks; call "
+                "save_hf_weights(model, folder) of am-fsdp[hf] on every rank"
+            )
+
+        model.save_pretrained = save_pretrained
 
 
 def check_units(
