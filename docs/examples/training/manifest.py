@@ -79,7 +79,9 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 def _is_entry(name: Any, entry: Any) -> bool:
     """A name in the folder, with a size and a digest."""
     plain = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
-    return plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    return (
+        plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _compare(path: pathlib.Path, expected: dict[str, Any]) -> str:

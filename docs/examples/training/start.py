@@ -15,7 +15,7 @@ def begin(folder: pathlib.Path, resume: bool) -> pathlib.Path | None:
     """The checkpoint to continue from, the newest that is sound, or None at the beginning of a run.
 
     A start continues with `resume`, and when the launcher starts the ranks of the same run again. Else it begins a run:
-    what an earlier one left in the folder is moved to `folder/before` (`before-2`, `before-3`, ... where that is taken),
+    what an earlier one left in the folder is moved to `folder/before`, or `before-2`, `before-3` where that is taken,
     so that forgotten `--resume`s lose nothing.
 
     Collectives (default group): a broadcast, and those of `manifest.damage` for each checkpoint that is looked at.

@@ -20,7 +20,9 @@ AXES = ("data_parallel", "tensor_parallel")
 
 
 def config(**settings):
-    return peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]} | settings)
+    return peft.LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]} | settings
+    )
 
 
 def adapted(dtype=torch.float32, **settings):
@@ -105,8 +107,8 @@ def test_a_base_folder_is_read_into_a_model_with_adapters_on_meta(tmp_path, wrap
     part = model if wrapped else model.get_base_model()
     if shape != "one":
         if shape == "tp2":
-            from am_tp_styles import translate_to_lora
             from am_tp_plans import resolve_plan
+            from am_tp_styles import translate_to_lora
 
             plan = translate_to_lora(resolve_plan(base))
             prefix = "base_model.model." if wrapped else ""
@@ -127,7 +129,7 @@ def test_a_base_folder_is_read_into_a_model_with_adapters_on_meta(tmp_path, wrap
 
 def test_what_a_folder_of_a_model_with_adapters_holds_must_be_said(tmp_path):
     base, model = adapted()
-    with pytest.raises(ValueError, match="has adapters .* say what to write: adapters='base', 'adapter' or 'merged'"):
+    with pytest.raises(ValueError, match=r"has adapters .* say what to write: adapters='base', 'adapter' or 'merged'"):
         save_hf_weights(model, tmp_path / "x")
     with pytest.raises(ValueError, match="adapters must be one of"):
         save_hf_weights(model, tmp_path / "x", adapters="all")
@@ -162,13 +164,13 @@ def test_adapters_that_are_not_as_they_train_are_refused(tmp_path, change):
 def test_adapters_without_a_rule_are_refused_by_name(tmp_path):
     base, model = adapted(use_dora=True)
     for kind in ("adapter", "merged"):
-        with pytest.raises(ValueError, match="is no (plain LoRA|LoRA matrix)"):
+        with pytest.raises(ValueError, match=r"is no (plain LoRA|LoRA matrix)"):
             save_hf_weights(model, tmp_path / "x", adapters=kind)
     save_hf_weights(model, tmp_path / "base", adapters="base")
     equal(type(base).from_pretrained(tmp_path / "base"), base)
     with torch.device("meta"):
         model = peft.get_peft_model(tiny("qwen3", layers=2), config(init_lora_weights="gaussian"))
-    with pytest.raises(ValueError, match="only LoRA matrices with peft's default init_lora_weights=True"):
+    with pytest.raises(ValueError, match=r"only LoRA matrices with peft's default init_lora_weights=True"):
         load_hf_weights(model, tmp_path / "base")
     assert all(p.is_meta for p in model.parameters())
 
@@ -177,5 +179,5 @@ def test_a_weight_that_is_tied_is_not_merged(tmp_path):
     model = peft.get_peft_model(
         tiny("qwen3", layers=1, tied=True, dtype=torch.float32), peft.LoraConfig(r=2, target_modules=["lm_head"])
     )
-    with pytest.raises(ValueError, match="are one weight, and an adapter is on one of them"):
+    with pytest.raises(ValueError, match=r"are one weight, and an adapter is on one of them"):
         save_hf_weights(model, tmp_path / "x", adapters="merged")

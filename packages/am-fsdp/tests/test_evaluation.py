@@ -124,7 +124,9 @@ def test_a_metric_that_records_a_graph_is_refused_when_clipping_and_its_stale_co
     for one in (model, whole):
         loss_of(one).backward()
     loss_of(model, seed=9)
-    with pytest.raises(ValueError, match="holds model.embed_tokens.weight, .* gathered since a forward that had no backward"):
+    with pytest.raises(
+        ValueError, match=r"holds model\.embed_tokens.weight, .* gathered since a forward that had no backward"
+    ):
         clip_grad_norm_(model.named_parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -156,9 +158,12 @@ def test_what_is_gathered_on_purpose_stays_so_and_edits_of_it_are_refused():
             loss_of(model)
             assert not isinstance(model.lm_head.weight, DTensor)
     assert is_sharded(model)
-    with pytest.raises(ValueError, match=r"weight was written while it was gathered"):
-        with unshard_fsdp2_model(model), torch.no_grad():
-            model.lm_head.weight.zero_()
+    with (
+        pytest.raises(ValueError, match=r"weight was written while it was gathered"),
+        unshard_fsdp2_model(model),
+        torch.no_grad(),
+    ):
+        model.lm_head.weight.zero_()
     assert is_sharded(model)
     assert_same(loss_of(model), loss_of(whole), 1e-10, "loss")
 
@@ -172,7 +177,7 @@ def test_plain_fsdp2_is_refused_when_clipping_too():
     model(torch.ones(2, 4)).sum().backward()
     with torch.no_grad():
         model(torch.ones(2, 4))
-    with pytest.raises(ValueError, match="holds parameter 0, .* gathered"):
+    with pytest.raises(ValueError, match=r"holds parameter 0, .* gathered"):
         clip_grad_norm_(model.parameters(), 1.0)
     for module in model:
         module.reshard()

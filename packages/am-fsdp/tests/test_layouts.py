@@ -153,9 +153,7 @@ def test_float32_parts_of_a_bfloat16_model_are_trained_in_float32(which, kept):
         if which == "norms":
             for layer in backbone.layers:
                 layer.input_layernorm.float()
-                layer.input_layernorm = (
-                    WideNorm(layer.input_layernorm) if is_reference else layer.input_layernorm
-                )
+                layer.input_layernorm = WideNorm(layer.input_layernorm) if is_reference else layer.input_layernorm
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if kept else None
     fsdp2_strategy_parallelize(model, mesh, torch.bfloat16, mp_policy=policy)

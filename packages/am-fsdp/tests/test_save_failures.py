@@ -1,4 +1,4 @@
-"""A save that fails on one rank, before, while or after it writes, ends on all, leaves no weights and may be repeated."""
+"""A save that fails on one rank, before, while or after it writes, ends on all and may be repeated."""
 
 from __future__ import annotations
 
@@ -161,6 +161,7 @@ def test_texts_of_any_length_are_exchanged_and_exceptions_of_any_kind():
     mine = "x" * 5000 * dist.get_rank() + "ä"
     assert exchange(mine, None) == ["ä", "x" * 5000 + "ä"]
     for error, kind in ((KeyError("k"), RuntimeError), (PermissionError("p"), OSError), (TypeError("t"), TypeError)):
+
         def step(error=error):
             if dist.get_rank() == 1:
                 raise error

@@ -85,7 +85,8 @@ def test_the_private_state_of_units_is_still_there():
     assert [(name, whole) for name, _, whole in unit_parameters(third)] == [("weight", None), ("bias", None)]
     with torch.no_grad():
         model(torch.ones(1, 4))
-    assert is_unsharded(first) and not is_unsharded(third)
+    assert is_unsharded(first)
+    assert not is_unsharded(third)
     assert all(any(p is whole for _, _, whole in unit_parameters(first)) for p in second.parameters())
     end_forward(first)
     with torch.no_grad():

@@ -76,5 +76,7 @@ def test_what_a_forward_with_a_graph_left_gathered_is_not_used_stale_and_not_edi
     loss = loss_of(model, 1)
     assert_same(loss, loss_of(one, 1), 1e-10, "loss after the step")
     model.lm_head.weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"weight of the unit .*: requires_grad was set to False while it was gathered"):
+    with pytest.raises(
+        ValueError, match=r"weight of the unit .*: requires_grad was set to False while it was gathered"
+    ):
         loss_of(model, 1)

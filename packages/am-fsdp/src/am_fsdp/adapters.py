@@ -1,9 +1,9 @@
 """Adapters that peft put into a model, told from the tensors of the base model; nothing of peft is imported.
 
-    model.layers.0.q_proj.base_layer.weight      the base model's model.layers.0.q_proj.weight
-    model.layers.0.q_proj.lora_A.default.weight  the adapter's model.layers.0.q_proj.lora_A.weight
-    lm_head.original_module.weight               the base model's lm_head.weight
-    lm_head.modules_to_save.default.weight       the adapter's lm_head.weight
+model.layers.0.q_proj.base_layer.weight      the base model's model.layers.0.q_proj.weight
+model.layers.0.q_proj.lora_A.default.weight  the adapter's model.layers.0.q_proj.lora_A.weight
+lm_head.original_module.weight               the base model's lm_head.weight
+lm_head.modules_to_save.default.weight       the adapter's lm_head.weight
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Adapters:
     def of(cls, model: nn.Module, names: list[str]) -> Adapters:
         """Read the structure of a model (that of `base_model`), whose tensors have these names."""
         layers = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Module)}
-        kept = {name for name, m in model.named_modules() if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict)}
+        kept = {
+            name for name, m in model.named_modules() if isinstance(getattr(m, "modules_to_save", None), nn.ModuleDict)
+        }
         base, trained = {}, {}
         for name in names:
             plain, adapter, own = [], "", []
@@ -97,7 +99,11 @@ def adapter_tensors(adapters: Adapters, tensors: dict[str, Lazy], adapter: str) 
     found = {}
     for name, (own, owner) in adapters.trained.items():
         if owner == adapter and name in tensors:
-            if ".modules_to_save." not in f".{name}." and own.split(".")[-1] not in _LORA and own.split(".")[-2] not in _LORA:
+            if (
+                ".modules_to_save." not in f".{name}."
+                and own.split(".")[-1] not in _LORA
+                and own.split(".")[-2] not in _LORA
+            ):
                 raise ValueError(f"{name} is no LoRA matrix; save it with peft's own save_pretrained in one process")
             found[_PREFIX + own] = tensors[name]
     return found
@@ -125,7 +131,9 @@ def merged_tensors(model: Any, adapters: Adapters, tensors: dict[str, Lazy], ada
         weight = adapters.base.get(f"{name}.base_layer.weight")
         variant = adapter in getattr(layer, "lora_variant", {}) or getattr(layer, "use_dora", {}).get(adapter, False)
         if sorted(own) != sorted(pair) or variant or weight is None or result[weight].dim() != 2:
-            raise ValueError(f"{name} is no plain LoRA of a linear layer or an embedding; save adapters='adapter' instead")
+            raise ValueError(
+                f"{name} is no plain LoRA of a linear layer or an embedding; save adapters='adapter' instead"
+            )
         first, second = (tensors[side] for side in pair)
         dtype = second.dtype
         if dtype in (torch.float16, torch.bfloat16):  # as peft does on the CPU

@@ -1,7 +1,7 @@
 """Units have their shards again after a forward that records no graph.
 
-FSDP2 keeps a unit with `reshard_after_forward=False` gathered until its backward. After a forward that has none, such as
-a metric or a validation loss, `model.parameters()` would be other objects than those that the optimizer holds:
+FSDP2 keeps a unit with `reshard_after_forward=False` gathered until its backward. After a forward that has none, such
+as a metric or a validation loss, `model.parameters()` would be other objects than those that the optimizer holds:
 
     forward, backward          every unit is sharded, gradients are on the shards
     forward without a graph    FSDP2 leaves some units gathered; the hooks of this file shard them again
@@ -112,7 +112,7 @@ class _Unit:
         return [(writes(shard), 0 if whole is None else writes(whole)) for _, shard, whole in managed]
 
     def _follow_changes(self) -> None:
-        """Gather again where shards were written since the last forward; what was written gathered would be lost."""
+        """Gather again where shards were written since the last forward; refuse what was written gathered."""
         now = self._writes()
         managed = zip(unit_parameters(self.modules[0]), now, self.seen or now, strict=True)
         for (name, shard, whole), (_, written), (_, before) in managed:
@@ -126,8 +126,8 @@ class _Unit:
 
     def _refuse(self, name: str, what: str) -> None:
         raise ValueError(
-            f"{name} of the unit {self.name or 'root'!r}: {what} while it was gathered, after a forward that recorded a "
-            "graph and had no backward, so that its shards do not know; run such a forward under torch.no_grad(), or "
+            f"{name} of the unit {self.name or 'root'!r}: {what} while it was gathered, after a forward that recorded "
+            "a graph and had no backward, so that its shards do not know; run such a forward under torch.no_grad(), or "
             "call reshard() on the model's FSDP modules before you change parameters"
         )
 

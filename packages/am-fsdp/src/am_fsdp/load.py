@@ -55,10 +55,11 @@ def load_hf_weights(
     Raises:
         ImportError: safetensors is not installed.
         ValueError: no such folder or one without safetensors; a tensor of the model that the folder lacks, has in
-            another shape, or in a dtype whose values the model's cannot hold (integers for floats and narrower integers,
-            8-bit floats, complex for real, 1e300 for float16); a key that the model lacks; tied weights that differ in the folder; a buffer
-            on meta that nothing says how to compute, or an adapter that nothing says how to initialise. Every rank that
-            holds the same model and sees the same folder raises the same, before any memory is allocated.
+            another shape, or in a dtype whose values the model's cannot hold (integers for floats or for narrower
+            integers, 8-bit floats, complex for real, 1e300 for float16); a key that the model lacks; tied weights that
+            differ in the folder; a buffer on meta that nothing says how to compute, or an adapter that nothing says how
+            to initialise. Every rank that holds the same model and sees the same folder raises the same, before any
+            memory is allocated.
     """
     source = HFFolder(folder)
     whole, model = model, base_model(model)
@@ -126,7 +127,7 @@ def _equal(one: Lazy, other: Lazy) -> bool:
 
 
 def _fits(held: Lazy, wanted: torch.dtype) -> bool:
-    """Whether no finite number becomes infinite; read whole where the range is smaller, so that all ranks say the same."""
+    """Whether no finite number becomes infinite; whole where the range is smaller, so that all ranks say the same."""
     if not held.is_floating_point() or torch.finfo(wanted).max >= torch.finfo(held.dtype).max:
         return True
     blocks = _blocks(held, held.dtype)

@@ -62,8 +62,8 @@ def check_replicas(model: nn.Module, mesh: DeviceMesh, tensor_mesh: DeviceMesh |
     if wrong:
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise ValueError(
-            f"ranks of the data or tensor axes hold different weights of this model ({shown}): set one seed on all ranks "
-            "before the model is made, or load the same checkpoint on all of them"
+            f"ranks of the data or tensor axes hold different weights of this model ({shown}): set one seed on all "
+            "ranks before the model is made, or load the same checkpoint on all of them"
         )
 
 

@@ -1,11 +1,11 @@
 """A model that is laid out over ranks, written as a Hugging Face folder: ranks gather together and write side by side.
 
-    gather     one tensor at a time, all ranks; the rank that writes its file keeps it, the others drop it
-    files      rank r writes files r, r + n, ... of n ranks; the tensors of n files take turns, so that n ranks write at once
-    names      files have their names, and the folder its index and configs, when all of them are written
+gather     one tensor at a time, all ranks; the rank that writes its file keeps it, the others drop it
+files      rank r writes files r, r + n, ... of n ranks; tensors of n files take turns, so that n ranks write at once
+names      files have their names, and the folder its index and configs, when all of them are written
 
-    model-00001-of-00003.safetensors   rank 0   a c e ...
-    model-00002-of-00003.safetensors   rank 1    b d f ...
+model-00001-of-00003.safetensors   rank 0   a c e ...
+model-00002-of-00003.safetensors   rank 1    b d f ...
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def save_hf_weights(
     """Write a model that is laid out over ranks as a folder that `from_pretrained` loads.
 
     Keys are those that `save_pretrained` writes: experts one key each where transformers does so, tied weights once;
-    the configs of a transformers model lie beside them. One tensor of the model is gathered at a time; ranks write files
-    side by side, and each holds two tensors of the folder at most. Files get their names when all are written, and what
-    a failed save wrote is removed, so that it may be repeated.
+    the configs of a transformers model lie beside them. One tensor of the model is gathered at a time; ranks write
+    files side by side, and each holds two tensors of the folder at most. Files get their names when all are written,
+    and what a failed save wrote is removed, so that it may be repeated.
 
     Args:
         model: the whole model on every rank of `group`, in any layout. Parameters without a mesh must be the same on
@@ -72,10 +72,10 @@ def save_hf_weights(
         it.
 
     Raises:
-        ValueError: the folder holds weights, or ranks see different ones; `max_shard_size` is no size; a parameter is on
-            meta or a partial sum; the ranks hold different models (pipeline parts); this rank is not in `group`;
-            transformers cannot revert a conversion; the model has adapters and `adapters` does not say what to write, or
-            asks for what they are not. On every rank alike, before anything is written.
+        ValueError: the folder holds weights, or ranks see different ones; `max_shard_size` is no size; a parameter is
+            on meta or a partial sum; the ranks hold different models (pipeline parts); this rank is not in `group`;
+            transformers cannot revert a conversion; the model has adapters and `adapters` does not say what to write,
+            or asks for what they are not. On every rank alike, before anything is written.
         OSError, RuntimeError: a rank failed, with its message; on every rank alike, and what was written is removed.
     """
     rank = rank_in(group)
@@ -86,7 +86,8 @@ def save_hf_weights(
     if len(set(told)) > 1:
         raise ValueError(
             f"the ranks of the group hold different tensors of {type(model).__name__}, as pipeline parts do, or were "
-            "given different arguments; every rank must hold the whole model. Pass as group the ranks that hold the same"
+            "given different arguments; every rank must hold the whole model. Pass as group the ranks that hold the "
+            "same"
         )
     with _one_folder(plan.target, rank, group):
         mine = [file for number, file in enumerate(plan.files) if number % len(told) == rank]
@@ -143,7 +144,9 @@ def _plan(model: nn.Module, folder: Any, limit: int | str, dtype: torch.dtype | 
             plain = merged_tensors(base, found, leaves, adapter_of(base))
         else:
             plain = {found.base[name]: lazy for name, lazy in leaves.items() if name in found.base}
-        parameters = {found.base.get(name, name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+        parameters = {
+            found.base.get(name, name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)
+        }
         plain = {name: _in_dtype(lazy, dtype) if name in parameters else lazy for name, lazy in plain.items()}
         files = files_of(folder_tensors(base, plain), size)
         texts = _texts(base, dtype)
@@ -201,12 +204,12 @@ def _check_untied(found: Adapters, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         first = names.setdefault(id(tensor), name)
         if first != name and any(each.startswith(f"{layer}.") for layer in found.layers for each in (first, name)):
-            raise ValueError(f"{first} and {name} are one weight, and an adapter is on one of them; save 'adapter' instead")
+            raise ValueError(
+                f"{first} and {name} are one weight, and an adapter is on one of them; save 'adapter' instead"
+            )
 
 
-def _leaves(
-    tensors: dict[str, torch.Tensor], touched: list[str], gathered: dict[str, torch.Tensor]
-) -> dict[str, Lazy]:
+def _leaves(tensors: dict[str, torch.Tensor], touched: list[str], gathered: dict[str, torch.Tensor]) -> dict[str, Lazy]:
     """The model's tensors as something to read from, once they are gathered; reads into meta tell what is needed."""
 
     def leaf(name: str, tensor: torch.Tensor) -> Lazy:
@@ -292,7 +295,7 @@ def _write(plan: _Plan, mine: list[str], ranks: int, group: dist.ProcessGroup | 
         for start in range(0, len(everything), ranks):
             abreast = dict(everything[start : start + ranks])
             writers = {file: _Writer(plan, file, writing, failures) for file in abreast if file in mine}
-            held: dict[str, list[str]] = dict.fromkeys(abreast, [])
+            held: dict[str, list[str]] = {file: [] for file in abreast}
             for turn in itertools.zip_longest(*abreast.values()):
                 for file, key in zip(abreast, turn, strict=True):
                     if key is None:

@@ -55,8 +55,8 @@ def fsdp2_strategy_parallelize(
         dp_cp_mesh_name: the flattened data and context axis; parameters are sharded over it where the mesh has it.
 
     Returns:
-        The model. Its `state_dict()` has the names that it had and this rank's shards, also while units are gathered; its
-        `save_pretrained` says to call `save_hf_weights`.
+        The model. Its `state_dict()` has the names that it had and this rank's shards, also while units are gathered;
+        its `save_pretrained` says to call `save_hf_weights`.
 
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
         each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`.
@@ -153,13 +153,17 @@ def _check_settings(param_dtype: object, mp_policy: object, offload_policy: obje
     if mp_policy is not None and not isinstance(mp_policy, MixedPrecisionPolicy):
         raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or None, got {mp_policy!r}")
     if offload_policy is not None and not isinstance(offload_policy, OffloadPolicy):
-        raise TypeError(f"offload_policy must be an OffloadPolicy such as CPUOffloadPolicy or None, got {offload_policy!r}")
+        raise TypeError(
+            f"offload_policy must be an OffloadPolicy such as CPUOffloadPolicy or None, got {offload_policy!r}"
+        )
 
 
 def _check_model(model: nn.Module, dp_mesh: DeviceMesh, dp_name: str | tuple[str, str]) -> None:
     sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     if sharded:
-        raise ValueError(f"{sharded[0] or type(model).__name__} is an FSDP2 unit already; give the model as it was made")
+        raise ValueError(
+            f"{sharded[0] or type(model).__name__} is an FSDP2 unit already; give the model as it was made"
+        )
     data_ranks = set(dp_mesh.mesh.flatten().tolist())
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):

@@ -31,11 +31,15 @@ def unshard_fsdp2_model(model: nn.Module) -> Generator[None, None, None]:
     try:
         for module in sharded:
             module.unshard()
-            gathered += [(name, whole, writes(whole)) for name, _, whole in unit_parameters(module) if whole is not None]
+            gathered += [
+                (name, whole, writes(whole)) for name, _, whole in unit_parameters(module) if whole is not None
+            ]
         yield
     finally:
         for module in sharded:
             module.reshard()
     edited = [name for name, whole, before in gathered if writes(whole) != before]
     if edited:
-        raise ValueError(f"{edited[0]} was written while it was gathered, which its shards do not know; edit the shards")
+        raise ValueError(
+            f"{edited[0]} was written while it was gathered, which its shards do not know; edit the shards"
+        )

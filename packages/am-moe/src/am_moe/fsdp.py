@@ -112,7 +112,7 @@ def _refuse_save_pretrained(model: Any) -> None:
 def check_units(
     model: nn.Module, ep_enabled: bool, lm_head_precision: str | torch.dtype | None, wrap_outer_model: bool
 ) -> None:
-    """Refuse what `apply_fsdp` would, as far as the model alone shows it; nothing is changed. Raises as `apply_fsdp`."""
+    """Refuse what `apply_fsdp` would, with its errors, as far as the model alone shows it; nothing is changed."""
     _head(model, lm_head_precision)
     spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
     units_of_another_dtype(model, MixedPrecisionPolicy(), spread)

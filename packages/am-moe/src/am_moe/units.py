@@ -15,8 +15,8 @@ def units_of_another_dtype(
 ) -> list[tuple[list[nn.Module], MixedPrecisionPolicy]]:
     """The modules whose own parameters have another dtype than most of the model, and how they compute.
 
-    FSDP2 wants one dtype in a unit. Each keeps its dtype and reduces gradients in float32 or wider. A head casts what it
-    gets to its dtype; norms and the embedding cast what they return to that of the model, as the layers behind them
+    FSDP2 wants one dtype in a unit. Each keeps its dtype and reduces gradients in float32 or wider. A head casts what
+    it gets to its dtype; norms and the embedding cast what they return to that of the model, as the layers behind them
     need; others, such as routers, take and return what they do in one process.
 
     Args:

@@ -214,8 +214,8 @@ def _parse_action(text: str) -> Action:
     if single is None:
         shown = text if len(text) <= 40 else text[:40] + "..."
         raise ValueError(
-            f"{shown!r} is not an action; write <stage><kind><microbatch> with a kind of F, B, I or W, such as 0F1, and "
-            "numbers of at most six digits"
+            f"{shown!r} is not an action; write <stage><kind><microbatch> with a kind of F, B, I or W, such as 0F1, "
+            "and numbers of at most six digits"
         )
     return Action(int(single[1]), single[2], int(single[3]))
 
