@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -563,3 +564,40 @@ def test_save_pretrained_says_what_to_call_and_state_dict_is_that_of_the_shards(
         assert set(state) == set(single.state_dict())
         assert all(whole(value).equal(single.state_dict()[name]) for name, value in state.items())
         assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def part_of(single, kept):
+    """As a pipeline leaves it: modules without parameters in place of what other stages hold."""
+    part = copy.deepcopy(single)
+    for index in {0, 1, 2, 3} - set(kept):
+        part.model.layers[index] = nn.Identity()
+    if 0 not in kept:
+        part.model.embed_tokens = nn.Identity()
+    if 3 not in kept:
+        part.model.norm = nn.Identity()
+        part.lm_head = nn.Identity()
+    return part
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["one part", "two parts"])
+@pytest.mark.ranks(4)
+def test_the_parts_of_a_pipeline_are_written_as_one_folder(tmp_path, family, interleaved):
+    single = tiny(family, tied=family == "qwen3", dtype=torch.float32)
+    stage = dist.get_rank() // 2
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "data_parallel"))["data_parallel"]
+    kept = [[0], [2]] if stage == 0 else [[1], [3]]
+    parts = [part_of(single, each) for each in (kept if interleaved else [[0, 1] if stage == 0 else [2, 3]])]
+    for part in parts:
+        fsdp2_strategy_parallelize(part, mesh, torch.float32)
+    folder = shared(tmp_path / "hf")
+    save_hf_weights(parts if interleaved else parts[0], folder, max_shard_size="20KB", pipeline_parts=True)
+    again = type(single).from_pretrained(folder)
+    assert all(again.get_parameter(name).equal(p) for name, p in single.named_parameters())
+    with pytest.raises(
+        ValueError, match="hold different tensors .* pipeline_parts=True" if not interleaved else "one module"
+    ):
+        save_hf_weights(parts if interleaved else parts[0], shared(tmp_path / "other"))
+    lacking = parts[:1] if interleaved or stage else [part_of(single, [0])]
+    with pytest.raises(ValueError, match=r"the parts on the ranks of the group lack .* give all parts"):
+        save_hf_weights(lacking, shared(tmp_path / "other"), pipeline_parts=True)

@@ -150,23 +150,31 @@ class FileWriter:
         self._file.close()
 
 
-def files_of(tensors: dict[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]:
-    """Split tensors over files of at most `limit` bytes (or one tensor), in order; in a file, wide dtypes first.
+def check_dtypes(tensors: dict[str, Lazy]) -> None:
+    """Refuse what the format has no name for.
 
     Raises:
-        ValueError: a dtype that the format does not know.
+        ValueError: names the tensor and the dtypes that there are.
     """
     for key, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise ValueError(f"{key} has the dtype {tensor.dtype}; those that are written are {[*_NAMES]}")
+
+
+def files_of(parts: list[dict[str, Lazy]], limit: int) -> dict[str, dict[str, Lazy]]:
+    """Split tensors over files of at most `limit` bytes (or one tensor), in order; in a file, wide dtypes first.
+
+    No file holds tensors of two parts.
+    """
     groups: list[dict[str, Lazy]] = []
-    held = 0
-    for key, tensor in tensors.items():
-        if not groups or held + _size(tensor) > limit:
-            groups.append({})
-            held = 0
-        groups[-1][key] = tensor
-        held += _size(tensor)
+    for tensors in parts:
+        held = limit + 1
+        for key, tensor in tensors.items():
+            if held + _size(tensor) > limit:
+                groups.append({})
+                held = 0
+            groups[-1][key] = tensor
+            held += _size(tensor)
     total = len(groups)
     names = [SINGLE] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     ordered = [dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups]

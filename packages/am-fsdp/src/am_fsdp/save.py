@@ -14,25 +14,27 @@ import contextlib
 import copy
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from am_fsdp.adapters import Adapters, adapter_of, adapter_tensors, base_model, merged_tensors
 from am_fsdp.agreement import exchange, rank_in, together
-from am_fsdp.hf_folder import ADAPTER, FileWriter, files_of, index_text
-from am_fsdp.hf_names import folder_tensors, named_tensors, own_classes, some, tied_sources
+from am_fsdp.hf_folder import ADAPTER, FileWriter, check_dtypes, files_of, index_text
+from am_fsdp.hf_names import folder_tensors, named_tensors, of_transformers, own_classes, some, tied_sources
 from am_fsdp.lazy import Box, Lazy
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
@@ -42,13 +44,14 @@ _UNFINISHED = ".part"  # of a file's name until all are written
 
 @torch.no_grad()
 def save_hf_weights(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     folder: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
     adapters: str | None = None,
+    pipeline_parts: bool = False,
 ) -> None:
     """Write a model that is laid out over ranks as a folder that `from_pretrained` loads.
 
@@ -59,7 +62,7 @@ def save_hf_weights(
 
     Args:
         model: the whole model on every rank of `group`, in any layout. Parameters without a mesh must be the same on
-            every rank.
+            every rank. With `pipeline_parts`, the part that this rank holds, or a list of them.
         folder: made if absent; must not hold weights already; every rank sees it.
         max_shard_size: of a file, in bytes or as "500MB"; a larger tensor has a file of its own.
         dtype: to write floating-point parameters in; None for theirs.
@@ -67,33 +70,30 @@ def save_hf_weights(
         adapters: of a model with peft's adapters what to write, which then must be said: "base" for the base model
             without them; "adapter" for the active one, in peft's own format, which `PeftModel.from_pretrained` loads;
             "merged" for the base model with the active one in it.
+        pipeline_parts: the ranks of `group` hold the parts of one model, together all of it. Those with the same part
+            write its files.
 
     Collectives: over `group` a few exchanges of short messages; per parameter an all-gather over each axis that shards
         it.
 
     Raises:
         ValueError: the folder holds weights, or ranks see different ones; `max_shard_size` is no size; a parameter is
-            on meta or a partial sum; the ranks hold different models (pipeline parts); this rank is not in `group`;
-            transformers cannot revert a conversion; the model has adapters and `adapters` does not say what to write,
+            on meta or a partial sum; the ranks hold different models, or with `pipeline_parts` not all of one; this
+            rank is not in `group`; transformers cannot revert a conversion; the model has adapters and `adapters` does not say what to write,
             or asks for what they are not. On every rank alike, before anything is written.
         OSError, RuntimeError: a rank failed, with its message; on every rank alike, and what was written is removed.
     """
     rank = rank_in(group)
     if rank < 0:
         raise ValueError("this rank is not in group; only ranks that hold the model and are in it save")
-    plan = together(lambda: _plan(model, folder, max_shard_size, dtype, adapters), group)
-    told = exchange(plan.digest(), group)
-    if len(set(told)) > 1:
-        raise ValueError(
-            f"the ranks of the group hold different tensors of {type(model).__name__}, as pipeline parts do, or were "
-            "given different arguments; every rank must hold the whole model. Pass as group the ranks that hold the "
-            "same"
-        )
+    parts = list(model) if isinstance(model, (list, tuple)) else [model]
+    plan = together(lambda: _plan(parts, folder, max_shard_size, dtype, adapters, pipeline_parts), group)
+    alike = _ranks_alike(plan, exchange(plan.digest(), group), rank, group, pipeline_parts, adapters)
     with _one_folder(plan.target, rank, group):
-        mine = [file for number, file in enumerate(plan.files) if number % len(told) == rank]
+        mine = [file for number, file in enumerate(plan.files) if number % len(alike) == alike.index(rank)]
         written = [plan.target / f"{file}{_UNFINISHED}" for file in mine]
         try:
-            _write(plan, mine, len(told), group)
+            _write(plan, mine, len(alike), group)
             together(lambda: _name_files(plan.target, mine, written), group)
             together(lambda: _write_texts(plan, written) if rank == 0 else None, group)
         except BaseException:
@@ -103,61 +103,160 @@ def save_hf_weights(
             raise
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Plan:
     """All that is written, and what of the model each tensor of it needs."""
 
     target: pathlib.Path
+    limit: int
+    kind: str  # the model's class, for errors
     tensors: dict[str, torch.Tensor]
-    files: dict[str, dict[str, Lazy]]
-    needs: dict[str, list[str]]  # by key of the folder
+    held: dict[str, Lazy]  # the folder's, by key
+    needs: dict[str, list[str]]  # names of the model's, by key
     gathered: dict[str, torch.Tensor]  # what a tensor of the folder reads from
     texts: dict[str, str]
+    expected: set[str]  # keys of the whole model, of which this may be a part
+    files: dict[str, dict[str, Lazy]] = field(default_factory=dict)  # those that ranks with the same tensors write
+
+    def described(self) -> str:
+        return json.dumps({key: [str(t.dtype).partition(".")[2], [*t.shape]] for key, t in self.held.items()})
 
     def digest(self) -> str:
-        described = [(f, k, tuple(t.shape), str(t.dtype)) for f, held in self.files.items() for k, t in held.items()]
-        return hashlib.sha256(repr(described).encode()).hexdigest()
+        return hashlib.sha256(f"{self.limit} {self.described()}".encode()).hexdigest()
 
 
-def _plan(model: nn.Module, folder: Any, limit: int | str, dtype: torch.dtype | None, adapters: str | None) -> _Plan:
+def _plan(
+    parts: list[Any], folder: Any, limit: int | str, dtype: torch.dtype | None, adapters: str | None, are_parts: bool
+) -> _Plan:
     target, size = pathlib.Path(folder), _bytes(limit)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
-    base = base_model(model)
-    tensors = named_tensors(base)
-    _check(target, tensors)
+    if not parts or (len(parts) > 1 and not are_parts):
+        raise ValueError(f"model must be one module, or a list of parts with pipeline_parts=True; got {len(parts)}")
+    plan = _Plan(target, size, type(parts[0]).__name__, {}, {}, {}, {}, {}, set())
     touched: list[str] = []
-    gathered: dict[str, torch.Tensor] = {}
-    found = Adapters.of(base, list(tensors))
-    _check_adapters(model, found, adapters)
-    ties = tied_sources(base)
-    once = {id(tensors[name]): name for name in sorted(tensors, key=lambda n: found.base.get(n, n) not in ties)}
-    leaves = _leaves({n: t for n, t in tensors.items() if once[id(t)] == n}, touched, gathered)
-    if adapters == "adapter":
-        name = adapter_of(base)
-        held = {key: _in_dtype(lazy, dtype) for key, lazy in adapter_tensors(found, leaves, name).items()}
-        files = {ADAPTER: dict(files_of(held, 1 << 62).popitem()[1])}
-        texts = _texts_of(base.peft_config[name], "peft")
-    else:
-        if adapters == "merged":
-            _check_untied(found, tensors)
-            plain = merged_tensors(base, found, leaves, adapter_of(base))
-        else:
-            plain = {found.base[name]: lazy for name, lazy in leaves.items() if name in found.base}
-        parameters = {
-            found.base.get(name, name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)
-        }
-        plain = {name: _in_dtype(lazy, dtype) if name in parameters else lazy for name, lazy in plain.items()}
-        files = files_of(folder_tensors(base, plain), size)
-        texts = _texts(base, dtype)
-        if len(files) > 1:
-            texts |= index_text(files)
-    needs = {}
-    for key, lazy in ((key, lazy) for held in files.values() for key, lazy in held.items()):
+    for number, model in enumerate(parts):
+        base = base_model(model)
+        tensors = named_tensors(base)
+        _check(target, tensors)
+        leaves = _leaves(_once(base, tensors), f"{number} ", touched, plan.gathered)
+        plan.tensors |= {f"{number} {name}": tensor for name, tensor in tensors.items()}
+        held = _folder_tensors(model, base, tensors, leaves, dtype, adapters)
+        plan.held |= {key: lazy for key, lazy in held.items() if key not in plan.held}
+    check_dtypes(plan.held)
+    for key, lazy in plan.held.items():
         touched.clear()
         lazy.fill(torch.empty(lazy.shape, dtype=lazy.dtype, device="meta"))
-        needs[key] = list(dict.fromkeys(touched))
-    return _Plan(target, tensors, files, needs, gathered, texts)
+        plan.needs[key] = list(dict.fromkeys(touched))
+    base = base_model(parts[0])
+    plan.texts = _texts_of(base.peft_config[adapter_of(base)], "peft") if adapters == "adapter" else _texts(base, dtype)
+    if are_parts and adapters != "adapter" and of_transformers(base):
+        plan.expected = _keys_of_whole(base)
+    return plan
+
+
+def _once(base: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied weights under the name that the others are tied to."""
+    ties, plain = tied_sources(base), Adapters.of(base, list(tensors)).base
+    once = {id(tensors[name]): name for name in sorted(tensors, key=lambda n: plain.get(n, n) not in ties)}
+    return {name: tensor for name, tensor in tensors.items() if once[id(tensor)] == name}
+
+
+def _folder_tensors(
+    model: Any,
+    base: Any,
+    tensors: dict[str, torch.Tensor],
+    leaves: dict[str, Lazy],
+    dtype: torch.dtype | None,
+    adapters: str | None,
+) -> dict[str, Lazy]:
+    found = Adapters.of(base, list(tensors))
+    _check_adapters(model, found, adapters)
+    if adapters == "adapter":
+        held = adapter_tensors(found, leaves, adapter_of(base))
+        return {key: _in_dtype(lazy, dtype) for key, lazy in held.items()}
+    if adapters == "merged":
+        _check_untied(found, tensors)
+        plain = merged_tensors(base, found, leaves, adapter_of(base))
+    else:
+        plain = {found.base[name]: lazy for name, lazy in leaves.items() if name in found.base}
+    parameters = {found.base.get(name, name) for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    plain = {name: _in_dtype(lazy, dtype) if name in parameters else lazy for name, lazy in plain.items()}
+    return folder_tensors(base, plain)
+
+
+def _keys_of_whole(part: Any) -> set[str]:
+    """The keys of a folder of the model that a transformers module is a part of."""
+    kind = next(c for c in type(part).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):
+        whole: Any = kind._from_config(copy.deepcopy(part.config))  # type: ignore[attr-defined]
+    tensors = named_tensors(whole)
+    return set(folder_tensors(whole, _leaves(_once(whole, tensors), "", [], {})))
+
+
+def _ranks_alike(
+    plan: _Plan,
+    digests: list[str],
+    rank: int,
+    group: dist.ProcessGroup | None,
+    are_parts: bool,
+    adapters: str | None,
+) -> list[int]:
+    """Set the files that the ranks with the same tensors write; returns those ranks.
+
+    Raises:
+        ValueError: ranks hold different tensors, or with parts not all of a model; on every rank alike.
+    """
+    alike = [other for other, digest in enumerate(digests) if digest == digests[rank]]
+    if not are_parts and len(alike) < len(digests):
+        raise ValueError(
+            f"the ranks of the group hold different tensors of {plan.kind}, as pipeline parts do, or were given "
+            "different arguments; every rank must hold the whole model. Pass as group the ranks that hold the same, or "
+            "pipeline_parts=True where they hold the parts of one model"
+        )
+    stages = [plan.held]
+    if len(alike) < len(digests):
+        first = rank == alike[0]
+        stages, known = [], set()
+        for other, text in enumerate(exchange(plan.described() if first else "", group)):
+            if not text:
+                continue
+            mine = digests[other] == digests[rank]
+            tensors = plan.held if mine else {key: _foreign(*form) for key, form in json.loads(text).items()}
+            stages.append({key: lazy for key, lazy in tensors.items() if key not in known})
+            known |= set(tensors)
+    everything = {key for tensors in stages for key in tensors}
+    together(lambda: _refuse_incomplete(plan, everything), group)
+    limit = plan.limit if adapters != "adapter" else 1 << 62
+    files = files_of(stages, limit)
+    if adapters == "adapter":
+        if len(stages) > 1:
+            raise ValueError(
+                "an adapter of pipeline parts is one file, which several parts cannot write; save 'merged'"
+            )
+        files = {ADAPTER: next(iter(files.values()))}
+    elif len(files) > 1:
+        plan.texts |= index_text(files)
+    held = plan.held
+    plan.files = {
+        file: inside for file, inside in files.items() if all(held.get(k) is lazy for k, lazy in inside.items())
+    }
+    return alike
+
+
+def _foreign(dtype: str, shape: list[int]) -> Lazy:
+    """A tensor of another rank's part, which is never read here."""
+
+    def read(_out: torch.Tensor, _box: Box) -> None:
+        raise RuntimeError("this tensor is in another part of the model")
+
+    return Lazy.of(shape, getattr(torch, dtype), read)
+
+
+def _refuse_incomplete(plan: _Plan, everything: set[str]) -> None:
+    missing = plan.expected - everything
+    if missing:
+        raise ValueError(f"the parts on the ranks of the group lack {some(missing)} of {plan.kind}; give all parts")
 
 
 def _bytes(size: int | str) -> int:
@@ -209,7 +308,9 @@ def _check_untied(found: Adapters, tensors: dict[str, torch.Tensor]) -> None:
             )
 
 
-def _leaves(tensors: dict[str, torch.Tensor], touched: list[str], gathered: dict[str, torch.Tensor]) -> dict[str, Lazy]:
+def _leaves(
+    tensors: dict[str, torch.Tensor], prefix: str, touched: list[str], gathered: dict[str, torch.Tensor]
+) -> dict[str, Lazy]:
     """The model's tensors as something to read from, once they are gathered; reads into meta tell what is needed."""
 
     def leaf(name: str, tensor: torch.Tensor) -> Lazy:
@@ -221,7 +322,7 @@ def _leaves(tensors: dict[str, torch.Tensor], touched: list[str], gathered: dict
 
         return Lazy.of(tensor.shape, tensor.dtype, read)
 
-    return {name: leaf(name, tensor) for name, tensor in tensors.items()}
+    return {name: leaf(prefix + name, tensor) for name, tensor in tensors.items()}
 
 
 def _in_dtype(lazy: Lazy, dtype: torch.dtype | None) -> Lazy:
