@@ -79,8 +79,8 @@ def save_hf_weights(
     Raises:
         ValueError: the folder holds weights, or ranks see different ones; `max_shard_size` is no size; a parameter is
             on meta or a partial sum; the ranks hold different models, or with `pipeline_parts` not all of one; this
-            rank is not in `group`; transformers cannot revert a conversion; the model has adapters and `adapters` does not say what to write,
-            or asks for what they are not. On every rank alike, before anything is written.
+            rank is not in `group`; transformers cannot revert a conversion; the model has adapters and `adapters` does
+            not say what to write, or asks for what they are not. On every rank alike, before anything is written.
         OSError, RuntimeError: a rank failed, with its message; on every rank alike, and what was written is removed.
     """
     rank = rank_in(group)
