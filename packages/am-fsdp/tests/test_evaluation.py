@@ -156,8 +156,13 @@ def test_what_is_gathered_on_purpose_stays_so_and_edits_of_it_are_refused():
     with unshard_fsdp2_model(model), torch.no_grad():
         for _ in range(2):
             loss_of(model)
-            assert not isinstance(model.lm_head.weight, DTensor)
+            assert not any(isinstance(p, DTensor) for p in model.parameters()), "gathered once for all forwards"
     assert is_sharded(model)
+    loss_of(model)
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor), "layers are freed after a forward again"
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     with (
         pytest.raises(ValueError, match=r"weight was written while it was gathered"),
         unshard_fsdp2_model(model),
@@ -166,6 +171,17 @@ def test_what_is_gathered_on_purpose_stays_so_and_edits_of_it_are_refused():
         model.lm_head.weight.zero_()
     assert is_sharded(model)
     assert_same(loss_of(model), loss_of(whole), 1e-10, "loss")
+
+
+@pytest.mark.ranks(2)
+def test_what_was_first_gathered_in_inference_mode_trains():
+    model, whole = laid_out()
+    with torch.inference_mode(), unshard_fsdp2_model(model):
+        loss_of(model)
+    assert is_sharded(model)
+    loss_of(model).backward()
+    loss_of(whole).backward()
+    assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
 
 
 @pytest.mark.ranks(2)

@@ -20,6 +20,7 @@ from am_fsdp._torch_compat import (
     has_gradient_hooks,
     is_unsharded,
     local_box,
+    stay_gathered_after_forward,
     unit_key,
     unit_parameters,
     writes,
@@ -100,7 +101,9 @@ def test_the_private_state_of_units_is_still_there():
 def test_gathered_parameters_of_any_model_are_known_by_identity():
     model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
     assert not gathered_parameters() & {id(p) for p in model.parameters()}
-    model.unshard()
+    undo = stay_gathered_after_forward(model)
+    model(torch.ones(1, 4))
+    undo()
     assert {id(p) for p in model.parameters()} <= gathered_parameters()
     model.reshard()
     assert not gathered_parameters()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,19 @@ def end_forward(module: FSDPModule) -> None:
         for held in (state, *_groups(state)):
             held._training_state = TrainingState.IDLE
     module.reshard()
+
+
+def stay_gathered_after_forward(module: FSDPModule) -> Callable[[], None]:
+    """Let a unit keep its whole parameters after a forward; returns what undoes it."""
+    before = [(group, group.post_forward_mesh_info) for group in _groups(module._get_fsdp_state())]
+    for group, _ in before:
+        group.post_forward_mesh_info = None
+
+    def undo() -> None:
+        for group, mesh_info in before:
+            group.post_forward_mesh_info = mesh_info
+
+    return undo
 
 
 def gathered_parameters() -> set[int]:
@@ -113,8 +127,8 @@ def has_gradient_hooks(parameter: torch.Tensor) -> bool:
 
 
 def writes(tensor: torch.Tensor) -> int:
-    """How many operations have written to a tensor in place."""
-    return tensor._version
+    """How many operations have written to a tensor in place; 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def group_name_of(argument: Any) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from am_fsdp._torch_compat import is_unsharded, unit_parameters, writes
+from am_fsdp._torch_compat import is_unsharded, stay_gathered_after_forward, unit_parameters, writes
 
 
 @contextmanager
@@ -28,15 +28,18 @@ def unshard_fsdp2_model(model: nn.Module) -> Generator[None, None, None]:
     """
     sharded = [m for m in model.modules() if isinstance(m, FSDPModule) and not is_unsharded(m)]
     gathered: list[tuple[str, torch.Tensor, int]] = []
+    undo = [stay_gathered_after_forward(module) for module in sharded]
     try:
         for module in sharded:
-            module.unshard()
+            with torch.inference_mode(False):  # what it allocates inside would be of no use to a training step
+                module.unshard()
             gathered += [
                 (name, whole, writes(whole)) for name, _, whole in unit_parameters(module) if whole is not None
             ]
         yield
     finally:
-        for module in sharded:
+        for module, as_before in zip(sharded, undo, strict=True):
+            as_before()
             module.reshard()
     edited = [name for name, whole, before in gathered if writes(whole) != before]
     if edited:

@@ -69,8 +69,8 @@ def end_forward(module: FSDPModule) -> None:
 
 
 def writes(tensor: torch.Tensor) -> int:
-    """How many operations have written to a tensor in place."""
-    return tensor._version
+    """How many operations have written to a tensor in place; 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _groups(state: Any) -> list[Any]:
