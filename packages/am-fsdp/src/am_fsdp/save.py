@@ -378,14 +378,13 @@ def _one_folder(target: pathlib.Path, rank: int, group: dist.ProcessGroup | None
         together(begin, group)
         together(look, group)
         yield
+        together(lambda: (target / mark).unlink() if rank == 0 else None, group)
     except BaseException:
         with contextlib.suppress(OSError):
             (target / mark).unlink(missing_ok=True)
             if made:
                 target.rmdir()  # if nothing else is there
         raise
-    if rank == 0:
-        (target / mark).unlink(missing_ok=True)
 
 
 def _write(plan: _Plan, mine: list[str], ranks: int, group: dist.ProcessGroup | None) -> None:
