@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -65,13 +66,21 @@ def latest(folder: pathlib.Path) -> pathlib.Path:
 
 
 def newest_first(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The checkpoint that `latest` names, and the complete ones before it."""
+    """The checkpoint that `latest` names, and the complete ones before it, by their numbers."""
     pointer = folder / "latest"
     if not pointer.is_file():
         return []
     named = folder / pointer.read_text()
-    before = [path for path in folder.glob("step-*") if path.name < named.name and (path / manifest.NAME).is_file()]
-    return [named, *sorted(before, reverse=True)]
+    if _step(named) is None or named.parent != folder:
+        return []
+    complete = [path for path in folder.glob("step-*") if _step(path) is not None and (path / manifest.NAME).is_file()]
+    return [named, *sorted((p for p in complete if _step(p) < _step(named)), key=_step, reverse=True)]
+
+
+def _step(path: pathlib.Path) -> int | None:
+    """The number of a checkpoint; None for what is not named like one. Numbers may have more digits than six."""
+    found = re.fullmatch(r"step-([0-9]{6,15})", path.name)
+    return int(found[1]) if found else None
 
 
 def load(path: pathlib.Path, parts: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:

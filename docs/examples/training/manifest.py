@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 NAME = "manifest.json"
+LARGEST = 1 << 26  # bytes of a manifest
 
 
 def write(folder: pathlib.Path) -> None:
@@ -28,13 +29,13 @@ def write(folder: pathlib.Path) -> None:
 def damage(folder: pathlib.Path) -> list[str]:
     """What is wrong with the files of a checkpoint, in words; the same list on every rank, empty when all are sound.
 
+    A file that the manifest does not list is damage, too: what would be read is not what was written.
+
     Collectives (default group): one broadcast of the manifest, one gather of what was found.
     """
-    files = _from_rank_0(lambda: _read(folder))
-    if isinstance(files, str):
-        return [files]
+    files, wrong = _from_rank_0(lambda: _read(folder))
     found = [_compare(folder / name, files[name]) for name in _share(sorted(files))]
-    return [words for some in _from_all(found) for words in some if words]
+    return wrong + [words for some in _from_all(found) for words in some if words]
 
 
 def write_durably(path: pathlib.Path, text: str) -> None:
@@ -57,23 +58,43 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _read(folder: pathlib.Path) -> dict[str, dict] | str:
+def _read(folder: pathlib.Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The files that a manifest lists, or none and what is wrong with it."""
+    path = folder / NAME
     try:
-        return json.loads((folder / NAME).read_text())["files"]
+        if path.stat().st_size > LARGEST:
+            return {}, [f"{path} is no manifest: {path.stat().st_size:,} bytes"]
+        files = json.loads(path.read_text())["files"]
+        listed = {name: files[name] for name in files if _is_entry(name, files[name])}
+        unlisted = {file.name for file in folder.iterdir()} - {*files, NAME, NAME + ".new"}
     except FileNotFoundError:
-        return f"{folder / NAME} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{folder / NAME} is no manifest"
+        return {}, [f"{path} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}, [f"{path} is no manifest"]
+    if not files or len(listed) < len(files):
+        return {}, [f"{path} is no manifest: it {'has entries of another form' if files else 'lists no files'}"]
+    return listed, [f"{folder / name} is not in the manifest" for name in sorted(unlisted)]
+
+
+def _is_entry(name: Any, entry: Any) -> bool:
+    """A name in the folder, with a size and a digest."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    return (
+        plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _compare(path: pathlib.Path, expected: dict[str, Any]) -> str:
-    if not path.is_file():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"{path} has {size:,} bytes instead of {expected['bytes']:,}"
-    if _describe(path) != expected:
-        return f"{path} holds other bytes than were written"
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{path} has {size:,} bytes instead of {expected['bytes']:,}"
+        if _describe(path)["sha256"] != expected["sha256"]:
+            return f"{path} holds other bytes than were written"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
     return ""
 
 

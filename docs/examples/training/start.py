@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
-import shutil
 
 import torch.distributed as dist
 
@@ -15,7 +15,8 @@ def begin(folder: pathlib.Path, resume: bool) -> pathlib.Path | None:
     """The checkpoint to continue from, the newest that is sound, or None at the beginning of a run.
 
     A start continues with `resume`, and when the launcher starts the ranks of the same run again. Else it begins a run:
-    what an earlier one left in the folder is moved to `folder/before`, so that a forgotten `--resume` loses nothing.
+    what an earlier one left in the folder is moved to `folder/before`, or `before-2`, `before-3` where that is taken,
+    so that forgotten `--resume`s lose nothing.
 
     Collectives (default group): a broadcast, and those of `manifest.damage` for each checkpoint that is looked at.
 
@@ -57,8 +58,8 @@ def _restarts() -> int:
 def _set_aside(folder: pathlib.Path) -> None:
     if not (folder / "latest").exists():
         return
-    before = folder / "before"
-    shutil.rmtree(before, ignore_errors=True)
+    names = itertools.chain(["before"], (f"before-{number}" for number in itertools.count(2)))
+    before = next(folder / name for name in names if not (folder / name).exists())
     before.mkdir()
     for path in [*folder.glob("step-*"), *(folder / name for name in ("run", "losses.txt", "latest"))]:
         if path.exists():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_fsdp import checkpoint_layers, clip_grad_norm_, fsdp2_strategy_parallelize
@@ -110,6 +110,64 @@ def test_a_module_of_another_dtype_is_a_unit_that_keeps_it_and_two_in_one_are_re
     model.model.layers[1].self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj holds parameters of .*float32"):
         fsdp2_strategy_parallelize(model, mesh, torch.float64)
+
+
+class WideHead(torch.nn.Linear):
+    """What a float32 head in a bfloat16 model computes."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class WideNorm(torch.nn.Module):
+    """What a float32 norm in a bfloat16 model computes for the layers behind it."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.kind = norm.weight, norm.variance_epsilon, type(norm)
+
+    def forward(self, x):
+        return self.kind.forward(self, x).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("which", ["head", "final norm", "norms", "head and norm", "tied ends", "embedding"])
+@pytest.mark.parametrize("kept", [False, True], ids=["", "no policy"])
+@pytest.mark.ranks(2)
+def test_float32_parts_of_a_bfloat16_model_are_trained_in_float32(which, kept):
+    model = tiny("llama", dtype=torch.bfloat16, tied=which == "tied ends")
+    whole = copy.deepcopy(model)
+    for each, is_reference in ((model, False), (whole, True)):
+        backbone = each.model
+        if "head" in which or "ends" in which:
+            each.lm_head.float()
+            each.lm_head.__class__ = WideHead if is_reference else each.lm_head.__class__
+        if which == "tied ends" and is_reference:  # one unit casts what either of them returns
+            each.lm_head.register_forward_hook(lambda _module, _arguments, out: out.to(torch.bfloat16))
+        if which == "embedding":
+            backbone.embed_tokens.float()
+        if which in ("tied ends", "embedding") and is_reference:
+            backbone.embed_tokens.register_forward_hook(lambda _module, _arguments, out: out.to(torch.bfloat16))
+        if "norm" in which:
+            backbone.norm.float()
+            backbone.norm = WideNorm(backbone.norm) if is_reference else backbone.norm
+        if which == "norms":
+            for layer in backbone.layers:
+                layer.input_layernorm.float()
+                layer.input_layernorm = WideNorm(layer.input_layernorm) if is_reference else layer.input_layernorm
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if kept else None
+    fsdp2_strategy_parallelize(model, mesh, torch.bfloat16, mp_policy=policy)
+    assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in whole.named_parameters()}
+    ids, labels = token_batch(4, 8, vocab_size=60)
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    logits, expected = model(ids[share], use_cache=False).logits, whole(ids, use_cache=False).logits
+    assert logits.dtype == expected.dtype
+    assert_same(logits.float(), expected[share].float(), 1e-2, "logits")
+    next_token_loss(logits.float(), labels[share]).backward()
+    next_token_loss(expected.float(), labels).backward()
+    assert all(p.grad.dtype == p.dtype for p in model.parameters())
+    mine, theirs = ({n: g.float() for n, g in gradients(m).items()} for m in (model, whole))
+    assert_same(mine, theirs, 6e-2, "gradients")
 
 
 @pytest.mark.ranks(2)

@@ -120,6 +120,12 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(tmp_path, capsys):
     assert "neither a folder with a config.json nor a model type" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--dp", "--tp", "--replicas", "--batch", "--seq-len"])
+def test_the_command_refuses_absurd_sizes_at_once(capsys, option):
+    assert main(["plan", "llama", "--dp", "2", option, "1000000000000"]) == 2
+    assert "beyond what can be" in capsys.readouterr().err
+
+
 @pytest.mark.ranks(1)
 def test_a_preflight_is_refused_inside_a_process_group():
     with pytest.raises(ValueError, match="run it where no other has been initialised"):

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_fsdp import check_replicas, fsdp2_strategy_parallelize
-from am_testkit.models import tiny
+from am_testkit.models import tiny, token_batch
 
 
 def lay_out(model, shape):
@@ -45,3 +45,34 @@ def test_shards_of_other_models_are_refused_and_meta_has_nothing_to_compare():
     with torch.device("meta"):
         model = tiny("qwen3")
     check_replicas(model, lay_out(model, (1, 2)))
+
+
+@pytest.mark.ranks(2)
+def test_tensor_ranks_with_other_weights_are_refused():
+    model = tiny("qwen3", seed=dist.get_rank())
+    with pytest.raises(ValueError, match="hold different weights"):
+        lay_out(model, (1, 1, 2))
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1, 2)], ids=["replicas", "tensor ranks"])
+@pytest.mark.ranks(2)
+def test_weights_given_to_a_model_from_meta_are_compared_at_its_first_forward(shape):
+    for differs in (False, True):
+        with torch.device("meta"):
+            model = tiny("qwen3")
+        lay_out(model, shape)
+        model.to_empty(device="cpu")
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).normal_(std=0.02)
+            if differs and dist.get_rank() == 1:
+                model.model.norm.weight.to_local()[0] += 1
+        ids, _ = token_batch(2, 4)
+        if differs:
+            with pytest.raises(ValueError, match=r"hold different weights of this model \(model\.norm\.weight\)"):
+                model(ids, use_cache=False)
+        else:
+            model(ids, use_cache=False)
+            model(ids, use_cache=False)

@@ -234,6 +234,43 @@ def test_a_wrong_request_is_refused_on_every_rank(settings, words):
         fsdp2_strategy_parallelize(tiny("llama"), mesh_of(2), **settings)
 
 
+def two_dtypes(model):
+    model.model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.zeros(32, dtype=torch.float32))
+
+
+def sharded_layer(model):
+    fully_shard(model.model.layers[1], mesh=init_device_mesh("cpu", (2,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "damage", "words"),
+    [
+        ({"activation_checkpointing": "every other"}, None, "activation checkpointing must be"),
+        ({"activation_checkpointing": 0}, None, "activation checkpointing must be"),
+        ({"tp_shard_plan": "no.such.plan"}, None, "no"),
+        ({"param_dtype": torch.int8}, None, "param_dtype must be a floating-point"),
+        ({"param_dtype": "bfloat16"}, None, "param_dtype must be a floating-point"),
+        ({"mp_policy": torch.bfloat16}, None, "mp_policy must be a MixedPrecisionPolicy"),
+        ({"offload_policy": True}, None, "offload_policy must be an OffloadPolicy"),
+        ({}, two_dtypes, "q_proj holds parameters of"),
+        ({}, sharded_layer, r"model\.layers\.1 is an FSDP2 unit already"),
+    ],
+)
+@pytest.mark.ranks(2)
+def test_a_request_is_refused_before_the_first_parameter_is_touched(settings, damage, words):
+    model = tiny("llama")
+    model.config.use_cache = True
+    if damage is not None:
+        damage(model)
+    before = {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()}
+    forwards = [module.forward for module in model.modules()]
+    with pytest.raises((ValueError, TypeError), match=words):
+        fsdp2_strategy_parallelize(model, mesh_of(1, 2), **settings)
+    assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before
+    assert [module.forward for module in model.modules()] == forwards
+    assert model.config.use_cache is True
+
+
 @pytest.mark.ranks(2)
 def test_experts_that_are_spread_over_the_data_ranks_are_not_sharded_again():
     model = nn.Linear(4, 4)

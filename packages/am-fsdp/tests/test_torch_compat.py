@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from am_fsdp._torch_compat import has_gradient_hooks, local_box, writes
+from am_fsdp._torch_compat import (
+    end_forward,
+    foreach_norm,
+    foreach_scale_,
+    gathered_parameters,
+    has_gradient_hooks,
+    is_unsharded,
+    local_box,
+    stay_gathered_after_forward,
+    unit_key,
+    unit_parameters,
+    writes,
+)
 
 LAYOUTS = [(Shard(0), Shard(0)), (Shard(0), Replicate()), (Shard(1), Shard(0)), (Replicate(), Shard(1))]
 
@@ -55,3 +69,51 @@ def test_hooks_and_writes_are_noticed():
     with torch.no_grad():
         three.copy_(torch.zeros(2))
     assert writes(three) > count
+
+
+@pytest.mark.ranks(2)
+def test_the_private_state_of_units_is_still_there():
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    model = nn.Sequential(first, second, third)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard([first, second], mesh=mesh, reshard_after_forward=False)
+    for module in (third, model):
+        fully_shard(module, mesh=mesh)
+    assert unit_key(first) == unit_key(second) != unit_key(third)
+    assert unit_parameters(model) == []
+    shards = [shard for _, shard, _ in unit_parameters(first)]
+    assert all(mine is theirs for mine, theirs in zip(shards, [*first.parameters(), *second.parameters()], strict=True))
+    assert [(name, whole) for name, _, whole in unit_parameters(third)] == [("weight", None), ("bias", None)]
+    with torch.no_grad():
+        model(torch.ones(1, 4))
+    assert is_unsharded(first)
+    assert not is_unsharded(third)
+    assert all(any(p is whole for _, _, whole in unit_parameters(first)) for p in second.parameters())
+    end_forward(first)
+    with torch.no_grad():
+        first(torch.ones(1, 4))  # of a unit of two modules FSDP2 waits for the other
+    end_forward(first)
+    assert not is_unsharded(first)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_gathered_parameters_of_any_model_are_known_by_identity():
+    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    assert not gathered_parameters() & {id(p) for p in model.parameters()}
+    undo = stay_gathered_after_forward(model)
+    model(torch.ones(1, 4))
+    undo()
+    assert {id(p) for p in model.parameters()} <= gathered_parameters()
+    model.reshard()
+    assert not gathered_parameters()
+
+
+@pytest.mark.parametrize("order", [2.0, math.inf])
+def test_norms_of_many_tensors_are_float64_and_scaling_is_in_place(order):
+    tensors = [torch.full((3,), 2.0), torch.full((4,), -1.0)]
+    norms = foreach_norm(tensors, order)
+    assert all(n.dtype == torch.float64 for n in norms)
+    assert torch.stack(norms).tolist() == [torch.linalg.vector_norm(t.double(), order).item() for t in tensors]
+    foreach_scale_(tensors, torch.tensor(0.5))
+    assert [t[0].item() for t in tensors] == [1.0, -0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -141,8 +142,7 @@ def save_and_compare(tmp_path, model, expected):
 def test_a_real_model_is_filled_in_place_even_while_it_is_unsharded(tmp_path):
     folder = saved_by_transformers(tiny("qwen3", tied=True), tmp_path / "hf")
     model = laid_out(tiny("qwen3", tied=True, seed=5), "dp2")
-    with torch.no_grad():
-        model(token_batch(1, 8)[0])  # leaves the root whole
+    model(token_batch(1, 8)[0])  # leaves the root whole
     assert not all(isinstance(p, DTensor) for p in model.parameters())
     load_hf_weights(model, folder)
     assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -322,6 +322,7 @@ def edited(folder, change):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+NOT_HELD: list = []  # value in a folder, dtype of the model, words
 NORM = "model.norm.weight"
 BAD_FOLDERS = {
     "none": (lambda f: f.rename(f.parent / "away"), "hf is not a folder"),
@@ -332,6 +333,12 @@ BAD_FOLDERS = {
     "no json": (lambda f: index_of(f).write_text("{"), "is not an index of safetensors files"),
     "no map": (lambda f: index_of(f).write_text("{}"), "is not an index of safetensors files: KeyError"),
     "list": (lambda f: index_of(f).write_text('{"weight_map": ["a"]}'), "is not an index of safetensors files"),
+    "nested": (lambda f: index_of(f).write_text("[" * 100_000), "is not an index of safetensors files"),
+    "no files": (lambda f: index_of(f).write_text('{"weight_map": {}}'), "it lists no files"),
+    "elsewhere": (
+        lambda f: index_of(f).write_text('{"weight_map": {"a": "../hf/model-00001-of-00002.safetensors"}}'),
+        "is outside of the folder",
+    ),
     "no file": (lambda f: next(f.glob("*.safetensors")).unlink(), r"names \['model-.*'\], which is not there"),
     "cut off": (
         lambda f: next(f.glob("*.safetensors")).write_bytes(b"\x08\0\0\0\0\0\0\0{"),
@@ -358,6 +365,56 @@ BAD_FOLDERS = {
         "torch.float8_e4m3fn in the folder",
     ),
 }
+
+
+for held, wanted in [
+    (torch.int64, torch.int32),
+    (torch.int64, torch.int8),
+    (torch.uint8, torch.int8),
+    (torch.int64, torch.float32),
+    (torch.float32, torch.int64),
+    (torch.bool, torch.int64),
+    (torch.complex64, torch.float32),
+    (torch.float32, torch.complex64),
+    (torch.uint64, torch.int64),
+]:
+    NOT_HELD.append((torch.ones(3, dtype=held), wanted, "dtypes do not convert"))
+NOT_HELD += [
+    (torch.tensor([1.0, 1e300, 2.0], dtype=torch.float64), torch.float16, "values are beyond the range"),
+    (torch.tensor([1.0, 1e5, 2.0]), torch.float16, "values are beyond the range"),
+    (torch.tensor([1.0, -1e39, 2.0], dtype=torch.float64), torch.bfloat16, "values are beyond the range"),
+]
+
+
+class Holder(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", value)
+
+
+@pytest.mark.parametrize(("value", "wanted", "words"), NOT_HELD, ids=lambda v: str(getattr(v, "dtype", v)))
+def test_what_the_dtype_of_the_model_cannot_hold_is_refused_before_anything_is_read(tmp_path, value, wanted, words):
+    save_file({"value": value}, tmp_path / "model.safetensors")
+    model = Holder(torch.zeros(3, dtype=wanted))
+    with pytest.raises(ValueError, match=words):
+        load_hf_weights(model, tmp_path)
+    assert not model.value.any()
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (torch.tensor([1.0, float("inf"), float("nan")]), torch.float16),
+        (torch.tensor([1, -2, 3], dtype=torch.int8), torch.int64),
+        (torch.tensor([1, 2, 255], dtype=torch.uint8), torch.int16),
+        (torch.tensor([1.0, 6e4, 1e-9], dtype=torch.float64), torch.float16),
+    ],
+)
+def test_what_the_dtype_of_the_model_can_hold_is_read(tmp_path, value, wanted):
+    save_file({"value": value}, tmp_path / "model.safetensors")
+    model = Holder(torch.zeros(3, dtype=wanted))
+    load_hf_weights(model, tmp_path)
+    torch.testing.assert_close(model.value, value.to(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
@@ -490,3 +547,57 @@ def test_configs_lie_beside_the_weights(tmp_path):
     assert model.dtype == torch.float64
     own, theirs = (json.loads((tmp_path / f / "generation_config.json").read_text()) for f in ("own", "theirs"))
     assert own == theirs
+
+
+@pytest.mark.parametrize("mesh", ["dp2", "tp2"])
+@pytest.mark.ranks(2)
+def test_save_pretrained_says_what_to_call_and_state_dict_is_that_of_the_shards(tmp_path, mesh):
+    single = tiny("qwen3", tied=True)
+    model = laid_out(tiny("qwen3", tied=True), mesh)
+    with pytest.raises(RuntimeError, match=r"call am_fsdp\.save_hf_weights\(model, folder\) on every rank"):
+        model.save_pretrained(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for leave_gathered in (False, True):
+        if leave_gathered:
+            model(token_batch(1, 8)[0])
+        state = model.state_dict()
+        assert set(state) == set(single.state_dict())
+        assert all(whole(value).equal(single.state_dict()[name]) for name, value in state.items())
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def part_of(single, kept):
+    """As a pipeline leaves it: modules without parameters in place of what other stages hold."""
+    part = copy.deepcopy(single)
+    for index in {0, 1, 2, 3} - set(kept):
+        part.model.layers[index] = nn.Identity()
+    if 0 not in kept:
+        part.model.embed_tokens = nn.Identity()
+    if 3 not in kept:
+        part.model.norm = nn.Identity()
+        part.lm_head = nn.Identity()
+    return part
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["one part", "two parts"])
+@pytest.mark.ranks(4)
+def test_the_parts_of_a_pipeline_are_written_as_one_folder(tmp_path, family, interleaved):
+    single = tiny(family, tied=family == "qwen3", dtype=torch.float32)
+    stage = dist.get_rank() // 2
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "data_parallel"))["data_parallel"]
+    kept = [[0], [2]] if stage == 0 else [[1], [3]]
+    parts = [part_of(single, each) for each in (kept if interleaved else [[0, 1] if stage == 0 else [2, 3]])]
+    for part in parts:
+        fsdp2_strategy_parallelize(part, mesh, torch.float32)
+    folder = shared(tmp_path / "hf")
+    save_hf_weights(parts if interleaved else parts[0], folder, max_shard_size="20KB", pipeline_parts=True)
+    again = type(single).from_pretrained(folder)
+    assert all(again.get_parameter(name).equal(p) for name, p in single.named_parameters())
+    with pytest.raises(
+        ValueError, match="hold different tensors .* pipeline_parts=True" if not interleaved else "one module"
+    ):
+        save_hf_weights(parts if interleaved else parts[0], shared(tmp_path / "other"))
+    lacking = parts[:1] if interleaved or stage else [part_of(single, [0])]
+    with pytest.raises(ValueError, match=r"the parts on the ranks of the group lack .* give all parts"):
+        save_hf_weights(lacking, shared(tmp_path / "other"), pipeline_parts=True)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
-from am_moe import apply_ep, apply_fsdp, find_experts
+from am_moe import apply_ep, apply_fsdp, build_meshes, find_experts, parallelize_model
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -194,3 +194,40 @@ def test_an_auxiliary_loss_is_that_of_each_ranks_tokens():
                 assert_same(logits, expected, 1e-10, "router logits")
     assert_same(gradients(model), gradients(one), 1e-6)
     assert whole(mine.aux_loss) > 0
+
+
+@pytest.mark.parametrize("which", ["head", "norm"])
+@pytest.mark.ranks(2)
+def test_float32_ends_of_a_bfloat16_model_are_trained_in_float32(which):
+    model = tiny("qwen3_moe", layers=2, dtype=torch.bfloat16)
+    part = model.lm_head if which == "head" else model.model.norm
+    part.float()
+    one = copy.deepcopy(model).float()  # wider all through
+    data, _ = meshes(2, 1)
+    apply_fsdp(model, data, False, False)
+    ids, labels = token_batch(4, 6)
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    logits = model(input_ids=ids[share], use_cache=False).logits
+    assert logits.dtype == (torch.float32 if which == "head" else torch.bfloat16)
+    assert_same(logits.float(), one(input_ids=ids, use_cache=False).logits[share], 5e-2, "logits")
+    next_token_loss(logits.float(), labels[share]).backward()
+    assert all(p.grad is None or p.grad.dtype == p.dtype for p in model.parameters())
+    assert next(part.parameters()).grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lm_head_precision": "float31"}, "lm_head_precision='float31' is not a torch dtype"),
+        ({"wrap_outer_model": False}, "wrap_outer_model=False needs parts that share nothing"),
+        ({"lm_head_precision": "float32"}, "lm_head is tied to the embedding"),
+    ],
+)
+@pytest.mark.ranks(2)
+def test_parallelize_model_refuses_before_the_first_parameter_is_touched(settings, words):
+    model = tiny("qwen3_moe", layers=2, tied=True)
+    before = {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()}
+    world, moe = build_meshes("cpu", dp_shard=2, ep=2)
+    with pytest.raises(ValueError, match=words):
+        parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep", **settings)
+    assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before

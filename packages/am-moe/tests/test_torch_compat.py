@@ -7,9 +7,23 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from am_moe._torch_compat import all_gather, group_of, in_backward, reduce_scatter, side_by_side
+from am_moe._torch_compat import (
+    all_gather,
+    end_forward,
+    group_of,
+    in_backward,
+    is_unsharded,
+    reduce_scatter,
+    side_by_side,
+    unit_key,
+    unit_parameters,
+    writes,
+)
 
 
 def test_a_backward_is_told_from_a_forward():
@@ -58,3 +72,36 @@ def test_tensors_are_gathered_and_summed_in_one_piece_without_a_warning():
         reduce_scatter(part, whole)
     assert whole.tolist() == [1.0, 1.0, 2.0, 2.0]
     assert part.tolist() == [2.0 * (dist.get_rank() + 1)] * 2
+
+
+@pytest.mark.ranks(2)
+def test_the_private_state_of_units_is_still_there():
+    first, second, third = (nn.Linear(4, 4) for _ in range(3))
+    model = nn.Sequential(first, second, third)
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard([first, second], mesh=mesh, reshard_after_forward=False)
+    for module in (third, model):
+        fully_shard(module, mesh=mesh)
+    assert unit_key(first) == unit_key(second) != unit_key(third)
+    assert unit_parameters(model) == []
+    shards = [shard for _, shard, _ in unit_parameters(first)]
+    assert all(mine is theirs for mine, theirs in zip(shards, [*first.parameters(), *second.parameters()], strict=True))
+    assert [(name, whole) for name, _, whole in unit_parameters(third)] == [("weight", None), ("bias", None)]
+    with torch.no_grad():
+        model(torch.ones(1, 4))
+    assert is_unsharded(first)
+    assert not is_unsharded(third)
+    assert all(any(p is whole for _, _, whole in unit_parameters(first)) for p in second.parameters())
+    end_forward(first)
+    with torch.no_grad():
+        first(torch.ones(1, 4))  # of a unit of two modules FSDP2 waits for the other
+    end_forward(first)
+    assert not is_unsharded(first)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def test_writes_to_a_tensor_are_counted():
+    tensor = torch.zeros(2)
+    before = writes(tensor)
+    tensor.add_(1)
+    assert writes(tensor) > before

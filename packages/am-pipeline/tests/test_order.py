@@ -114,3 +114,30 @@ def test_a_file_may_leave_cells_empty_and_overlap_actions(tmp_path):
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv"):
         read_order("nowhere.csv", 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["0F0,0B0", "9999999F0,9999999B0"], "numbers of at most six digits"),
+        (["0F0,0B0", "999999F0,999999B0"], r"no row runs the stages \[1, 2, 3, 4, 5\] and 999993 more of 1000000"),
+        (["0F0,0B0", "1F" + "9" * 5000], r"'1F9+\.\.\.' is not an action"),
+        (["0F0,0B0", "(" * 20000 + "1F0" + ")OVERLAP_F_B" * 20000], r"'\(+\.\.\.' is not an action"),
+        (["0F0,0B0", "((1F0)OVERLAP_F_B)OVERLAP_F_B,1B0"], "is not an action"),
+        (["0F0,0B0", "1F0,1B\u0660"], "is not an action"),
+    ],
+)
+def test_absurd_nested_or_overlong_input_is_refused_at_once_in_few_words(tmp_path, rows, words):
+    path = tmp_path / "order.csv"
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(ValueError, match=words) as caught:
+        read_order(str(path), 2)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("option", ["--ranks", "--microbatches", "--stages-per-rank", "--width"])
+def test_the_command_refuses_absurd_sizes(capsys, option):
+    from am_pipeline.__main__ import main
+
+    assert main(["timeline", "--schedule", "Interleaved1F1B", option, "1000000000000"]) == 2
+    assert "beyond what can be" in capsys.readouterr().err

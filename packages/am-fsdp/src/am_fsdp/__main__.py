@@ -12,6 +12,8 @@ from torch import nn
 
 from am_fsdp.preflight import StepReport, preflight
 
+_RANKS, _TOKENS = 1 << 20, 1 << 31
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m am_fsdp", description=__doc__)
@@ -40,8 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> StepReport:
     kept, computed = _dtype("--dtype", options.dtype), _dtype("--compute-dtype", options.compute_dtype)
     config = _config(options.model)
+    ranks = options.dp * options.replicas * options.tp
+    if ranks > _RANKS or options.batch * options.seq_len > _TOKENS:
+        raise ValueError(
+            f"{ranks} ranks of {options.batch} x {options.seq_len} tokens are beyond what can be ({_RANKS} ranks, "
+            f"{_TOKENS} tokens); look for a slip in the arguments"
+        )
     mode = options.checkpointing
-    mode = False if mode == "none" else int(mode) if mode.isdecimal() else mode
+    mode = False if mode == "none" else int(mode[:9]) if mode.isdecimal() else mode
     axes = {"replicas": options.replicas} if options.replicas > 1 else {}
     axes |= {"data_parallel": options.dp} | ({"tensor_parallel": options.tp} if options.tp > 1 else {})
     return preflight(

@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def is_unsharded(module: FSDPModule) -> bool:
     """Whether an FSDP module holds its whole parameters right now; False for one that manages none."""
-    state = module._get_fsdp_state()
+    groups = _groups(module._get_fsdp_state())
+    return bool(groups) and all(group.is_unsharded for group in groups)
+
+
+def unit_key(module: FSDPModule) -> int:
+    """The same for modules that FSDP2 gathers together."""
+    return id(module._get_fsdp_state())
+
+
+def unit_parameters(module: FSDPModule) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Name, shard and gathered form of each parameter of a unit; None where it was never gathered."""
+    managed = [parameter for group in _groups(module._get_fsdp_state()) for parameter in group.fsdp_params]
+    return [(p._module_info.param_name, p.sharded_param, getattr(p, "_unsharded_param", None)) for p in managed]
+
+
+def end_forward(module: FSDPModule) -> None:
+    """Shard a unit, also one of several modules of which a forward has run some and no other will come."""
+    state: Any = module._get_fsdp_state()
+    if state._modules_to_run_forward:
+        state._modules_to_run_forward.clear()
+        if state._state_ctx.iter_forward_root is state:
+            state._state_ctx.iter_forward_root = None
+        for held in (state, *_groups(state)):
+            held._training_state = TrainingState.IDLE
+    module.reshard()
+
+
+def stay_gathered_after_forward(module: FSDPModule) -> Callable[[], None]:
+    """Let a unit keep its whole parameters after a forward; returns what undoes it."""
+    before = [(group, group.post_forward_mesh_info) for group in _groups(module._get_fsdp_state())]
+    for group, _ in before:
+        group.post_forward_mesh_info = None
+
+    def undo() -> None:
+        for group, mesh_info in before:
+            group.post_forward_mesh_info = mesh_info
+
+    return undo
+
+
+def gathered_parameters() -> set[int]:
+    """The ids of all parameters of this process that FSDP2 holds gathered right now, in whatever model."""
+    states = {id(state): state for each in [*_module_state_mapping.values()] if (state := each()) is not None}
+    groups = [g for state in states.values() for g in _groups(state) if g.is_unsharded]
+    return {id(p._unsharded_param) for group in groups for p in group.fsdp_params}
+
+
+def _groups(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch before 2.13 has one group per state
-        groups = [g for g in [state._fsdp_param_group] if g is not None]
-    return bool(groups) and all(group.is_unsharded for group in groups)
+        groups = [g for g in [getattr(state, "_fsdp_param_group", None)] if g is not None]
+    return groups
 
 
 def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
@@ -61,14 +111,24 @@ def local_box(tensor: DTensor) -> list[tuple[int, int]]:
     return [(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
 
 
+def foreach_norm(tensors: list[torch.Tensor], order: float) -> list[torch.Tensor]:
+    """The norm of each of some tensors of one dtype and device, in float64, by few kernels."""
+    return list(torch._foreach_norm(tensors, order, dtype=torch.float64))
+
+
+def foreach_scale_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiply tensors of one dtype and device in place."""
+    torch._foreach_mul_(tensors, factor)
+
+
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Whether hooks were registered on a leaf, which memory of its own would lose."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def writes(tensor: torch.Tensor) -> int:
-    """How many operations have written to a tensor in place."""
-    return tensor._version
+    """How many operations have written to a tensor in place; 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def group_name_of(argument: Any) -> str | None:

@@ -34,20 +34,32 @@ def checkpoint_layers(model: nn.Module, mode: bool | str | int = "full") -> None
         ValueError: another mode, no layer or no MLP to recompute, or layers that share keys and values through a cache,
             which a recomputation would not find as it was.
     """
-    if mode is False:
+    modules = recomputed_modules(model, mode)
+    if not modules:
         return
-    _check(model, mode)
     config = getattr(model, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False
     how: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+    for module in modules:
+        module.forward = functools.partial(checkpoint, module.forward, **how)
+
+
+def recomputed_modules(model: nn.Module, mode: bool | str | int) -> list[Any]:
+    """The modules that `checkpoint_layers` would recompute; none without recomputation, changes nothing.
+
+    Raises:
+        ValueError: as `checkpoint_layers`.
+    """
+    if mode is False:
+        return []
+    _check(model, mode)
     modules = list(_recomputed(model, mode))
     if not modules:
         raise ValueError(f"{type(model).__name__} has nothing to recompute with activation checkpointing {mode!r}")
-    for module in modules:
-        module.forward = functools.partial(checkpoint, module.forward, **how)
+    return modules
 
 
 def _check(model: nn.Module, mode: Any) -> None:

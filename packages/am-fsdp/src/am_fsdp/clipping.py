@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from am_fsdp._torch_compat import foreach_norm, foreach_scale_, gathered_parameters
+from am_fsdp.process_group import device_of
+
 _NAMED = 8  # gradients that an error names; one bad value is soon in all of them
 
 
@@ -48,7 +51,8 @@ def clip_grad_norm_(
     Collectives: one all-reduce of one float64 over `group`; one per gradient that is still a partial sum.
 
     Raises:
-        ValueError: `norm_type` or `pipeline_shards` is out of range.
+        ValueError: `norm_type` or `pipeline_shards` is out of range; or, after the all-reduce, which gives nan on other
+            ranks, FSDP2 holds given parameters gathered: their gradients are on other objects.
         RuntimeError: with `error_if_nonfinite`, on every rank.
     """
     if norm_type not in (2.0, math.inf):
@@ -59,29 +63,39 @@ def clip_grad_norm_(
     given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     # Pairs, not a dict: two parts of a model may each have a parameter of that name.
     pairs = [(f"parameter {i}", p) if isinstance(p, torch.Tensor) else p for i, p in enumerate(given)]
+    gathered = gathered_parameters()
+    lost = [name for name, p in pairs if id(p) in gathered]
     names = [name for name, p in pairs if p.grad is not None]
     trained = [p for _, p in pairs if p.grad is not None]
     uncounted = {id(p) for p in duplicates}
     locals_ = [_local_shard(p) for p in trained]
-    total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
-    for parameter, shard in zip(trained, locals_, strict=True):
-        if id(parameter) in uncounted or not shard.numel():
-            continue
-        if norm_type == math.inf:
-            total = torch.maximum(total, shard.abs().max().double())
-        else:
-            held_by = size / pipeline_shards / _distinct_shards(parameter.grad)
-            total = total + torch.linalg.vector_norm(shard, dtype=torch.float64).square() / held_by
+    counts = [0.0 if id(p) in uncounted else pipeline_shards * _distinct_shards(p.grad) / size for p in trained]
+    total = _total(locals_, counts, norm_type, _device(pairs, group)) + (math.nan if lost else 0.0)
     dist.all_reduce(total, dist.ReduceOp.MAX if norm_type == math.inf else dist.ReduceOp.SUM, group=group)
+    if lost:
+        raise ValueError(
+            f"FSDP2 holds {_some(lost)} gathered since a forward that had no backward, and gathered parameters are not "
+            "those that are trained. Run such a forward under torch.no_grad(), or call reshard() on the model's FSDP "
+            "modules before you ask for model.parameters()"
+        )
     norm = total if norm_type == math.inf else total.sqrt()
     if error_if_nonfinite and not torch.isfinite(norm):
         bad = [name for name, shard in zip(names, locals_, strict=True) if not bool(torch.isfinite(shard).all())]
-        where = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "") or "none"
+        where = _some(bad) or "none"
         raise RuntimeError(f"the gradient norm is {norm.item()}; gradients that are not finite on this rank: {where}")
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for shard in locals_:
-        shard.mul_(scale.to(shard.dtype))
+    for alike in _alike(locals_):
+        foreach_scale_(alike, scale.to(alike[0]))
     return norm.float()
+
+
+def _device(pairs: list[tuple[str, torch.Tensor]], group: dist.ProcessGroup | None) -> torch.device:
+    """That of the gradients; a rank that has none takes that of its parameters, or one that the group works on."""
+    for _, parameter in sorted(pairs, key=lambda pair: pair[1].grad is None):
+        tensor = parameter if parameter.grad is None else parameter.grad
+        device = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).device
+        return device if device.type in dist.get_backend_config(group) else device_of(group)  # offloaded, over NCCL
+    return device_of(group)
 
 
 def _local_shard(parameter: Any) -> torch.Tensor:
@@ -94,8 +108,34 @@ def _local_shard(parameter: Any) -> torch.Tensor:
     return gradient.to_local()
 
 
+def _total(shards: list[torch.Tensor], counts: list[float], norm_type: float, device: torch.device) -> torch.Tensor:
+    """The sum of the squares of all shards, each times what it counts on this rank; or the largest value."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    counted = {id(s): count for s, count in zip(shards, counts, strict=True) if count and s.numel()}
+    for alike in _alike([shard for shard in shards if id(shard) in counted]):
+        norms = torch.stack(foreach_norm(alike, norm_type)).to(device)
+        if norm_type == math.inf:
+            total = torch.maximum(total, norms.max())
+        else:
+            each = torch.tensor([counted[id(shard)] for shard in alike], dtype=torch.float64).to(device)
+            total = total + (norms.square() * each).sum()
+    return total
+
+
+def _alike(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Tensors of one dtype and device together, which is what a foreach kernel takes."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return [*groups.values()]
+
+
 def _distinct_shards(gradient: torch.Tensor) -> int:
     if not isinstance(gradient, DTensor):
         return 1
     sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
     return math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

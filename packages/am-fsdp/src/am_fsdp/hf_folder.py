@@ -13,7 +13,7 @@ import torch
 
 from am_fsdp.lazy import Box, Lazy
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, ADAPTER = "model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -108,8 +108,12 @@ def _contents(folder: pathlib.Path) -> dict[str, set[str] | None]:
         weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
         files: dict[str, set[str] | None] = {}
         for key, file in weight_map.items():
+            if pathlib.PurePath(file).is_absolute() or ".." in pathlib.PurePath(file).parts:
+                raise ValueError(f"{file[:80]!r} is outside of the folder")
             files.setdefault(os.fspath(file), set()).add(key)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if not files:
+            raise ValueError("it lists no files")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
     absent = sorted(file for file in files if not (folder / file).is_file())
     if absent:
@@ -146,31 +150,39 @@ class FileWriter:
         self._file.close()
 
 
-def files_of(tensors: dict[str, Lazy], limit: int) -> dict[str, dict[str, Lazy]]:
-    """Split tensors over files of at most `limit` bytes (or one tensor), in order; in a file, wide dtypes first.
+def check_dtypes(tensors: dict[str, Lazy]) -> None:
+    """Refuse what the format has no name for.
 
     Raises:
-        ValueError: a dtype that the format does not know.
+        ValueError: names the tensor and the dtypes that there are.
     """
     for key, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise ValueError(f"{key} has the dtype {tensor.dtype}; those that are written are {[*_NAMES]}")
+
+
+def files_of(parts: list[dict[str, Lazy]], limit: int) -> dict[str, dict[str, Lazy]]:
+    """Split tensors over files of at most `limit` bytes (or one tensor), in order; in a file, wide dtypes first.
+
+    No file holds tensors of two parts.
+    """
     groups: list[dict[str, Lazy]] = []
-    held = 0
-    for key, tensor in tensors.items():
-        if not groups or held + _size(tensor) > limit:
-            groups.append({})
-            held = 0
-        groups[-1][key] = tensor
-        held += _size(tensor)
+    for tensors in parts:
+        held = limit + 1
+        for key, tensor in tensors.items():
+            if held + _size(tensor) > limit:
+                groups.append({})
+                held = 0
+            groups[-1][key] = tensor
+            held += _size(tensor)
     total = len(groups)
     names = [SINGLE] if total == 1 else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     ordered = [dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)) for group in groups]
     return dict(zip(names, ordered, strict=True))
 
 
-def write_index(folder: pathlib.Path, files: dict[str, dict[str, Lazy]]) -> None:
-    """The index of a folder of several files."""
+def index_text(files: dict[str, dict[str, Lazy]]) -> dict[str, str]:
+    """The name and the text of the index of a folder of several files."""
     everything = [tensor for tensors in files.values() for tensor in tensors.values()]
     index = {
         "metadata": {
@@ -179,7 +191,7 @@ def write_index(folder: pathlib.Path, files: dict[str, dict[str, Lazy]]) -> None
         },
         "weight_map": {key: file for file, tensors in files.items() for key in tensors},
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return {INDEX: json.dumps(index, indent=2, sort_keys=True) + "\n"}
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -157,6 +157,11 @@ def _computed(func: Any, args: Any, kwargs: Any, index: int | None) -> Read:
     """Any other operation: read its inputs whole, run it, keep the box."""
 
     def read(out: torch.Tensor, box: Box) -> None:
+        if out.is_meta:  # only what would be read is asked
+            for tensor in _tensors([*args, *kwargs.values()]):
+                if isinstance(tensor, Lazy):
+                    tensor.fill(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+            return
         result = func(*_whole(args), **{name: _whole(value) for name, value in kwargs.items()})
         result = result if index is None else result[index]
         out.copy_(result[tuple(slice(*ends) for ends in box)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from am_fsdp._torch_compat import has_gradient_hooks, local_box
+from am_fsdp.adapters import Adapters, base_model, check_initialised, initialise_adapters
 from am_fsdp.buffers import compute_buffers, planned_buffers
 from am_fsdp.hf_folder import HFFolder
 from am_fsdp.hf_names import model_tensors, named_tensors, some, tied_sources
@@ -34,6 +35,10 @@ def load_hf_weights(
     are computed by transformers' own initialisation. Parameters keep being the objects they were, so an optimizer that
     holds them need not know.
 
+    A model with peft's adapters (wrapped or not) reads its base weights from the folder of its base model. Adapters on
+    meta begin as peft's do: one LoRA matrix of each pair zero, the other random by `torch.initial_seed()`, the same in
+    every layout. Those that are real are left alone.
+
     Args:
         model: laid out on any mesh (`fsdp2_strategy_parallelize`, tensor or expert parallelism), or not at all; on
             meta, or real, or in part either. It may be a pipeline part, with `strict=False`.
@@ -50,24 +55,48 @@ def load_hf_weights(
     Raises:
         ImportError: safetensors is not installed.
         ValueError: no such folder or one without safetensors; a tensor of the model that the folder lacks, has in
-            another shape, or as integers or 8-bit floats where the model has floats; a key that the model lacks; tied
-            weights that differ in the folder; a buffer on meta that nothing says how to compute. Every rank that holds
-            the same model and sees the same folder raises the same, before any memory is allocated.
+            another shape, or in a dtype whose values the model's cannot hold (integers for floats or for narrower
+            integers, 8-bit floats, complex for real, 1e300 for float16); a key that the model lacks; tied weights that
+            differ in the folder; a buffer on meta that nothing says how to compute, or an adapter that nothing says how
+            to initialise. Every rank that holds the same model and sees the same folder raises the same, before any
+            memory is allocated.
     """
     source = HFFolder(folder)
-    tensors = named_tensors(model)
+    whole, model = model, base_model(model)
+    held = named_tensors(model)
+    adapters = Adapters.of(model, list(held))
+    tensors = {plain: held[name] for name, plain in adapters.base.items()}
     found = model_tensors(model, tensors, source.tensors)
     names = _sources(model, tensors, found)
     _check_fit(model, tensors, found, names, source, strict)
     boxes = {name: _box(tensor, name) for name, tensor in tensors.items()}
-    buffers = planned_buffers(model, tensors)
-    home = torch.device(device) if device is not None else _home(tensors)
+    added = _added_on_meta(model, adapters, held, tensors, boxes, names)
+    buffers = planned_buffers(model, {*held, *tensors})
+    home = torch.device(device) if device is not None else _home(held)
     for name, tensor in {id(t): (n, t) for n, t in tensors.items()}.values():
         target = _with_memory(model, tensor, home) if tensor.is_meta else tensor
         found[names[name]].read_into(target.to_local() if isinstance(target, DTensor) else target, boxes[name])
         source.release()
+    initialise_adapters(adapters, {name: _with_memory(model, held[name], home) for name in added})
     compute_buffers(model, buffers, home)
-    return model
+    return whole
+
+
+def _added_on_meta(
+    model: nn.Module,
+    adapters: Adapters,
+    held: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    boxes: dict[str, Box],
+    names: dict[str, str],
+) -> list[str]:
+    """The adapters' tensors that need values of their own; copies of modules of the base model begin as those do."""
+    copies = {n: own for n, (own, _) in adapters.trained.items() if own in names and held[n].is_meta}
+    for name, own in copies.items():
+        tensors[name], names[name], boxes[name] = held[name], names[own], _box(held[name], name)
+    added = [name for name in adapters.trained if held[name].is_meta and name not in copies]
+    check_initialised(model, adapters, added)
+    return added
 
 
 def _sources(model: nn.Module, tensors: Mapping[str, torch.Tensor], found: Mapping[str, Lazy]) -> dict[str, str]:
@@ -88,20 +117,31 @@ def _sources(model: nn.Module, tensors: Mapping[str, torch.Tensor], found: Mappi
     return sources
 
 
-def _equal(one: Lazy, other: Lazy, block: int = 1 << 22) -> bool:
+def _equal(one: Lazy, other: Lazy) -> bool:
     """Compare some rows at a time, as numbers of the wider dtype."""
     if one.shape != other.shape:
         return False
     dtype = torch.promote_types(one.dtype, other.dtype)
-    rows = max(1, block // max(1, math.prod(one.shape[1:])))
-    for start in range(0, one.shape[0] if one.dim() else 1, rows):
-        box = [(start, min(start + rows, one.shape[0])), *((0, size) for size in one.shape[1:])] if one.dim() else []
-        parts = [torch.empty([stop - start for start, stop in box], dtype=dtype) for _ in range(2)]
-        one.read_into(parts[0], box)
-        other.read_into(parts[1], box)
-        if not torch.equal(*parts):
-            return False
-    return True
+    pairs = zip(_blocks(one, dtype), _blocks(other, dtype), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def _fits(held: Lazy, wanted: torch.dtype) -> bool:
+    """Whether no finite number becomes infinite; whole where the range is smaller, so that all ranks say the same."""
+    if not held.is_floating_point() or torch.finfo(wanted).max >= torch.finfo(held.dtype).max:
+        return True
+    blocks = _blocks(held, held.dtype)
+    return all(bool((torch.isfinite(block) <= torch.isfinite(block.to(wanted))).all()) for block in blocks)
+
+
+def _blocks(lazy: Lazy, dtype: torch.dtype, numbers: int = 1 << 22) -> Iterator[torch.Tensor]:
+    rows = max(1, numbers // max(1, math.prod(lazy.shape[1:])))
+    for start in range(0, lazy.shape[0] if lazy.dim() else 1, rows):
+        ends = [(start, min(start + rows, lazy.shape[0]))] if lazy.dim() else []
+        box = [*ends, *((0, size) for size in lazy.shape[1:])]
+        block = torch.empty([stop - begin for begin, stop in box], dtype=dtype)
+        lazy.read_into(block, box)
+        yield block
 
 
 def _check_fit(
@@ -113,7 +153,7 @@ def _check_fit(
     strict: bool,
 ) -> None:
     used = {*tensors, *names.values()}
-    shapes, dtypes, hooked = [], [], []
+    shapes, dtypes, ranges, hooked = [], [], [], []
     for name, tensor in tensors.items():
         if name in names:
             held = found[names[name]]
@@ -121,6 +161,8 @@ def _check_fit(
                 shapes.append(f"{name}: {tuple(held.shape)} in the folder, {tuple(tensor.shape)} in the model")
             if not _converts(held.dtype, tensor.dtype):
                 dtypes.append(f"{name}: {held.dtype} in the folder, {tensor.dtype} in the model")
+            elif not _fits(held, tensor.dtype):
+                ranges.append(f"{name}: {held.dtype} in the folder, {tensor.dtype} in the model")
         if tensor.is_meta and has_gradient_hooks(tensor):
             hooked.append(name)
     problems = {
@@ -128,6 +170,7 @@ def _check_fit(
         "the model has no": [n for n in found if n not in used] if strict else [],
         "shapes differ:": shapes,
         "dtypes do not convert (quantised?):": dtypes,
+        "values are beyond the range of the model's dtype:": ranges,
         "on meta with gradient hooks, which memory would lose (load before the first forward):": hooked,
     }
     told = [f"{words} {some(which)}" for words, which in problems.items() if which]
@@ -136,9 +179,16 @@ def _check_fit(
 
 
 def _converts(held: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether values of one dtype become those of the other, but for rounding and for the range of floats."""
     if held == wanted:
         return True
-    return held.itemsize > 1 and held.is_floating_point == wanted.is_floating_point
+    if held.is_complex or wanted.is_complex:
+        return held.is_complex and wanted.is_complex
+    if held.is_floating_point or wanted.is_floating_point:
+        return held.itemsize > 1 and held.is_floating_point and wanted.is_floating_point
+    if torch.bool in (held, wanted):
+        return False
+    return torch.iinfo(wanted).min <= torch.iinfo(held).min and torch.iinfo(held).max <= torch.iinfo(wanted).max
 
 
 def _box(tensor: torch.Tensor, name: str) -> Box:

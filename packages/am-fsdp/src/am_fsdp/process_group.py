@@ -24,6 +24,14 @@ def _destroy_dist_connection() -> None:
             dist.destroy_process_group()
 
 
+def device_of(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a group's collectives take small tensors: on the CPU if it has a backend for that, else the accelerator."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or "cpu" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
 class Stop:
     """Whether this rank was asked to stop, and whether any was."""
 
@@ -37,10 +45,7 @@ class Stop:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self.signal is not None
-        device = torch.device("cpu")
-        if "cpu" not in dist.get_backend_config(group):
-            device = torch.accelerator.current_accelerator() or device
-        flag = torch.tensor(float(self.signal or 0), device=device)
+        flag = torch.tensor(float(self.signal or 0), device=device_of(group))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
         agreed = int(flag.item())  # a signal that came during the all-reduce waits for the next call
         if agreed and self.signal is None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
-from am_fsdp.checkpointing import checkpoint_layers
-from am_fsdp.replicas import check_replicas
-from am_fsdp.units import apply_fsdp_sharding_recursively, edges
+from am_fsdp.checkpointing import checkpoint_layers, recomputed_modules
+from am_fsdp.evaluation import reshard_after_evaluation
+from am_fsdp.replicas import check_replicas, check_replicas_at_first_forward
+from am_fsdp.units import apply_fsdp_sharding_recursively, edges, units_of_another_dtype
 
 
 def fsdp2_strategy_parallelize(
@@ -52,33 +55,50 @@ def fsdp2_strategy_parallelize(
         dp_cp_mesh_name: the flattened data and context axis; parameters are sharded over it where the mesh has it.
 
     Returns:
-        The model.
+        The model. Its `state_dict()` has the names that it had and this rank's shards, also while units are gathered;
+        its `save_pretrained` says to call `save_hf_weights`.
 
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
         each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`.
 
     Raises:
         ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
-            experts are already spread over the data ranks, the plan does not fit, or real weights differ between data
-            ranks; on every rank alike.
+            experts are already spread over the data ranks, a unit is sharded already, one module holds parameters of
+            two dtypes, the recomputation or the plan does not fit, or real weights differ between data
+            or tensor ranks; on every rank alike, before the model is changed. From the first forward: so do weights
+            that a model from meta was given.
+        TypeError: a dtype or a policy is something else.
     """
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
     tp_mesh = axis(device_mesh, tp_mesh_name)
-    _check(model, device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
-    check_replicas(model, dp_mesh, tp_mesh)
+    _check_axes(device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
+    _check_settings(param_dtype, mp_policy, offload_policy)
+    _check_model(model, dp_mesh, dp_mesh_name)
+    recomputed_modules(model, activation_checkpointing)
     offload = offload_policy or (offload_to_cpu() if cpu_offload else OffloadPolicy())
     mixed = mp_policy or default_mp_policy(model, param_dtype)
-
+    units_of_another_dtype(model, mixed)
+    plan = None
     if tp_mesh is not None and tp_mesh.size() > 1:
         plan = am_tp_plans.resolve_plan(model, tp_shard_plan, sequence_parallel=sequence_parallel)
+    check_replicas(model, dp_mesh, tp_mesh)
+    from_meta = any(parameter.is_meta for parameter in model.parameters())
+
+    if tp_mesh is not None and plan is not None:
         am_tp_plans.apply_plan(model, tp_mesh, plan)
     checkpoint_layers(model, activation_checkpointing)
     apply_fsdp_sharding_recursively(model, dp_mesh, mixed, offload)
     for unit in edges(model):
-        whole = unit if len(unit) > 1 else unit[0]
-        fully_shard(whole, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+        rest = [module for module in unit if not isinstance(module, FSDPModule)]  # but for one of another dtype
+        whole = rest if len(rest) > 1 else rest[0] if rest else None
+        if whole is not None:
+            fully_shard(whole, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+    reshard_after_evaluation(model)
+    _refuse_save_pretrained(model)
+    if from_meta:
+        check_replicas_at_first_forward(model, dp_mesh, tp_mesh)
     return model
 
 
@@ -108,8 +128,7 @@ def offload_to_cpu() -> CPUOffloadPolicy:
     return CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
 
 
-def _check(
-    model: nn.Module,
+def _check_axes(
     mesh: DeviceMesh,
     dp_mesh: DeviceMesh | None,
     tp_mesh: DeviceMesh | None,
@@ -126,6 +145,25 @@ def _check(
     if tp_mesh is None and (sequence_parallel or plan is not None):
         asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
         raise ValueError(f"{asked} needs a tensor axis, but device_mesh has no {tp_name!r}; it has {axes}")
+
+
+def _check_settings(param_dtype: object, mp_policy: object, offload_policy: object) -> None:
+    if not isinstance(param_dtype, torch.dtype) or not param_dtype.is_floating_point:
+        raise TypeError(f"param_dtype must be a floating-point torch.dtype, got {param_dtype!r}")
+    if mp_policy is not None and not isinstance(mp_policy, MixedPrecisionPolicy):
+        raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or None, got {mp_policy!r}")
+    if offload_policy is not None and not isinstance(offload_policy, OffloadPolicy):
+        raise TypeError(
+            f"offload_policy must be an OffloadPolicy such as CPUOffloadPolicy or None, got {offload_policy!r}"
+        )
+
+
+def _check_model(model: nn.Module, dp_mesh: DeviceMesh, dp_name: str | tuple[str, str]) -> None:
+    sharded = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0] or type(model).__name__} is an FSDP2 unit already; give the model as it was made"
+        )
     data_ranks = set(dp_mesh.mesh.flatten().tolist())
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
@@ -135,3 +173,16 @@ def _check(
                     f"{name} is already distributed over {len(shared)} ranks of the data axis {dp_name!r}, as experts "
                     "under expert parallelism are; shard such a model with am_moe.apply_fsdp"
                 )
+
+
+def _refuse_save_pretrained(model: Any) -> None:
+    """transformers would write this rank's shards, or wait for ranks that do not come."""
+    if hasattr(model, "save_pretrained"):
+
+        def save_pretrained(*_: Any, **__: Any) -> None:
+            raise RuntimeError(
+                f"save_pretrained cannot write {type(model).__name__}, whose parameters are sharded over ranks; call "
+                "am_fsdp.save_hf_weights(model, folder) on every rank"
+            )
+
+        model.save_pretrained = save_pretrained

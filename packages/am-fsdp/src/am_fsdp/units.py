@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 
 def apply_fsdp_sharding_recursively(
@@ -24,9 +24,8 @@ def apply_fsdp_sharding_recursively(
     The last layer of a stack is not resharded after forward, because backward needs it at once. Layers without
     parameters, which a pipeline leaves where another stage's layers were, are passed over; so are layers that share
     parameters with each other, which stay with the root. A module whose parameters have another dtype than most, such
-    as a float32 router, becomes a unit of its own that keeps it; where parameters keep their dtypes anyhow and all
-    that are trained have the same, as adapters over a frozen model, there is no need. A layer gathers the next one
-    before it computes.
+    as a float32 router, norm or head, becomes a unit of its own that computes in it (`units_of_another_dtype`). A layer
+    gathers the next one before it computes.
 
     Args:
         module: the model or a part of it; changed in place.
@@ -34,15 +33,18 @@ def apply_fsdp_sharding_recursively(
         mp_policy: None for no mixed precision.
         offload_policy: None to keep shards on the device.
     """
-    odd = MixedPrecisionPolicy(cast_forward_inputs=False)
-    kept = mp_policy is None or mp_policy.param_dtype is None
-    trained = {p.dtype for p in module.parameters() if p.requires_grad}
-    for owner in [] if kept and len(trained) < 2 else _of_another_dtype(module):
-        fully_shard(owner, mesh=mesh, mp_policy=odd, offload_policy=offload_policy or OffloadPolicy())
+    for owners, policy in units_of_another_dtype(module, mp_policy or MixedPrecisionPolicy()):
+        fully_shard(
+            owners if len(owners) > 1 else owners[0],
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload_policy or OffloadPolicy(),
+        )
     for stack in layer_stacks(module):
         layers = [layer for layer in stack if any(True for _ in layer.parameters())]
         owned = Counter(id(p) for layer in layers for p in set(layer.parameters()))
         layers = [layer for layer in layers if all(owned[id(p)] == 1 for p in layer.parameters())]
+        layers = [layer for layer in layers if not isinstance(layer, (nn.ModuleList, FSDPModule))]
         for index, layer in enumerate(layers):
             fully_shard(
                 layer,
@@ -55,24 +57,63 @@ def apply_fsdp_sharding_recursively(
             layer.set_modules_to_forward_prefetch([following])
 
 
-def _of_another_dtype(model: nn.Module) -> list[nn.Module]:
-    """The modules whose own parameters have another dtype than most of the model; FSDP2 wants one dtype in a unit.
+def units_of_another_dtype(
+    model: nn.Module, mp_policy: MixedPrecisionPolicy
+) -> list[tuple[list[nn.Module], MixedPrecisionPolicy]]:
+    """The modules whose own parameters have another dtype than most of the model, and how they compute.
+
+    FSDP2 wants one dtype in a unit. Each keeps its dtype and reduces gradients in float32 or wider. A head casts what
+    it gets to its dtype; norms and the embedding cast what they return to that of the model, as the layers behind them
+    need; others, such as routers, take and return what they do in one process. Where parameters keep their dtypes
+    anyhow and all that are trained have the same, as adapters over a frozen model, nothing is a unit of its own.
+
+    Args:
+        model: a model or a part of it; nothing is changed.
+        mp_policy: of the other units.
+
+    Returns:
+        Units, inner ones first; modules that share parameters are one.
 
     Raises:
         ValueError: one module holds parameters of two dtypes itself.
     """
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    if mp_policy.param_dtype is None and len(trained) < 2:
+        return []
     numbers: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         numbers[parameter.dtype] += parameter.numel()
     usual = max(numbers, key=lambda dtype: numbers[dtype], default=None)
-    owners = []
-    for name, module in model.named_modules():
-        dtypes = {p.dtype for p in module.parameters(recurse=False)}
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    units: list[list[nn.Module]] = []
+    of_parameter: dict[int, list[nn.Module]] = {}
+    for name, module in reversed(list(model.named_modules())):  # inner ones first: a unit takes all that is below it
+        own = list(module.parameters(recurse=False))
+        dtypes = {p.dtype for p in own}
         if len(dtypes) > 1:
             raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
-        if dtypes and dtypes != {usual}:
-            owners.append(module)
-    return owners[::-1]  # inner ones first: a unit takes all below it that has none yet
+        if not dtypes or dtypes == {usual}:
+            continue
+        owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
+        if owners is None:
+            units.append(owners := [])
+        owners.append(module)
+        of_parameter |= {id(p): owners for p in own}
+    return [(owners, _own_policy(owners, first, last, mp_policy.param_dtype or usual)) for owners in units]
+
+
+def _own_policy(
+    owners: list[nn.Module], first: nn.Module | None, last: nn.Module | None, usual: torch.dtype | None
+) -> MixedPrecisionPolicy:
+    dtype = next(p.dtype for module in owners for p in module.parameters(recurse=False))
+    is_head = any(module is last for module in owners)
+    feeds_layers = any(module is first or "norm" in type(module).__name__.lower() for module in owners)
+    return MixedPrecisionPolicy(
+        param_dtype=dtype if is_head else None,
+        reduce_dtype=torch.promote_types(dtype, torch.float32),
+        output_dtype=usual if feeds_layers else None,
+        cast_forward_inputs=is_head,
+    )
 
 
 def edges(model: nn.Module) -> list[list[nn.Module]]:

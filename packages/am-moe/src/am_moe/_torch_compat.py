@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 # torch 2.13 renamed them, and warns of the names before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,3 +37,44 @@ def handed_out(tensor: torch.Tensor) -> torch.Tensor:
 def side_by_side(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     """One mesh of two axes of the same root mesh, either of which may have been flattened; no collective."""
     return DeviceMesh._concatenate([first, second])
+
+
+def is_unsharded(module: FSDPModule) -> bool:
+    """Whether an FSDP module holds its whole parameters right now; False for one that manages none."""
+    groups = _groups(module._get_fsdp_state())
+    return bool(groups) and all(group.is_unsharded for group in groups)
+
+
+def unit_key(module: FSDPModule) -> int:
+    """The same for modules that FSDP2 gathers together."""
+    return id(module._get_fsdp_state())
+
+
+def unit_parameters(module: FSDPModule) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Name, shard and gathered form of each parameter of a unit; None where it was never gathered."""
+    managed = [parameter for group in _groups(module._get_fsdp_state()) for parameter in group.fsdp_params]
+    return [(p._module_info.param_name, p.sharded_param, getattr(p, "_unsharded_param", None)) for p in managed]
+
+
+def end_forward(module: FSDPModule) -> None:
+    """Shard a unit, also one of several modules of which a forward has run some and no other will come."""
+    state: Any = module._get_fsdp_state()
+    if state._modules_to_run_forward:
+        state._modules_to_run_forward.clear()
+        if state._state_ctx.iter_forward_root is state:
+            state._state_ctx.iter_forward_root = None
+        for held in (state, *_groups(state)):
+            held._training_state = TrainingState.IDLE
+    module.reshard()
+
+
+def writes(tensor: torch.Tensor) -> int:
+    """How many operations have written to a tensor in place; 0 where inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.13 has one group per state
+        groups = [g for g in [getattr(state, "_fsdp_param_group", None)] if g is not None]
+    return groups

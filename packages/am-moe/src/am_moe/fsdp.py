@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from am_moe.evaluation import reshard_after_evaluation
 from am_moe.experts import Experts, describe_experts
-from am_moe.units import edges, layers, of_another_dtype
+from am_moe.units import edges, layers, units_of_another_dtype
 
 
 def apply_fsdp(
@@ -46,7 +47,8 @@ def apply_fsdp(
         ep_shard_enabled: whether several ranks hold the same experts.
         ep_shard_mesh: those ranks; an axis of the mesh that the expert axis belongs to.
         mp_policy, offload_policy: FSDP2's own.
-        reshard_after_forward: free a layer's whole parameters between forward and backward.
+        reshard_after_forward: free a layer's whole parameters between forward and backward. After a forward without
+            gradients they are freed in any case.
         lm_head_precision: compute the head in this dtype (`"float32"` or `torch.float32`), as a unit of its own.
         wrap_outer_model: make the whole model the root unit; False makes each of its children one.
 
@@ -60,25 +62,20 @@ def apply_fsdp(
     found = describe_experts(model)
     if ep_enabled and ep_shard_enabled and ep_shard_mesh is None:
         raise ValueError("ep_shard_enabled=True needs ep_shard_mesh, the ranks that hold the same experts")
+    check_units(model, ep_enabled, lm_head_precision, wrap_outer_model)
     head, head_dtype = _head(model, lm_head_precision)
     replicas = ep_shard_mesh if ep_enabled and ep_shard_enabled else None
     _check_cover(model, found, fsdp_mesh, ep_enabled, replicas)
-    if not wrap_outer_model:
-        _check_apart(model)
     settings: dict[str, Any] = {
         "mesh": fsdp_mesh,
         "mp_policy": mp_policy or MixedPrecisionPolicy(),
         "offload_policy": offload_policy or OffloadPolicy(),
         "reshard_after_forward": reshard_after_forward,
     }
-    expert_parameters = {
-        model.get_parameter(f"{experts.name}.{path}".lstrip("."))
-        for experts in (found if ep_enabled else ())
-        for path in experts.stacked
-    }
-    odd = settings | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)}
-    for module in of_another_dtype(model, expert_parameters):
-        fully_shard(module, **odd | {"ignored_params": expert_parameters})
+    expert_parameters = _spread_parameters(model, found) if ep_enabled else set()
+    for owners, policy in units_of_another_dtype(model, settings["mp_policy"], expert_parameters):
+        unit = [module for module in owners if module is not head]
+        _shard(unit, settings | {"mp_policy": policy, "ignored_params": expert_parameters})
     if replicas is not None:
         for experts in found:
             _shard_experts(model.get_submodule(experts.name), experts, settings, replicas)
@@ -91,11 +88,45 @@ def apply_fsdp(
         precise = MixedPrecisionPolicy(param_dtype=head_dtype, reduce_dtype=wide, output_dtype=head_dtype)
         fully_shard(head, **settings | {"mp_policy": precise})
     for unit in edges(model, head):
-        if not any(isinstance(module, FSDPModule) for module in unit):
-            fully_shard(unit, **settings)
+        _shard([module for module in unit if not isinstance(module, FSDPModule)], settings)
     for root in [model] if wrap_outer_model else [c for c in model.children() if any(True for _ in c.parameters())]:
         if not isinstance(root, FSDPModule):
             fully_shard(root, **settings)
+    reshard_after_evaluation(model)
+    _refuse_save_pretrained(model)
+
+
+def _refuse_save_pretrained(model: Any) -> None:
+    """transformers would write this rank's shards, or wait for ranks that do not come."""
+    if hasattr(model, "save_pretrained"):
+
+        def save_pretrained(*_: Any, **__: Any) -> None:
+            raise RuntimeError(
+                f"save_pretrained cannot write {type(model).__name__}, whose parameters are sharded over ranks; call "
+                "save_hf_weights(model, folder) of am-fsdp[hf] on every rank"
+            )
+
+        model.save_pretrained = save_pretrained
+
+
+def check_units(
+    model: nn.Module, ep_enabled: bool, lm_head_precision: str | torch.dtype | None, wrap_outer_model: bool
+) -> None:
+    """Refuse what `apply_fsdp` would, with its errors, as far as the model alone shows it; nothing is changed."""
+    _head(model, lm_head_precision)
+    spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
+    units_of_another_dtype(model, MixedPrecisionPolicy(), spread)
+    if not wrap_outer_model:
+        _check_apart(model)
+
+
+def _spread_parameters(model: nn.Module, found: list[Experts]) -> set[nn.Parameter]:
+    return {model.get_parameter(f"{e.name}.{path}".lstrip(".")) for e in found for path in e.stacked}
+
+
+def _shard(unit: list[nn.Module], settings: dict[str, Any]) -> None:
+    if unit:
+        fully_shard(unit if len(unit) > 1 else unit[0], **settings)
 
 
 def _check_apart(model: nn.Module) -> None:

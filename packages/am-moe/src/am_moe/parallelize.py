@@ -14,7 +14,7 @@ from am_moe._torch_compat import side_by_side
 from am_moe.checkpointing import apply_ac
 from am_moe.expert_parallel import apply_ep
 from am_moe.experts import find_experts
-from am_moe.fsdp import apply_fsdp
+from am_moe.fsdp import apply_fsdp, check_units
 
 
 def parallelize_model(
@@ -72,6 +72,7 @@ def parallelize_model(
         asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
         raise ValueError(f"{asked} needs a tensor axis of several ranks; tp_axis_name is {tp_axis_name!r}")
     cp_mesh = _several(world_mesh, cp_axis_name)
+    check_units(model, ep_axis_name is not None, lm_head_precision, wrap_outer_model)
 
     if tp_mesh is not None:
         _apply_tp(model, tp_mesh, tp_shard_plan, sequence_parallel, keep_experts=ep_axis_name is not None)

@@ -7,12 +7,25 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
-def of_another_dtype(model: nn.Module, besides: Iterable[nn.Parameter]) -> list[nn.Module]:
-    """The modules whose own parameters have another dtype than most of the model, inner ones first.
+def units_of_another_dtype(
+    model: nn.Module, mp_policy: MixedPrecisionPolicy, besides: Iterable[nn.Parameter] = ()
+) -> list[tuple[list[nn.Module], MixedPrecisionPolicy]]:
+    """The modules whose own parameters have another dtype than most of the model, and how they compute.
 
-    FSDP2 wants one dtype in a unit.
+    FSDP2 wants one dtype in a unit. Each keeps its dtype and reduces gradients in float32 or wider. A head casts what
+    it gets to its dtype; norms and the embedding cast what they return to that of the model, as the layers behind them
+    need; others, such as routers, take and return what they do in one process.
+
+    Args:
+        model: a model or a part of it; nothing is changed.
+        mp_policy: of the other units.
+        besides: parameters that count nowhere.
+
+    Returns:
+        Units, inner ones first; modules that share parameters are one.
 
     Raises:
         ValueError: one module holds parameters of two dtypes itself.
@@ -22,14 +35,36 @@ def of_another_dtype(model: nn.Module, besides: Iterable[nn.Parameter]) -> list[
     for parameter in model.parameters():
         numbers[parameter.dtype] += parameter.numel()
     usual = max(numbers, key=lambda dtype: numbers[dtype], default=None)
-    owners = []
-    for name, module in model.named_modules():
-        dtypes = {p.dtype for p in module.parameters(recurse=False) if id(p) not in left_out}
+    units: list[list[nn.Module]] = []
+    of_parameter: dict[int, list[nn.Module]] = {}
+    for name, module in reversed(list(model.named_modules())):
+        own = [p for p in module.parameters(recurse=False) if id(p) not in left_out]
+        dtypes = {p.dtype for p in own}
         if len(dtypes) > 1:
             raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
-        if dtypes and dtypes != {usual}:
-            owners.append(module)
-    return owners[::-1]
+        if not dtypes or dtypes == {usual}:
+            continue
+        owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
+        if owners is None:
+            units.append(owners := [])
+        owners.append(module)
+        of_parameter |= {id(p): owners for p in own}
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    return [(owners, _own_policy(owners, first, last, mp_policy.param_dtype or usual)) for owners in units]
+
+
+def _own_policy(
+    owners: list[nn.Module], first: nn.Module | None, last: nn.Module | None, usual: torch.dtype | None
+) -> MixedPrecisionPolicy:
+    dtype = next(p.dtype for module in owners for p in module.parameters(recurse=False))
+    is_head = any(module is last for module in owners)
+    feeds_layers = any(module is first or "norm" in type(module).__name__.lower() for module in owners)
+    return MixedPrecisionPolicy(
+        param_dtype=dtype if is_head else None,
+        reduce_dtype=torch.promote_types(dtype, torch.float32),
+        output_dtype=usual if feeds_layers else None,
+        cast_forward_inputs=is_head,
+    )
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

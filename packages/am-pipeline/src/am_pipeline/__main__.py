@@ -42,11 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--microbatches", type=int, default=8)
     options = parser.parse_args(arguments)
     try:
+        _refuse_absurd(options)
         print(options.run(options))
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_absurd(options: argparse.Namespace) -> None:
+    """What is only counted may be large; a schedule has an action for each microbatch on each stage."""
+    actions = options.ranks * options.microbatches * max(2, getattr(options, "stages_per_rank", None) or 2)
+    sizes = [getattr(options, name, None) or 1 for name in ("layers_per_stage", "microbatch_size", "seq_len", "width")]
+    if actions > 1_000_000 or max(sizes) > 1 << 31:
+        raise ValueError(
+            f"a schedule of {options.ranks} ranks and {options.microbatches} microbatches, or another size, is beyond "
+            "what can be (a million actions, 2^31 for sizes); look for a slip in the arguments"
+        )
 
 
 def _plan(options: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -118,8 +119,10 @@ def check_order(order: Order, microbatches: int, where: str = "the schedule") ->
     if not owner:
         raise ValueError(f"{where} has no actions")
     stages = max(owner) + 1
-    if missing := [stage for stage in range(stages) if stage not in owner]:
-        raise ValueError(f"{where}: no row runs the stages {missing} of {stages}")
+    if missing := list(itertools.islice((stage for stage in range(stages) if stage not in owner), 5)):
+        others = stages - len(owner) - len(missing)
+        more = f" and {others} more" if others else ""
+        raise ValueError(f"{where}: no row runs the stages {missing}{more} of {stages}")
     for row, actions in enumerate(order, 1):
         _check_row(row, actions, microbatches, where)
     simulate(order, where=where)
@@ -202,14 +205,19 @@ def parse_cell(cell: str) -> list[Action]:
     cell = cell.strip()
     if not cell:
         return []
-    if overlap := re.fullmatch(r"\((.*)\)OVERLAP_F_B", cell):
-        return [action for part in overlap[1].split(";") for action in parse_cell(part)]
-    single = re.fullmatch(r"(\d+)([FBIW])(\d+)", cell)
+    overlap = re.fullmatch(r"\(([^()]*)\)OVERLAP_F_B", cell)
+    return [_parse_action(part.strip()) for part in (overlap[1].split(";") if overlap else [cell])]
+
+
+def _parse_action(text: str) -> Action:
+    single = re.fullmatch(r"([0-9]{1,6})([FBIW])([0-9]{1,6})", text)
     if single is None:
+        shown = text if len(text) <= 40 else text[:40] + "..."
         raise ValueError(
-            f"{cell!r} is not an action; write <stage><kind><microbatch> with a kind of F, B, I or W, such as 0F1"
+            f"{shown!r} is not an action; write <stage><kind><microbatch> with a kind of F, B, I or W, such as 0F1, "
+            "and numbers of at most six digits"
         )
-    return [Action(int(single[1]), single[2], int(single[3]))]
+    return Action(int(single[1]), single[2], int(single[3]))
 
 
 def _check_row(row: int, actions: list[Action], microbatches: int, where: str) -> None:
