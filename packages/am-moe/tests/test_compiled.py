@@ -25,9 +25,10 @@ from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import logits_of, small
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 @pytest.mark.ranks(2, timeout=180)
-def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher):
+def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher, dynamic):
     model = tiny("qwen3_moe", layers=1)
     one = copy.deepcopy(model)
     ids, labels = token_batch(4, 8)
@@ -36,7 +37,7 @@ def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher)
     rank = dist.get_rank()
     apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), dispatcher=dispatcher)
     for layer in model.model.layers:
-        layer.compile(backend="eager")
+        layer.compile(backend="eager", dynamic=dynamic)
     mine = slice(2 * rank, 2 * rank + 2)
     logits = model(ids[mine], use_cache=False).logits
     next_token_loss(logits, labels[mine]).backward()

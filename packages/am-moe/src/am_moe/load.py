@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from am_moe._torch_compat import in_backward
 from am_moe.experts import Experts, describe_experts
@@ -128,11 +130,14 @@ class ExpertLoad:
             mesh: as in `total`.
             rate: how far a bias moves.
 
-        Collectives: those of `total`.
+        Collectives: those of `total`. Units of FSDP2 that are gathered are sharded again first.
 
         Raises:
             ValueError: no router has a correction bias with an entry for each expert.
         """
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward has gathered is a copy: a change of it would be lost
         biases = [(experts, _bias_of(self._model, experts)) for experts in self._found]
         if all(bias is None for _, bias in biases):
             raise ValueError(f"no router of {type(self._model).__name__} has a correction bias: none of {_BIASES}")
@@ -141,7 +146,7 @@ class ExpertLoad:
             for experts, bias in biases:
                 if bias is not None:
                     counts = totals[experts.name].double()
-                    bias += rate * (counts.mean() - counts).sign().to(bias).view_as(bias)
+                    _add(bias, rate * (counts.mean() - counts).sign())
 
 
 class _Count:
@@ -171,6 +176,14 @@ class _Count:
 def _sum_over(counts: torch.Tensor, mesh: DeviceMesh | None) -> None:
     for axis in range(mesh.ndim if mesh is not None else 0):
         dist.all_reduce(counts, group=mesh.get_group(axis))
+
+
+def _add(bias: torch.Tensor, change_E: torch.Tensor) -> None:
+    """Add to a bias, or to this rank's part of one that FSDP2 has sharded."""
+    change = change_E.to(bias.dtype).view(bias.shape)
+    if isinstance(bias, DTensor):
+        change = DTensor.from_local(change, bias.device_mesh, run_check=False).redistribute(placements=bias.placements)
+    bias += change
 
 
 def _bias_of(model: nn.Module, experts: Experts) -> torch.Tensor | None:

@@ -95,23 +95,23 @@ def slice_of_parameters(
     for path in (*experts.stacked, *experts.shared):
         prefix, _, leaf = path.rpartition(".")
         owners[path] = (module.get_submodule(prefix), leaf)
-    before = [(owner, dict(owner._parameters)) for owner in {id(o): o for o, _ in owners.values()}.values()]
-    seen = []
-    for path, (owner, leaf) in owners.items():
-        parameter = owner.get_parameter(leaf)
-        plain: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if path in experts.stacked:
-            plain = _ScaleGradient.apply(plain, scale).to(dtype)
-        owner._parameters[leaf] = plain
-        seen.append(plain)
+    before = [(owner, leaf, owner.get_parameter(leaf)) for owner, leaf in owners.values()]
     count = getattr(module, experts.counter)
-    setattr(module, experts.counter, local)
+    seen = []
     try:
+        for path, (owner, leaf) in owners.items():
+            parameter = owner.get_parameter(leaf)
+            plain: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if path in experts.stacked:
+                plain = _ScaleGradient.apply(plain, scale).to(dtype)
+            owner._parameters[leaf] = plain
+            seen.append(plain)
+        setattr(module, experts.counter, local)
         yield seen
     finally:
         setattr(module, experts.counter, count)
-        for owner, parameters in before:
-            owner._parameters.update(parameters)
+        for owner, leaf, parameter in before:
+            owner._parameters[leaf] = parameter
 
 
 class _ScaleGradient(torch.autograd.Function):
