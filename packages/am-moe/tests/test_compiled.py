@@ -18,7 +18,8 @@ from am_moe.context_parallel.heads import _AllToAll
 from am_moe.context_parallel.mixers import _Collect, _Gather, _Spread
 from am_moe.dispatchers.all_gather import _Gather as _GatherTokens
 from am_moe.dispatchers.all_gather import _SumOfRanks
-from am_moe.dispatchers.all_to_all import _Exchange
+from am_moe.dispatchers.all_to_all import Routes, _Return
+from am_moe.ordering import by_expert
 from am_moe.shared_tokens import share_of, whole_again
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
@@ -78,14 +79,18 @@ def test_compiled_layers_of_a_shared_sequence_train_as_in_one_process(family, ki
 @pytest.mark.ranks(2, timeout=120)
 def test_the_gradient_of_whatever_travels_survives_a_compiler(backend):
     group, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
+    ids, routes = (
+        torch.zeros(2, 1, dtype=torch.int32),
+        Routes(by_expert(torch.zeros(2, 1), 1, None).rows, [1, 1], [1, 1]),
+    )
     functions = {
         "heads": lambda x: _AllToAll.apply(x, group),
         "spread": lambda x: _Spread.apply(x, group),
         "collect": lambda x: _Collect.apply(x, group),
         "gather": lambda x: _Gather.apply(x, group),
-        "tokens, gathered": lambda x: _GatherTokens.apply(group, x)[0],
+        "tokens, gathered": lambda x: _GatherTokens.apply(group, x.flatten(1), x[:, 0], ids)[0],
         "tokens, summed": lambda x: _SumOfRanks.apply(group, x),
-        "tokens, exchanged": lambda x: _Exchange.apply([1, 1], [1, 1], group, x)[0],
+        "tokens, exchanged": lambda x: _Return.apply(routes, group, x),
         "tokens, shared": lambda x: whole_again(mesh, share_of(mesh, x * 2)[0], 2),
     }
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(dist.get_rank()))
