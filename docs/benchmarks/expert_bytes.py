@@ -50,7 +50,7 @@ def leaving(name: str, args: tuple) -> int:
         rows, sent = args[0], args[1]
     elif name == "all_to_all_single":  # (input, output splits, input splits, group)
         rows, sent = args[0], args[2]
-    elif name == "all_gather":  # every other rank gets what this rank has
+    elif name in ("all_gather", "counts_of_all"):  # every other rank gets what this rank has
         return args[0].nbytes * (ranks - 1)
     elif name == "reduce_scatter":  # every other rank gets its part
         return args[0].nbytes // ranks * (ranks - 1)

@@ -18,16 +18,18 @@ from am_moe.context_parallel.heads import _AllToAll
 from am_moe.context_parallel.mixers import _Collect, _Gather, _Spread
 from am_moe.dispatchers.all_gather import _Gather as _GatherTokens
 from am_moe.dispatchers.all_gather import _SumOfRanks
-from am_moe.dispatchers.all_to_all import _Exchange
+from am_moe.dispatchers.all_to_all import Routes, _Return
+from am_moe.ordering import by_expert
 from am_moe.shared_tokens import share_of, whole_again
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import logits_of, small
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
 @pytest.mark.ranks(2, timeout=180)
-def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher):
+def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher, dynamic):
     model = tiny("qwen3_moe", layers=1)
     one = copy.deepcopy(model)
     ids, labels = token_batch(4, 8)
@@ -36,7 +38,7 @@ def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher)
     rank = dist.get_rank()
     apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), dispatcher=dispatcher)
     for layer in model.model.layers:
-        layer.compile(backend="eager")
+        layer.compile(backend="eager", dynamic=dynamic)
     mine = slice(2 * rank, 2 * rank + 2)
     logits = model(ids[mine], use_cache=False).logits
     next_token_loss(logits, labels[mine]).backward()
@@ -77,14 +79,18 @@ def test_compiled_layers_of_a_shared_sequence_train_as_in_one_process(family, ki
 @pytest.mark.ranks(2, timeout=120)
 def test_the_gradient_of_whatever_travels_survives_a_compiler(backend):
     group, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
+    ids, routes = (
+        torch.zeros(2, 1, dtype=torch.int32),
+        Routes(by_expert(torch.zeros(2, 1), 1, None).rows, [1, 1], [1, 1]),
+    )
     functions = {
         "heads": lambda x: _AllToAll.apply(x, group),
         "spread": lambda x: _Spread.apply(x, group),
         "collect": lambda x: _Collect.apply(x, group),
         "gather": lambda x: _Gather.apply(x, group),
-        "tokens, gathered": lambda x: _GatherTokens.apply(group, x)[0],
+        "tokens, gathered": lambda x: _GatherTokens.apply(group, x.flatten(1), x[:, 0], ids)[0],
         "tokens, summed": lambda x: _SumOfRanks.apply(group, x),
-        "tokens, exchanged": lambda x: _Exchange.apply([1, 1], [1, 1], group, x)[0],
+        "tokens, exchanged": lambda x: _Return.apply(routes, group, x),
         "tokens, shared": lambda x: whole_again(mesh, share_of(mesh, x * 2)[0], 2),
     }
     x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(dist.get_rank()))

@@ -132,10 +132,11 @@ def test_parameters_that_all_experts_share_are_averaged_over_the_data_ranks():
     assert_same(gradients(model), gradients(one), 1e-6)  # the norm computes in float32
 
 
+@pytest.mark.parametrize(("family", "weights"), [("qwen3_moe", torch.bfloat16), ("mixtral", torch.float32)])
 @pytest.mark.parametrize("ep_shard", [1, 2])
 @pytest.mark.ranks(4)
-def test_mixed_precision_computes_in_bfloat16_and_keeps_masters_in_float32(ep_shard):
-    model = tiny("qwen3_moe", layers=2, dtype=torch.float32)
+def test_mixed_precision_computes_in_bfloat16_and_keeps_masters_in_float32(ep_shard, family, weights):
+    model = tiny(family, layers=2, dtype=torch.float32)
     one = copy.deepcopy(model).to(torch.bfloat16)
     data, moe = meshes(ep_shard, 4 // ep_shard)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -145,7 +146,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_masters_in_float32(ep_sh
     for _, experts in find_experts(model):
         experts.register_forward_pre_hook(lambda _, args: seen.append([a.dtype for a in args]))
     step_both(model, one, tolerance=0.1)  # bfloat16 against bfloat16
-    assert seen == [[torch.bfloat16, torch.int64, torch.bfloat16]] * 2
+    assert seen == [[torch.bfloat16, torch.int64, weights]] * 2, "routing weights keep the dtype the router gives them"
     assert all(p.dtype is torch.float32 for p in model.parameters())
 
 

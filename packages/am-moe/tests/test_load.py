@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 
 from am_moe import ExpertLoad, apply_ac, apply_ep, apply_fsdp
+from am_testkit.exact import assert_same
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import OLDEST, small
 
@@ -86,6 +88,37 @@ def test_balancing_moves_choices_to_experts_with_less_load():
     biases = [torch.empty_like(block.gate.e_score_correction_bias) for _ in range(2)]
     dist.all_gather(biases, block.gate.e_score_correction_bias)
     assert torch.equal(*biases)
+
+
+@pytest.mark.parametrize("after", ["backward", "a forward alone"])
+@pytest.mark.parametrize("model_type", ["ernie4_5_moe", "afmoe", "laguna", "deepseek_v3"])
+@pytest.mark.ranks(2)
+def test_balancing_moves_biases_that_are_parameters_as_it_does_in_one_process(model_type, after):
+    model = small(model_type, layers=2, **({"first_k_dense_replace": 0} if model_type == "deepseek_v3" else {}))
+    one = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    apply_ep(model, experts_mesh())
+    apply_fsdp(model, mesh, True, False)
+    loads = [ExpertLoad(m) for m in (model, one)]
+    ids, labels = token_batch(4, 6, vocab_size=60)
+    share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    logits = model(input_ids=ids[share], use_cache=False).logits
+    if after == "backward":
+        next_token_loss(logits, labels[share]).backward()
+    one(input_ids=ids, use_cache=False)
+    loads[0].balance(mesh, rate=0.5)
+    loads[1].balance(rate=0.5)
+    model(input_ids=ids[share], use_cache=False)  # what was gathered before is not used again
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+    names = [n for n, _ in [*one.named_parameters(), *one.named_buffers()] if n.endswith("bias") and "expert" in n]
+    names += [n for n, _ in [*one.named_parameters(), *one.named_buffers()] if n.endswith("correction_bias")]
+    tensors = [dict([*m.named_parameters(), *m.named_buffers()]) for m in (model, one)]
+    assert names
+    for name in names:
+        assert_same(tensors[0][name], tensors[1][name], 1e-12, name)
+    assert any(tensors[1][name].abs().max() > 0.4 for name in names)
 
 
 def test_models_without_experts_or_biases_are_refused():

@@ -181,6 +181,43 @@ def test_a_layout_with_a_context_axis_trains_like_one_process(layout):
     assert_same(gradients(model), gradients(one), 1e-6, "gradients")  # transformers computes the loss in float32
 
 
+# The data axes of nemo-automodel are flattened ones, the context axis among them.
+FLATTENED = {
+    "data and context as one axis": (("dp_shard_cp",), {"dp_shard": 2, "cp": 2, "ep": 4}),
+    "replicas beside data and context": (("dp_replicate", "dp_shard_cp"), {"dp_replicate": 2, "cp": 2, "ep": 2}),
+    "replicas and data as one axis": (("dp",), {"dp_replicate": 2, "cp": 2, "ep": 2}),
+    "no context": (("dp_replicate", "dp_shard_cp"), {"dp_replicate": 2, "dp_shard": 2, "ep": 4}),
+}
+
+
+@pytest.mark.parametrize("layout", FLATTENED)
+@pytest.mark.ranks(4)
+def test_data_axes_can_be_flattened_ones(layout):
+    names, degrees = FLATTENED[layout]
+    model = tiny("qwen3_moe", layers=2)
+    one = copy.deepcopy(model)
+    world, moe = build_meshes("cpu", **degrees)
+    world["dp_shard", "cp"]._flatten("dp_shard_cp")
+    world["dp_replicate", "dp_shard"]._flatten("dp")
+    parallelize_model(model, world, moe, **AXES | {"dp_axis_names": names, "cp_axis_name": "cp"})
+    ids, _ = token_batch(4, 16)
+    data = world["dp"]
+    each = 4 // data.size()
+    mine = ids[each * data.get_local_rank() : each * (data.get_local_rank() + 1)]
+    model(**shard_batch({"input_ids": mine, "labels": mine}, world["cp"]), use_cache=False).loss.backward()
+    one(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert_same(gradients(model), gradients(one), 1e-6, "gradients")  # transformers computes the loss in float32
+
+
+@pytest.mark.ranks(4)
+def test_axes_over_the_same_ranks_are_refused():
+    world, moe = build_meshes("cpu", dp_shard=2, tp=2, ep=2)
+    world["dp_shard", "tp"]._flatten("dp_tp")
+    for axes in ({"dp_axis_names": ("dp_tp",)}, {"dp_axis_names": ("dp_shard", "dp_tp"), "tp_axis_name": None}):
+        with pytest.raises(ValueError, match=r"the axes '.*' and '.*' of .* go over the same ranks"):
+            parallelize_model(tiny("qwen3_moe", layers=1), world, moe, **AXES | axes)
+
+
 @pytest.mark.ranks(2)
 def test_a_plan_can_be_given_and_sequence_parallelism_needs_a_tensor_axis():
     plans = pytest.importorskip("am_tp_plans")

@@ -14,11 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from am_moe._torch_compat import (
     all_gather,
+    axis,
     end_forward,
     group_of,
     in_backward,
     is_unsharded,
     reduce_scatter,
+    reduce_unused,
     side_by_side,
     unit_key,
     unit_parameters,
@@ -105,3 +107,43 @@ def test_writes_to_a_tensor_are_counted():
     before = writes(tensor)
     tensor.add_(1)
     assert writes(tensor) > before
+
+
+@pytest.mark.ranks(4)
+def test_an_axis_is_found_by_its_name_whether_flattened_or_not():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    flat = mesh["data", "context"]._flatten("both")
+    assert axis(mesh, "data").get_group() is mesh.get_group("data")
+    assert axis(mesh, "both").get_group() is flat.get_group()
+    assert axis(mesh, "tensor") is None
+    assert axis(None, "data") is None
+
+
+@pytest.mark.ranks(2)
+def test_parameters_that_a_rank_did_not_use_are_reduced_as_zeros():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.choices = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+        def forward(self, x):
+            return self.choices[dist.get_rank()](x)
+
+    unit = Either()
+    fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    if not hasattr(unit, "set_reduce_scatter_unused_params"):
+        with pytest.raises(ValueError, match=r"use torch 2\.13 or newer"):
+            reduce_unused(unit)
+        return
+    reduce_unused(unit)
+    unit(torch.ones(1, 2)).sum().backward()
+    for parameter in unit.parameters():
+        assert parameter.grad.full_tensor().eq(0.5).all()
+
+
+def test_a_torch_that_cannot_reduce_what_is_unused_is_told():
+    class Old(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"Old may use other parameters on each rank, .* use torch 2\.13 or newer"):
+        reduce_unused(Old())

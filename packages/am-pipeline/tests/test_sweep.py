@@ -75,7 +75,7 @@ def test_every_decoder_trains_exactly_on_two_and_four_stages_or_is_refused(model
 
 
 def trained_in(case, model_type):
-    """The largest error by number of stages, and what there is to know of the model; None if it has no numbers for it."""
+    """The largest error by number of stages, and what there is to know of the model; None if it has no numbers."""
     attention = implementation(case["attention"])
     if case["numbers"] == "float64":
         model, dtype = runnable(model_type, attention=attention)

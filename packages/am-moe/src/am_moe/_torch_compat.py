@@ -34,6 +34,20 @@ def handed_out(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view_as(tensor)
 
 
+def reduce_unused(unit: FSDPModule) -> None:
+    """Let the parameters of a unit that a rank did not use take part in the reduction of gradients, as zeros.
+
+    Raises:
+        ValueError: this torch cannot do that.
+    """
+    if not hasattr(unit, "set_reduce_scatter_unused_params"):
+        raise ValueError(
+            f"{type(unit).__name__} may use other parameters on each rank, which FSDP2 of torch {torch.__version__} "
+            "cannot reduce; use torch 2.13 or newer, or spread the experts with apply_ep"
+        )
+    unit.set_reduce_scatter_unused_params(True)
+
+
 def side_by_side(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     """One mesh of two axes of the same root mesh, either of which may have been flattened; no collective."""
     return DeviceMesh._concatenate([first, second])
@@ -78,3 +92,13 @@ def _groups(state: Any) -> list[Any]:
     if groups is None:  # torch before 2.13 has one group per state
         groups = [g for g in [getattr(state, "_fsdp_param_group", None)] if g is not None]
     return groups
+
+
+def axis(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
+    """A named axis of a mesh, flattened ones included; None where there is no such axis."""
+    if mesh is None:
+        return None
+    try:
+        return mesh[name]
+    except (KeyError, RuntimeError, ValueError):
+        return None

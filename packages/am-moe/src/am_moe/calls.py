@@ -35,7 +35,7 @@ def rows(module: Any, spread: Spread, hidden_states) -> torch.Tensor:
     each = hidden_states.shape[0] // spread.experts.num_experts
     index_N = (hidden_states.detach() != 0).any(-1).nonzero().squeeze(-1)
     ids_N1 = torch.div(index_N, max(each, 1), rounding_mode="floor")[:, None]
-    x_ND = hidden_states[index_N]
+    x_ND = hidden_states.index_select(0, index_N)
     y_ND = _through(module, spread, x_ND, ids_N1, x_ND.new_ones(ids_N1.shape))
     return torch.zeros_like(hidden_states).index_copy(0, index_N, y_ND)
 

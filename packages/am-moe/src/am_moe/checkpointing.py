@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from am_moe.experts import describe_experts
 from am_moe.units import layers
@@ -53,7 +55,7 @@ def apply_ac(
     how: dict[str, Any] = {"use_reentrant": False}
     if ignore_router:
         router = _router_shape(model, config, hidden_size, num_experts)
-        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, functools.partial(_policy, router))
+        how["context_fn"] = functools.partial(_keep_and_reuse, router)
     blocks = layers(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no ModuleList of blocks to recompute")
@@ -64,18 +66,57 @@ def apply_ac(
     return model
 
 
-def _policy(router: tuple[int, int], _context: Any, function: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    """Keep what the dispatchers received, and products with a matrix of the router's shape.
+def _keep_and_reuse(router: tuple[int, int]) -> tuple[_Keep, _Reuse]:
+    kept: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    return _Keep(router, kept), _Reuse(router, kept)
+
+
+class _Keep(TorchDispatchMode):
+    """In the forward: keep what the dispatchers received, and products with a matrix of the router's shape.
 
     What `topk` returns is not kept, since many routers go on in place on it; of the same products it chooses the same.
+    Selective checkpointing of torch counts every operator, those of FSDP2 too, which are others when recomputing; here
+    nothing but what is kept is counted.
     """
-    if isinstance(function, torch._ops.OpOverload):
-        name = function._schema.name
-        if name.startswith("am_moe::"):
-            return CheckpointPolicy.MUST_SAVE
-        if name in ("aten::mm", "aten::addmm") and tuple(args[-1].shape) == router:
-            return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def __init__(self, router: tuple[int, int], kept: dict[Any, list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.router, self.kept = router, kept
+
+    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if what := _what_to_keep(func, args, self.router):
+            # A model may change its router's logits in place; nobody changes what was received.
+            self.kept[func].append(out.clone() if what == "product" else out.detach())
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """When recomputing: what was kept, in order, instead of computing and sending it again."""
+
+    def __init__(self, router: tuple[int, int], kept: dict[Any, list[torch.Tensor]]) -> None:
+        super().__init__()
+        self.router, self.kept = router, kept
+        self.used: Counter[Any] = Counter()
+
+    def __enter__(self):
+        self.used.clear()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
+        what = _what_to_keep(func, args, self.router)
+        if not what:
+            return func(*args, **(kwargs or {}))
+        self.used[func] += 1
+        kept = self.kept[func][self.used[func] - 1]
+        return kept.clone() if what == "product" else kept.detach()
+
+
+def _what_to_keep(function: Any, args: tuple, router: tuple[int, int]) -> str | None:
+    name = function._schema.name
+    if name.startswith("am_moe::"):
+        return "received"
+    return "product" if name in ("aten::mm", "aten::addmm") and tuple(args[-1].shape) == router else None
 
 
 def _router_shape(model: nn.Module, config: Any, hidden: int | None, experts: int | None) -> tuple[int, int]:

@@ -36,6 +36,19 @@ def _reduce_scatter(rows: torch.Tensor, group: str) -> torch.Tensor:
     return out
 
 
+@torch.library.custom_op("am_moe::counts_of_all", mutates_args=(), schema="(Tensor counts, str group) -> Tensor")
+def _counts_of_all(counts: torch.Tensor, group: str) -> torch.Tensor:
+    ranks = dist.get_world_size(group_of(group))
+    out = counts.new_empty(ranks * counts.shape[0], *counts.shape[1:])
+    _torch_compat.all_gather(out, counts.contiguous(), group=group_of(group))
+    return out.view(ranks, *counts.shape).cpu()
+
+
+@_counts_of_all.register_fake
+def _(counts: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty(dist.get_world_size(group_of(group)), *counts.shape, dtype=counts.dtype)
+
+
 @_all_to_all.register_fake
 def _(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
     return rows.new_empty(sum(received), *rows.shape[1:])
@@ -64,3 +77,8 @@ def all_gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 def reduce_scatter(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks of this rank's part of the rows: `(P N, ...)` to `(N, ...)`."""
     return _reduce_scatter(rows, group.group_name)
+
+
+def counts_of_all(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The counts of all ranks, in the host's memory: `(N, ...)` to `(P, N, ...)`. The one host sync of a dispatch."""
+    return _counts_of_all(counts, group.group_name)

@@ -27,8 +27,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,15 @@ class Received:
         ids_RK: their local expert ids in `[0, L)`; `L` or above where the choice is another rank's or none.
         weights_RK: their routing weights; anything where the choice is another rank's.
         back: the dispatcher's own.
+        choices: how many ids are below L, if the host knows; it saves a sync where experts compute with their own
+            forward, and rows that nobody reads elsewhere.
     """
 
     rows_RD: torch.Tensor
     ids_RK: torch.Tensor
     weights_RK: torch.Tensor
     back: Any
+    choices: int | None = None
 
 
 class Dispatcher(Protocol):
@@ -109,45 +110,8 @@ def get_dispatcher(name: str | Dispatcher, ranks: int) -> Dispatcher:
     return known["local"] if ranks == 1 else known[name]
 
 
-def sum_rows(rows_NF: torch.Tensor, index_N: torch.Tensor, size: int) -> torch.Tensor:
-    """Add rows up by index: `(size, F)`. Those of one index are added in their order, half precision in float32."""
-    return _Sum.apply(rows_NF, index_N, size)
-
-
-def take_rows(x_TD: torch.Tensor, index_N: torch.Tensor) -> torch.Tensor:
-    """`x_TD[index_N]`, whose gradient is a `sum_rows`."""
-    return _Take.apply(x_TD, index_N)
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, index, size):
-        ctx.save_for_backward(index)
-        return _summed(rows, index, size)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
-        return gradients[0][ctx.saved_tensors[0]], None, None
-
-
-class _Take(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.size = len(x)
-        return x[index]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
-        return _summed(gradients[0], ctx.saved_tensors[0], ctx.size), None
-
-
-def _summed(rows_NF: torch.Tensor, index_N: torch.Tensor, size: int) -> torch.Tensor:
-    """One kernel that reads each row once; `index_add_` would round to half precision, or add in any order."""
-    if not len(rows_NF):
-        return rows_NF.new_zeros(size, rows_NF.shape[1])
-    sorted_N, order_N = index_N.sort(stable=True)
-    starts = torch.searchsorted(sorted_N, torch.arange(size, device=index_N.device))  # no sync, as a bincount has
-    return nn.functional.embedding_bag(order_N, rows_NF.contiguous(), starts, mode="sum")
+def count_choices(ids_TK: torch.Tensor, local: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rank of each choice, `(T, K)`, P for ids beyond the experts; and how many fall on each rank, `(P,)`."""
+    owner_TK = torch.div(ids_TK.long(), local, rounding_mode="floor").clamp(max=ranks)
+    flat = owner_TK.flatten()
+    return owner_TK, flat.new_zeros(ranks + 1).scatter_add_(0, flat, torch.ones_like(flat))[:ranks]

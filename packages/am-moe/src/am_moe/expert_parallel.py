@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.utils.parametrize import is_parametrized
 
 from am_moe.calls import CALLS
 from am_moe.dispatch import Dispatcher, get_dispatcher
-from am_moe.experts import Experts, describe, describe_experts
+from am_moe.experts import Experts, describe, describe_experts, routes_itself
+
+_HOW_TO_ADAPT = (
+    "merge it into the weights before apply_ep, or adapt other modules (peft: target_modules, not target_parameters)"
+)
 
 
 def apply_ep(
@@ -52,19 +58,26 @@ def apply_ep(
         in every layer, and with `tp_mesh` an all-gather of its rows forward, of their gradients backward.
 
     Raises:
-        ValueError: no experts, experts that do not divide over the axis or are distributed already, a mesh with
-            several axes, an unknown dispatcher; on every rank alike.
+        ValueError: no experts, experts that do not divide over the axis or are distributed already, experts with an
+            adapter on their parameters or with parameters that may be each expert's or everyone's, a mesh with several
+            axes, an unknown dispatcher; on every rank alike.
     """
     _check_meshes(ep_mesh, moe_mesh, tp_mesh)
+    style = ExpertParallel(dispatcher=dispatcher, tp_mesh=tp_mesh)
+    for experts in check_spread(model, ep_mesh, style):
+        style._apply(model.get_submodule(experts.name), ep_mesh)
+    return model
+
+
+def check_spread(model: nn.Module, ep_mesh: DeviceMesh, style: ExpertParallel | None = None) -> list[Experts]:
+    """The experts of a model that can be spread over an axis; what `apply_ep` would refuse is refused."""
     found = describe_experts(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts to spread: {_why_none(model)}")
-    style = ExpertParallel(dispatcher=dispatcher, tp_mesh=tp_mesh)
+    check_adapters(found)
     for experts in found:
-        style.check(experts, model.get_submodule(experts.name), ep_mesh)
-    for experts in found:
-        style._apply(model.get_submodule(experts.name), ep_mesh)
-    return model
+        (style or ExpertParallel()).check(experts, model.get_submodule(experts.name), ep_mesh)
+    return found
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,13 @@ class ExpertParallel(ParallelStyle):
             )
         if any("." not in path for path in experts.shared):
             raise ValueError(f"{experts.shared} of {name} have no expert dim; parameters all share go in a submodule")
+        if unclear := _of_each_or_of_all(experts, module):
+            raise ValueError(
+                f"{unclear} of {name} have {experts.num_experts} rows, as many as there are experts, in a submodule: "
+                "they may be one for each expert or shared by all; move those of each expert to the module itself"
+            )
+        if any(is_parametrized(part) for part in module.modules()):
+            raise ValueError(f"{name} has parametrized weights, which cannot be spread; {_HOW_TO_ADAPT}")
 
     def _partition_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         source = getattr(self, "src_data_rank", 0)
@@ -150,11 +170,38 @@ class ExpertParallel(ParallelStyle):
         return module
 
 
+@torch.compiler.disable
 def _forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What an experts module does instead of its own forward; runs that on the rows this rank received."""
+    """What an experts module does instead of its own forward; runs that on the rows this rank received.
+
+    A compiled layer calls it as it is: how many rows come is known only while it runs.
+    """
+    if is_parametrized(module):
+        raise ValueError(f"an adapter was put on the parameters of {type(module).__name__}; {_HOW_TO_ADAPT}")
     spread: Spread = module.spread_experts
     names = spread.experts.arguments
     return CALLS[spread.experts.call](module, spread, *args, *(kwargs[name] for name in names[len(args) :]))
+
+
+def check_adapters(found: list[Experts]) -> None:
+    """Refuse experts whose parameters an adapter changes, as peft's `target_parameters` does.
+
+    Such an adapter holds the factors of all experts in matrices of its own, outside of the module that is spread.
+    """
+    for experts in found:
+        if "base_layer" in experts.name.split("."):
+            raise ValueError(f"an adapter wraps the expert parameters of {experts.name}; {_HOW_TO_ADAPT}")
+
+
+def _of_each_or_of_all(experts: Experts, module: nn.Module) -> list[str]:
+    """Parameters of submodules with E rows, where nothing beside them says that the rows are the experts."""
+    shapes = {path: module.get_parameter(path).shape for path in (*experts.stacked, *experts.shared) if "." in path}
+    of_experts = {path.rpartition(".")[0] for path, shape in shapes.items() if len(shape) == 3}
+    return [
+        path
+        for path, shape in shapes.items()
+        if shape[:1] == (experts.num_experts,) and (path in experts.shared or path.rpartition(".")[0] not in of_experts)
+    ]
 
 
 def _described(module: nn.Module) -> Experts:
@@ -167,6 +214,12 @@ def _described(module: nn.Module) -> Experts:
 def _why_none(model: nn.Module) -> str:
     """The nearest thing to experts in a model without any that can be spread."""
     for name, module in model.named_modules():
+        if routes_itself(module):
+            return (
+                f"{name or type(module).__name__} holds stacked parameters, but its forward takes "
+                f"{[*inspect.signature(type(module).forward).parameters][1:]} and is not proved to compute each row "
+                "with one expert; move its routing out of it, as am_moe.experts.MoE says"
+            )
         children = list(module.children())
         if "expert" in name.lower() and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(children) > 1:
             return f"{name} holds {len(children)} separate modules; stack their parameters as am_moe.experts.MoE does"

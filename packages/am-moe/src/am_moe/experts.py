@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from am_moe.rows_form import computes_rows_alone
+
 # How an experts module is called, by the names of what its forward takes. `routed`: tokens with their choices; `rows`:
 # as many rows for every expert, one expert after the other; `linear`: rows sorted by expert, and how many are each's.
+# A forward that takes `hidden_states` alone says nothing of routing: what it computes has to be proved.
 _CALLS = {
     ("hidden_states", "top_k_index", "top_k_weights"): "routed",
     ("hidden_states", "router_indices", "routing_weights"): "routed",
@@ -91,7 +94,8 @@ def find_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     Such a module has parameters whose first dim counts the experts (`gate_up_proj` of shape `(E, 2I, D)` and the like),
     an attribute `num_experts`, and a forward like that of `MoE`. All of transformers 5 is found, wherever it is in the
     model (multi-token-prediction heads and the towers of multimodal models too), and so is a module of your own.
-    `describe_experts` says what each is.
+    A module whose forward takes `hidden_states` alone is one only if `rows_form` proves that each row goes through the
+    expert of its place: a block that routes its tokens itself is none. `describe_experts` says what each is.
     """
     return [(experts.name, model.get_submodule(experts.name)) for experts in describe_experts(model)]
 
@@ -103,6 +107,8 @@ def describe_experts(model: nn.Module) -> list[Experts]:
 
 def describe(name: str, module: Any) -> Experts | None:
     """What one module is if it holds stacked experts, else None."""
+    if (spread := vars(module).get("spread_experts")) is not None:
+        return replace(spread.experts, name=name)
     arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
     call = _CALLS.get(arguments)
     counter = next((c for c in _COUNTS if isinstance(getattr(module, c, None), int)), None)
@@ -122,9 +128,18 @@ def describe(name: str, module: Any) -> Experts | None:
             stacked[path] = rows // experts
     if not stacked or not (cubes or call == "routed"):
         return None
+    if call == "rows" and not computes_rows_alone(module, list(stacked), experts):
+        return None
     shared = tuple(path for path in everything if path not in stacked)
     kind = type(module).__name__.removeprefix("FSDP")
     return Experts(name, kind, experts, call, arguments, stacked, shared, _has_identity(module), counter)
+
+
+def routes_itself(module: Any) -> bool:
+    """Whether a module holds stacked experts, but takes tokens without their routing and is of no proven form."""
+    counts = [count for name in _COUNTS if isinstance(count := getattr(module, name, None), int)]
+    own = [*module.parameters(recurse=False)]
+    return any(p.dim() == 3 and p.shape[0] in counts for p in own) and describe("", module) is None
 
 
 def _has_identity(module: Any) -> bool:

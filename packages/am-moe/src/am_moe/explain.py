@@ -40,13 +40,15 @@ class Explanation:
 
     @property
     def forward_bytes(self) -> float:
-        """Per token and layer: rows, ids (int64) and weights (float32) out, rows back; those that stay do not count."""
-        return self.rows * (2 * self.width * self.dtype.itemsize + self.choices * (8 + 4))
+        """Per token and layer: rows, weights (float32) and ids (int32) out, rows back; those that stay do not count."""
+        row, numbers = self.width * self.dtype.itemsize, 4 * self.choices
+        return self.rows * (row + _padded(row) + 2 * _padded(numbers))
 
     @property
     def backward_bytes(self) -> float:
         """Per token and layer: the gradients of what went forward, the other way; ids have none."""
-        return self.rows * (2 * self.width * self.dtype.itemsize + self.choices * 4)
+        row, numbers = self.width * self.dtype.itemsize, 4 * self.choices
+        return self.rows * (row + _padded(row) + _padded(numbers))
 
     @property
     def expert_bytes(self) -> float:
@@ -128,6 +130,11 @@ def explain(model: nn.Module, ep: int, *, data: int | None = None, choices: int 
         parameters=sum(p.numel() for p in model.parameters()),
         rows=leaving_rows(found[0].num_experts, choices, ep),
     )
+
+
+def _padded(size: int) -> int:
+    """What travels together starts at multiples of 16 bytes."""
+    return size + -size % 16
 
 
 def leaving_rows(experts: int, choices: int, ranks: int) -> float:

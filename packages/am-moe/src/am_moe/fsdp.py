@@ -11,9 +11,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from am_moe._torch_compat import reduce_unused
 from am_moe.evaluation import reshard_after_evaluation
+from am_moe.expert_parallel import check_adapters
 from am_moe.experts import Experts, describe_experts
-from am_moe.units import edges, layers, units_of_another_dtype
+from am_moe.same_towers import check_inputs_of_every_forward
+from am_moe.units import edges, layers, may_use_a_part, units_of_another_dtype
 
 
 def apply_fsdp(
@@ -52,7 +55,12 @@ def apply_fsdp(
         lm_head_precision: compute the head in this dtype (`"float32"` or `torch.float32`), as a unit of its own.
         wrap_outer_model: make the whole model the root unit; False makes each of its children one.
 
-    Collectives: those of FSDP2, over `fsdp_mesh` and `ep_shard_mesh`.
+    A parameter of a layer that chooses among modules (Switch Transformers' experts), or whose experts may all be passed
+    over (LongCat Flash), may be used on some ranks only: it gets zeros from the others, and on all ranks a gradient of
+    zeros where none used it. Ranks whose inputs would run different towers are refused in that forward.
+
+    Collectives: those of FSDP2, over `fsdp_mesh` and `ep_shard_mesh`; where the model has several stacks of layers, one
+        all-reduce of two numbers over `fsdp_mesh` in every forward (`same_towers`).
 
     Raises:
         ValueError: `ep_shard_enabled` without a mesh, meshes that do not cover each other, experts that `ep_enabled`
@@ -63,6 +71,8 @@ def apply_fsdp(
     if ep_enabled and ep_shard_enabled and ep_shard_mesh is None:
         raise ValueError("ep_shard_enabled=True needs ep_shard_mesh, the ranks that hold the same experts")
     check_units(model, ep_enabled, lm_head_precision, wrap_outer_model)
+    if ep_enabled:
+        check_adapters(found)
     head, head_dtype = _head(model, lm_head_precision)
     replicas = ep_shard_mesh if ep_enabled and ep_shard_enabled else None
     _check_cover(model, found, fsdp_mesh, ep_enabled, replicas)
@@ -92,6 +102,10 @@ def apply_fsdp(
     for root in [model] if wrap_outer_model else [c for c in model.children() if any(True for _ in c.parameters())]:
         if not isinstance(root, FSDPModule):
             fully_shard(root, **settings)
+    for layer in layers(model):
+        if may_use_a_part(layer):
+            reduce_unused(layer)
+    check_inputs_of_every_forward(model, fsdp_mesh)
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
 

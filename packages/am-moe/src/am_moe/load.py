@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from am_moe._torch_compat import in_backward
 from am_moe.experts import Experts, describe_experts
@@ -101,21 +103,19 @@ class ExpertLoad:
         spreads = [getattr(self._model.get_submodule(e.name), "spread_experts", None) for e in self._found]
         _sum_over(computed, mesh)
         _sum_over(computed, spreads[0].tp_mesh if spreads[0] is not None else None)
-        most, least, busiest, lost, choices = 1.0, 1.0, 1.0, 0, 0
-        for experts, spread, rows in zip(self._found, spreads, computed.tolist(), strict=True):
+        numbers = []
+        for experts, spread, rows in zip(self._found, spreads, computed.unbind(), strict=True):
             counts = totals[experts.name].double()
-            mean = max(counts.mean().item(), 1e-30)
-            most, least = max(most, counts.max().item() / mean), min(least, counts.min().item() / mean)
-            if spread is not None:
-                by_rank = counts.view(spread.mesh.size(), -1).sum(-1)
-                busiest = max(busiest, by_rank.max().item() / max(by_rank.mean().item(), 1e-30))
-                lost += int(counts.sum().item()) - rows
-                choices += int(counts.sum().item())
+            mean, ranks = counts.mean().clamp(min=1e-30), spread.mesh.size() if spread is not None else 1
+            lost, choices = (counts.sum() - rows, counts.sum()) if spread is not None else (counts.new_zeros(()),) * 2
+            by_rank = counts.view(ranks, -1).sum(-1) / (mean * (len(counts) // ranks))
+            numbers.append(torch.stack([counts.max() / mean, counts.min() / mean, by_rank.max(), lost, choices]))
+        most, least, busiest, lost, choices = torch.stack(numbers, dim=1).tolist()  # the one host sync
         return {
-            "load_max": most,
-            "load_min": least,
-            "load_rank_max": busiest,
-            "dropped": lost / choices if choices else 0.0,
+            "load_max": max(1.0, *most),
+            "load_min": min(1.0, *least),
+            "load_rank_max": max(1.0, *busiest),
+            "dropped": sum(lost) / sum(choices) if sum(choices) else 0.0,
         }
 
     def balance(self, mesh: DeviceMesh | None = None, rate: float = 1e-3) -> None:
@@ -128,11 +128,14 @@ class ExpertLoad:
             mesh: as in `total`.
             rate: how far a bias moves.
 
-        Collectives: those of `total`.
+        Collectives: those of `total`. Units of FSDP2 that are gathered are sharded again first.
 
         Raises:
             ValueError: no router has a correction bias with an entry for each expert.
         """
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward has gathered is a copy: a change of it would be lost
         biases = [(experts, _bias_of(self._model, experts)) for experts in self._found]
         if all(bias is None for _, bias in biases):
             raise ValueError(f"no router of {type(self._model).__name__} has a correction bias: none of {_BIASES}")
@@ -141,7 +144,7 @@ class ExpertLoad:
             for experts, bias in biases:
                 if bias is not None:
                     counts = totals[experts.name].double()
-                    bias += rate * (counts.mean() - counts).sign().to(bias).view_as(bias)
+                    _add(bias, rate * (counts.mean() - counts).sign())
 
 
 class _Count:
@@ -156,14 +159,15 @@ class _Count:
         number = self.experts.num_experts
         first, *rest = [*args, *(kwargs[name] for name in self.experts.arguments[len(args) :])]
         if self.experts.call == "routed":
-            counts = torch.bincount(rest[0].flatten().clamp(max=number), minlength=number + 1)[:number]
+            ids = rest[0].flatten().long().clamp(max=number)
+            counts = ids.new_zeros(number + 1).scatter_add_(0, ids, torch.ones_like(ids))[:number]
         elif self.experts.call == "linear":
             counts = torch.as_tensor(rest[0], device=first.device)
         else:
             counts = (first.detach() != 0).any(-1).view(number, -1).sum(-1)
         self.load.chosen[self.experts.name] += counts
 
-    def computed(self, rows: int) -> None:
+    def computed(self, rows: torch.Tensor) -> None:
         if not in_backward():
             self.load.computed[self.experts.name] += rows
 
@@ -171,6 +175,14 @@ class _Count:
 def _sum_over(counts: torch.Tensor, mesh: DeviceMesh | None) -> None:
     for axis in range(mesh.ndim if mesh is not None else 0):
         dist.all_reduce(counts, group=mesh.get_group(axis))
+
+
+def _add(bias: torch.Tensor, change_E: torch.Tensor) -> None:
+    """Add to a bias, or to this rank's part of one that FSDP2 has sharded."""
+    change = change_E.to(bias.dtype).view(bias.shape)
+    if isinstance(bias, DTensor):
+        change = DTensor.from_local(change, bias.device_mesh, run_check=False).redistribute(placements=bias.placements)
+    bias += change
 
 
 def _bias_of(model: nn.Module, experts: Experts) -> torch.Tensor | None:

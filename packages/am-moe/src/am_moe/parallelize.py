@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from am_moe._torch_compat import side_by_side
+from am_moe._torch_compat import axis, side_by_side
 from am_moe.checkpointing import apply_ac
-from am_moe.expert_parallel import apply_ep
-from am_moe.experts import find_experts
+from am_moe.expert_parallel import apply_ep, check_spread
+from am_moe.experts import find_experts, routes_itself
 from am_moe.fsdp import apply_fsdp, check_units
 
 
@@ -47,7 +47,8 @@ def parallelize_model(
         model: a transformers model or a pipeline part of one, real or on the meta device.
         world_mesh: the mesh of everything but experts.
         moe_mesh: the mesh of the experts over the same ranks; None without expert parallelism.
-        dp_axis_names: the data axes: one, or (replicate, shard) for HSDP.
+        dp_axis_names: the data axes: one, or (replicate, shard) for HSDP. Any may be a flattened axis of the mesh, such
+            as `dp_shard_cp`; the context axis is joined to the last one unless that has it already.
         cp_axis_name: the context axis; call the model with what `am_moe.context_parallel.shard_batch` returns.
         tp_axis_name: the tensor axis; needs `am-moe[tp]` where it has several ranks.
         ep_axis_name: the expert axis, of `moe_mesh`; None to keep experts whole.
@@ -63,7 +64,8 @@ def parallelize_model(
         `apply_cp` and the tensor plan.
 
     Raises:
-        ValueError: an axis that its mesh does not have, and what the steps raise; on every rank alike.
+        ValueError: an axis that its mesh does not have, data axes that go over the same ranks as each other or as the
+            tensor axis, and what the steps raise; on every rank alike.
         ImportError: a tensor axis without am-tp-plans.
     """
     _check_axes(world_mesh, moe_mesh, dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names)
@@ -73,6 +75,9 @@ def parallelize_model(
         raise ValueError(f"{asked} needs a tensor axis of several ranks; tp_axis_name is {tp_axis_name!r}")
     cp_mesh = _several(world_mesh, cp_axis_name)
     check_units(model, ep_axis_name is not None, lm_head_precision, wrap_outer_model)
+    spreads = moe_mesh is not None and ep_axis_name is not None and _has_experts_here(model)
+    if spreads:
+        check_spread(model, moe_mesh[ep_axis_name])
 
     if tp_mesh is not None:
         _apply_tp(model, tp_mesh, tp_shard_plan, sequence_parallel, keep_experts=ep_axis_name is not None)
@@ -80,7 +85,7 @@ def parallelize_model(
         from am_moe.context_parallel import apply_cp
 
         apply_cp(model, cp_mesh)
-    if moe_mesh is not None and ep_axis_name is not None and _has_experts_here(model):
+    if spreads:
         across = tp_mesh if tp_axis_name not in (moe_mesh.mesh_dim_names or ()) else None
         apply_ep(model, moe_mesh[ep_axis_name], moe_mesh, tp_mesh=across)
     if activation_checkpointing:
@@ -112,11 +117,32 @@ def _check_axes(world, moe, dp_names, cp_name, tp_name, ep_name, ep_shard_names)
         "ep_shard_axis_names": (moe, (ep_shard_names or ()) if ep_name else ()),
     }
     for argument, (mesh, names) in asked.items():
-        known = (mesh.mesh_dim_names or ()) if mesh is not None else ()
-        missing = [name for name in names if name not in known]
+        missing = [name for name in names if axis(mesh, name) is None]
         if missing:
             which = "moe_mesh" if argument.startswith("ep") else "world_mesh"
+            known = (mesh.mesh_dim_names or ()) if mesh is not None else ()
             raise ValueError(f"{argument}: {which} has no axis {missing[0]!r}; its axes are {known}")
+    _check_apart(world, (*dp_names, tp_name) if tp_name else dp_names)
+    if cp_name is not None and not _covers(world, dp_names[-1], cp_name):
+        _check_apart(world, (*dp_names, cp_name))
+    _check_apart(moe, (*(ep_shard_names or ()), ep_name) if ep_name else ())
+
+
+def _check_apart(mesh: DeviceMesh, names: tuple[str, ...]) -> None:
+    """Refuse axes of which two go over the same ranks, as a flattened axis and one of its own do."""
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if len(_ranks(mesh, first) & _ranks(mesh, second)) > 1:
+                raise ValueError(f"the axes {first!r} and {second!r} of {mesh.mesh_dim_names} go over the same ranks")
+
+
+def _covers(mesh: DeviceMesh, flattened: str, name: str) -> bool:
+    """Whether an axis has all ranks of another, as a flattened axis has those of each axis that it is made of."""
+    return _ranks(mesh, name) <= _ranks(mesh, flattened)
+
+
+def _ranks(mesh: DeviceMesh, name: str) -> set[int]:
+    return set(mesh[name].mesh.flatten().tolist())
 
 
 def _apply_tp(
@@ -148,9 +174,9 @@ def _within(key: str, experts: str) -> bool:
 def _has_experts_here(model: nn.Module) -> bool:
     """Whether there is something to spread. A pipeline part of a model with experts may have none: nothing to do.
 
-    A model that has none anywhere has, and `apply_ep` refuses it.
+    A model that has none anywhere, or only blocks that route themselves, has, and `apply_ep` refuses it.
     """
-    if find_experts(model):
+    if find_experts(model) or any(routes_itself(module) for module in model.modules()):
         return True
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -163,11 +189,15 @@ def _several(mesh: DeviceMesh, axis: str | None) -> DeviceMesh | None:
 
 
 def _joined(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh:
-    return mesh[axes[0]] if len(axes) == 1 else mesh[axes]._flatten("_".join(axes))
+    if len(axes) == 1:
+        return mesh[axes[0]]
+    own = all(name in (mesh.mesh_dim_names or ()) for name in axes)
+    return (mesh[axes] if own else side_by_side(mesh[axes[0]], mesh[axes[1]]))._flatten("_".join(axes))
 
 
 def _data_mesh(world: DeviceMesh, data: tuple[str, ...], context: str | None) -> DeviceMesh:
     """One axis, or (replicate, shard): ranks of the context axis hold other tokens, so they are data ranks too."""
     *replicate, shard = [name for name in data if world[name].size() > 1] or [data[-1]]
-    sharded = world[shard] if context is None else _joined(world, (shard, context))
+    alone = context is None or any(_covers(world, name, context) for name in data)
+    sharded = world[shard] if alone else _joined(world, (shard, context))
     return side_by_side(world[replicate[0]], sharded) if replicate else sharded

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from am_moe.experts import describe_experts
+
 
 def units_of_another_dtype(
     model: nn.Module, mp_policy: MixedPrecisionPolicy, besides: Iterable[nn.Parameter] = ()
@@ -122,6 +124,23 @@ def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
     inside = {id(module) for stack in stacks for module in stack.modules()}
     after = [module for module in after if id(module) not in inside]
     return after[0] if len(after) == 1 and "norm" in type(after[0]).__name__.lower() else None
+
+
+def stack_names(model: nn.Module) -> list[str]:
+    """The full names of the outermost `ModuleList`s with parameters."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(stack)] for stack in _stacks(model) if any(True for _ in stack.parameters())]
+
+
+def may_use_a_part(layer: nn.Module) -> bool:
+    """Whether a layer may leave parameters without a gradient: it holds several modules of one class to choose from,
+    such as experts one by one, or stacked experts among which ids mean the token itself."""
+    for module in layer.modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            kinds = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
+            if any(number > 1 for number in kinds.values()):
+                return True
+    return any(experts.identity for experts in describe_experts(layer))
 
 
 def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:

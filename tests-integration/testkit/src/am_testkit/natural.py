@@ -16,7 +16,9 @@ _SIDE = 16
 _TEXT = 7  # tokens of text in a row, beside those of images
 # What makes the default config of a type one that can be built and run small.
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-_HALF_MROPE = {"rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
+_HALF_MROPE = {
+    "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+}
 _TILES = {"image_grid_pinpoints": [[56, 112], [112, 56]]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
@@ -118,7 +120,11 @@ def _small_tower(model_type: str) -> dict[str, Any]:
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     if isinstance(size, int) and isinstance(patch, int):
         return {"image_size": 4 * patch}
-    return {"image_size": [4 * p for p in patch]} if isinstance(size, (list, tuple)) and isinstance(patch, (list, tuple)) else {}
+    return (
+        {"image_size": [4 * p for p in patch]}
+        if isinstance(size, (list, tuple)) and isinstance(patch, (list, tuple))
+        else {}
+    )
 
 
 def natural_batch(model: nn.Module, rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:

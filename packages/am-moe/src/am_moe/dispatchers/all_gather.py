@@ -6,32 +6,18 @@ ranks anyway. Ranks with fewer tokens than the most send rows that nobody reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
-from am_moe.collectives import all_gather, reduce_scatter
-from am_moe.dispatch import Received
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Attributes:
-    row_R: which of the gathered tokens each row is.
-    num_tokens: T.
-    most: the largest T of any rank.
-    """
-
-    row_R: torch.Tensor
-    num_tokens: int
-    most: int
+from am_moe.collectives import all_gather, counts_of_all, reduce_scatter
+from am_moe.dispatch import Received, count_choices
+from am_moe.payload import pack, unpack
 
 
 class AllGather:
-    """Collectives (expert axis) of `dispatch`: forward an all-gather each of counts (with a host sync), ids, rows and
-    weights; backward a reduce-scatter each of rows and weights. Of `combine`: a reduce-scatter of rows forward, an
-    all-gather backward."""
+    """Collectives (expert axis) of `dispatch`: forward an all-gather of counts, with the one host sync, and one of
+    rows, weights and ids together; backward a reduce-scatter each of rows and weights. Of `combine`: a reduce-scatter
+    of rows forward, an all-gather backward. `Received.back` is T."""
 
     def dispatch(
         self,
@@ -42,20 +28,17 @@ class AllGather:
         group: dist.ProcessGroup,
     ) -> Received:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        most = int(all_gather(torch.tensor([len(x_TD)], device=x_TD.device), group).max())
-        none = ranks * num_local_experts
-        ids_GK = all_gather(_padded(ids_TK, most, none), group) - rank * num_local_experts
-        row_R = ((ids_GK >= 0) & (ids_GK < num_local_experts)).any(-1).nonzero().squeeze(-1)
-        x_GD, weights_GK = _Gather.apply(group, _padded(x_TD, most), _padded(weights_TK, most))
-        ids_RK = ids_GK[row_R]
-        ids_RK = torch.where(ids_RK < 0, num_local_experts, ids_RK)
-        return Received(x_GD[row_R], ids_RK, weights_GK[row_R], Gathered(row_R, x_TD.shape[0], most))
+        _, choices_P = count_choices(ids_TK, num_local_experts, ranks)
+        counts = counts_of_all(torch.cat([choices_P, choices_P.new_full((1,), len(x_TD))]), group)
+        most, choices = max(counts[:, -1].tolist()), sum(counts[:, rank].tolist())
+        ids_GK = _padded(ids_TK, most, ranks * num_local_experts)
+        x_GD, weights_GK, ids_GK = _Gather.apply(group, _padded(x_TD, most), _padded(weights_TK, most), ids_GK)
+        ids_GK = ids_GK - rank * num_local_experts
+        ids_GK = torch.where((ids_GK < 0) | (ids_GK > num_local_experts), num_local_experts, ids_GK)
+        return Received(x_GD, ids_GK, weights_GK, x_TD.shape[0], choices)
 
     def combine(self, out_RF: torch.Tensor, received: Received, group: dist.ProcessGroup) -> torch.Tensor:
-        gathered: Gathered = received.back
-        size = gathered.most * dist.get_world_size(group)
-        out_GF = out_RF.new_zeros(size, out_RF.shape[1]).index_copy(0, gathered.row_R, out_RF)
-        return _SumOfRanks.apply(group, out_GF)[: gathered.num_tokens]
+        return _SumOfRanks.apply(group, out_RF)[: received.back]
 
 
 def _padded(tensor: torch.Tensor, rows: int, value: float = 0) -> torch.Tensor:
@@ -63,16 +46,19 @@ def _padded(tensor: torch.Tensor, rows: int, value: float = 0) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of some tensors of even sizes; backward sums the gradients of each rank's part over the ranks."""
+    """All-gather of rows, weights and ids of even sizes; backward sums the gradients of each rank's part over the
+    ranks."""
 
     @staticmethod
-    def forward(ctx, group, *tensors):
+    def forward(ctx, group, x, weights, ids):
         ctx.group = group
-        return tuple(all_gather(t, group) for t in tensors)
+        x, weights, ids = unpack(all_gather(pack([x, weights, ids]), group), [x, weights, ids])
+        ctx.mark_non_differentiable(ids)
+        return x, weights, ids
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, *(reduce_scatter(g, ctx.group) for g in gradients)
+        return None, *(reduce_scatter(g, ctx.group) for g in gradients[:2]), None
 
 
 class _SumOfRanks(torch.autograd.Function):

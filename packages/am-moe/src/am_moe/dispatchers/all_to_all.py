@@ -10,28 +10,29 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from am_moe.collectives import all_to_all
-from am_moe.dispatch import Received, sum_rows, take_rows
+from am_moe.collectives import all_to_all, counts_of_all
+from am_moe.dispatch import Received, count_choices
+from am_moe.ordering import Rows, add_up, by_rank
+from am_moe.payload import pack, unpack
 
 
 @dataclass(frozen=True)
 class Routes:
     """Attributes:
-    token_S: which of this rank's tokens each sent row was.
-    num_tokens: T.
+    rows: which of this rank's tokens each sent row was, rank by rank.
     sent: rows sent to each rank.
     received: rows received from each rank.
     """
 
-    token_S: torch.Tensor
-    num_tokens: int
+    rows: Rows
     sent: list[int]
     received: list[int]
 
 
 class AllToAll:
-    """Collectives (expert axis) of `dispatch`: forward an all-to-all each of counts (with a host sync), ids, rows and
-    weights; backward one each of rows and weights. Of `combine`: one of rows forward, one backward."""
+    """Collectives (expert axis) of `dispatch`: forward an all-gather of counts, with the one host sync, and an
+    all-to-all of rows, weights and ids together; backward one of the gradients of rows and weights. Of `combine`: one
+    of rows forward, one backward."""
 
     def dispatch(
         self,
@@ -41,40 +42,56 @@ class AllToAll:
         num_local_experts: int,
         group: dist.ProcessGroup,
     ) -> Received:
-        ranks = dist.get_world_size(group)
-        owner_TK = torch.div(ids_TK, num_local_experts, rounding_mode="floor")
-        needs_PT = torch.stack([(owner_TK == p).any(-1) for p in range(ranks)])
-        owner_S, token_S = needs_PT.nonzero(as_tuple=True)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        owner_TK, choices_P = count_choices(ids_TK, num_local_experts, ranks)
+        needs_TP = owner_TK.new_zeros(len(ids_TK), ranks + 1, dtype=torch.bool).scatter_(1, owner_TK, True)[:, :ranks]
+        counts_PP2 = counts_of_all(torch.stack([needs_TP.sum(0), choices_P], dim=1), group)
+        sent = counts_PP2[rank, :, 0].tolist()
+        received, choices = counts_PP2[:, rank].t().tolist()
 
-        sent_P = needs_PT.sum(-1)
-        received_P = all_to_all(sent_P, [1] * ranks, [1] * ranks, group)
-        sent, received = torch.stack([sent_P, received_P]).tolist()
-
-        here_SK = owner_TK[token_S] == owner_S[:, None]
-        ids_SK = torch.where(here_SK, ids_TK[token_S] - owner_S[:, None] * num_local_experts, num_local_experts)
-        weights_SK = torch.where(here_SK, weights_TK[token_S], 0)
-        ids_RK = all_to_all(ids_SK, sent, received, group)
-        rows_RD, weights_RK = _Exchange.apply(sent, received, group, take_rows(x_TD, token_S), weights_SK)
-        return Received(rows_RD, ids_RK, weights_RK, Routes(token_S, x_TD.shape[0], sent, received))
+        rank_S, rows = by_rank(needs_TP, sum(sent))
+        ids_SK = ids_TK[rows.source] - rank_S[:, None] * num_local_experts
+        ids_SK = torch.where((ids_SK < 0) | (ids_SK > num_local_experts), num_local_experts, ids_SK).int()
+        rows_RD, weights_RK, ids_RK = _Send.apply(Routes(rows, sent, received), group, x_TD, weights_TK, ids_SK)
+        return Received(rows_RD, ids_RK, weights_RK, Routes(rows, sent, received), sum(choices))
 
     def combine(self, out_RF: torch.Tensor, received: Received, group: dist.ProcessGroup) -> torch.Tensor:
         routes: Routes = received.back
-        (back_SF,) = _Exchange.apply(routes.received, routes.sent, group, out_RF)
-        return sum_rows(back_SF, routes.token_S, routes.num_tokens)
+        return routes.rows.sum(_Return.apply(routes, group, out_RF))
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all of the rows of some tensors; backward sends the gradients the other way, in the same order.
+class _Send(torch.autograd.Function):
+    """Rows with weights and ids to the ranks that need them; backward brings the gradients of both, and adds them up.
 
-    One node for all tensors: ranks whose graphs differ, because one got no rows, still issue the same collectives in
-    the same order.
+    One node for all: ranks whose graphs differ, because one got no rows, still issue the same collectives in the same
+    order.
     """
 
     @staticmethod
-    def forward(ctx, sent, received, group, *tensors):
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return tuple(all_to_all(t, sent, received, group) for t in tensors)
+    def forward(ctx, routes, group, x_TD, weights_TK, ids_SK):
+        ctx.routes, ctx.group = routes, group
+        ctx.like = x_TD.new_empty(0, x_TD.shape[1]), weights_TK.new_empty(0, weights_TK.shape[1])
+        sent = [x_TD[routes.rows.source], weights_TK[routes.rows.source], ids_SK]
+        rows_RD, weights_RK, ids_RK = unpack(all_to_all(pack(sent), routes.sent, routes.received, group), sent)
+        ctx.mark_non_differentiable(ids_RK)
+        return rows_RD, weights_RK, ids_RK
 
     @staticmethod
     def backward(ctx, *gradients):
-        return None, None, None, *(all_to_all(g, ctx.received, ctx.sent, ctx.group) for g in gradients)
+        routes = ctx.routes
+        back = all_to_all(pack(gradients[:2]), routes.received, routes.sent, ctx.group)
+        found = [add_up(g, routes.rows.index, routes.rows.start) for g in unpack(back, ctx.like)]
+        return None, None, *found, None
+
+
+class _Return(torch.autograd.Function):
+    """Results to the ranks of their tokens; backward sends the gradients the other way, in the same order."""
+
+    @staticmethod
+    def forward(ctx, routes, group, out_RF):
+        ctx.routes, ctx.group = routes, group
+        return all_to_all(out_RF, routes.received, routes.sent, group)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return None, None, all_to_all(gradients[0], ctx.routes.sent, ctx.routes.received, ctx.group)
