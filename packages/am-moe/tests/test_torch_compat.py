@@ -9,7 +9,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from am_moe._torch_compat import all_gather, group_of, in_backward, reduce_scatter, side_by_side
+from am_moe._torch_compat import (
+    all_gather,
+    by_argument,
+    fake_mode,
+    group_of,
+    in_backward,
+    is_fake,
+    needs_numbers,
+    operator_name,
+    reduce_scatter,
+    side_by_side,
+    storage_key,
+    written_arguments,
+)
 
 
 def test_a_backward_is_told_from_a_forward():
@@ -58,3 +71,31 @@ def test_tensors_are_gathered_and_summed_in_one_piece_without_a_warning():
         reduce_scatter(part, whole)
     assert whole.tolist() == [1.0, 1.0, 2.0, 2.0]
     assert part.tolist() == [2.0 * (dist.get_rank() + 1)] * 2
+
+
+def test_fake_tensors_have_shapes_and_no_numbers():
+    with fake_mode():
+        tensor = torch.empty(2, 3)
+        assert is_fake(tensor)
+        assert is_fake(tensor + torch.ones(3))
+        assert tuple((tensor @ tensor.mT).shape) == (2, 2)
+        with pytest.raises(Exception) as error:  # noqa: PT011  the type is torch's own
+            tensor.sum().item()
+    assert needs_numbers(error.value)
+    assert not needs_numbers(ValueError("another"))
+    assert not is_fake(torch.ones(2))
+
+
+def test_views_share_the_identity_of_their_memory():
+    tensor = torch.ones(4)
+    assert storage_key(tensor) == storage_key(tensor[1:]) != storage_key(tensor.clone())
+
+
+def test_an_operator_says_what_it_is_given_and_what_it_writes_into():
+    one, two = torch.ones(2), torch.ones(2)
+    add = torch.ops.aten.add_.Tensor
+    given = by_argument(add, (one, two), {"alpha": 2})
+    assert given == {"self": one, "other": two, "alpha": 2}
+    assert written_arguments(add, given) == [one]
+    assert operator_name(add) == "add_"
+    assert written_arguments(torch.ops.aten.add.Tensor, given) == []

@@ -65,7 +65,12 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
     Returns:
         The model.
 
-    Collectives: none here. In a forward, an all-gather of positions over `cp_mesh`; in every attention those of
+    What of the model is not attention is read before the first forward of each form of calls (`prove.py`): it is exact
+    on this rank's tokens, or on whole sequences where it has to see them, or refused. Logits that are per token are of
+    this rank's tokens; what pools, or is a slice of the sequence, is whole and the same on every rank.
+
+    Collectives: none here. In a forward, an all-gather of positions over `cp_mesh`, and where a model needs whole
+        sequences before or behind its stack, one of each tensor concerned; in every attention those of
         `shared_attention` over the first axis and `spread_heads` over the last; in every linear attention, SSM and
         convolution those of `run_on_whole_sequences` over both.
 

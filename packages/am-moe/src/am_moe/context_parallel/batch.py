@@ -24,8 +24,9 @@ def shard_batch(
     """This rank's part of a batch that every rank of the context axis holds whole.
 
     Tensors whose first dims are those of `input_ids` (or `inputs_embeds`) are cut along the sequence, one chunk from
-    the head and one from the tail per rank. Labels are shifted first, over the whole sequence, so that the last token
-    of a chunk predicts the first of the next.
+    the head and one from the tail per rank. Labels are cut as they are, for losses that do not shift, and shifted over
+    the whole sequence first, so that the last token of a chunk predicts the first of the next. What there is one of for
+    a row (`labels` of sequence classification, `start_positions`) stays whole.
 
     The result goes to a transformers model as it is, `model(**shard)`: the loss it returns is the sum over this rank's
     labels divided by `num_items_in_batch`, so that **the average of the ranks' losses is the mean over all labels**,
@@ -43,10 +44,11 @@ def shard_batch(
             whatever its number of labels.
 
     Returns:
-        The batch with `position_ids` and, if there were labels, `labels` and `shift_labels` (this rank's, equal, and
-        both shifted) and `num_items_in_batch` (a float tensor).
+        The batch with `position_ids` and, if there were labels of tokens, `labels` and `shift_labels` (this rank's)
+        and how many of each that are not -100 there are, divided by the ranks: `num_labels_in_batch` and
+        `num_items_in_batch` (float tensors).
 
-    Collectives: one all-reduce of a number over `average_mesh`, if given.
+    Collectives: one all-reduce of two numbers over `average_mesh`, if given.
 
     Raises:
         ValueError: a length that does not divide by twice the ranks of the axis, tensors of other shapes; on every

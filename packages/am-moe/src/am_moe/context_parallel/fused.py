@@ -26,7 +26,8 @@ def fused_forward(
     Kernels know one width: the narrower of the two is padded with zeros, which add nothing to a product.
     """
     if q.shape[-1] != v.shape[-1]:
-        out, lse = fused_forward(*_of_one_width(q, k, v), kind, scale)
+        one_q, one_k, one_v = _of_one_width(q, k, v)
+        out, lse = fused_forward(one_q, one_k, one_v, kind, scale)
         return out[..., : v.shape[-1]], lse
     if kind is Kind.REVERSED:  # the other way round it is causal
         out, lse = fused_forward(q.flip(2), k.flip(2), v.flip(2), Kind.CAUSAL, scale)

@@ -105,9 +105,9 @@ class Rule:
         cut = [block]
         if self.earliest is not None:
             cut = [part for q in self._documents(block.queries) if (part := self.block(q, block.keys)) is not None]
-        if self.before is None or self.after != 0:
+        if self.after != 0:
             return cut
-        return [piece for part in cut for piece in (self._triangles(part) if part.kind is Kind.PARTIAL else [part])]
+        return [piece for part in cut for piece in (self._edges(part) if part.kind is Kind.PARTIAL else [part])]
 
     @cached_property
     def _rows_agree(self) -> bool:
@@ -121,9 +121,12 @@ class Rule:
         starts = self._starts[bisect_right(self._starts, queries[0]) : bisect_left(self._starts, queries[1])]
         yield from pairwise([queries[0], *starts, queries[1]])
 
-    def _triangles(self, block: Block) -> Iterator[Block]:
-        """The tiles of a window's size, in which its two edges are diagonals."""
-        before = self.before or 0
+    def _edges(self, block: Block) -> Iterator[Block]:
+        """Along a causal diagonal, and the other edge of a window: in tiles of its size both are diagonals."""
+        if self.before is None:
+            yield from _below(*block.queries, *block.keys)
+            return
+        before = self.before
         size = before + 1
         k0, k1 = block.keys
         for tile in range(block.queries[0] // size * size, block.queries[1], size):
