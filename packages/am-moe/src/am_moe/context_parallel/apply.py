@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -92,7 +91,7 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         try:
             for config in configs:
                 config._attn_implementation = name
-            context.prove(context.tokens_alone())
+            context.prove(model, context.tokens_alone())
         except ValueError:
             for config, implementation in zip(configs, before, strict=True):
                 config._attn_implementation = implementation
@@ -127,7 +126,7 @@ class _Context:
         self.names_all = all(p.kind is not p.VAR_KEYWORD for p in self.parameters.values())
         self.parts: Any = None  # positions and padding of a forward
         self.sequence: Sequence | None = None  # what they say together with those of the other ranks
-        self.model, self.known = weakref.ref(model), known_modules(model)
+        self.known = known_modules(model)
         self.reading: Reading | None = None  # while the model's code is read
         self.proofs: dict[tuple, Proof] = {}  # by the form of the call
         self.proof: Proof | None = None  # of the forward that runs
@@ -162,7 +161,7 @@ class _Context:
             given["use_cache"] = False
         self.labels = {name: given[name] for name in (*LABELS, *COUNTS.values()) if name in given}
         given = {n: x for n, x in given.items() if n in self.parameters or not (self.names_all or n in _OURS)}
-        proof = self.prove(self._call(given, shape, mask is not None))
+        proof = self.prove(model, self._call(given, shape, mask is not None))
         self.parts, self.sequence, self.proof = (positions.expand(shape), mask), None, proof
         return (), self._divided(given, shape, proof)
 
@@ -176,15 +175,14 @@ class _Context:
 
     def tokens_alone(self) -> Call:
         """The least that a forward can be given."""
-        ids = torch.ones(2, 12, dtype=torch.int64)
+        ids = torch.ones(1, 12, dtype=torch.int64)
         given = {"input_ids": ids, "attention_mask": ids, "position_ids": ids, "use_cache": False}
         given = {name: x for name, x in given.items() if name in self.parameters}
-        return self._call(given, (2, 12), padded=False)
+        return self._call(given, (1, 12), padded=False)
 
     @torch.compiler.disable
-    def prove(self, call: Call) -> Proof | None:
+    def prove(self, model: nn.Module, call: Call) -> Proof | None:
         """In which way a call is exact, found once for each form of calls; None for a part of a pipeline."""
-        model: Any = self.model()
         if is_part_of_pipeline(model):
             return None
         form = (call.form(), model.training)

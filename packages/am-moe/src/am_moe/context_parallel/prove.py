@@ -186,9 +186,11 @@ class _Runs:
             with running(reading, skeleton):
                 output = skeleton(**given)
             return reading, output
-        except (UnprovenError, ValueError):
+        except UnprovenError:
             raise
-        except Exception as error:  # of any kind: its code did not expect a part of a sequence
+        except Exception as error:  # of any kind: its code may not expect a part of a sequence
+            if recorded is None and isinstance(error, ValueError):  # the model's own, or a mask that is not known
+                raise
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise UnprovenError(f"cannot be read, its forward ends with {what}") from error
         finally:

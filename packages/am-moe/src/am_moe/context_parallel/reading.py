@@ -263,7 +263,7 @@ class Reading(TorchDispatchMode):
             origins = self.origins.get(tensor, frozenset())
             state = self.state(tensor)
             if state is not None and self.mask_may_differ and origins == {"attention_mask"}:
-                continue  # whether a rank has padding: none has, or mixers are given a mask on every rank if any has one
+                continue  # none has padding, or mixers are given a mask on every rank if any rank has one
             if state is not None:
                 reason = state.reason if isinstance(state, Wrong) else f"reads ({name}) one rank's tokens"
                 raise UnprovenError(f"decides by what {reason}" if isinstance(state, Wrong) else reason)
