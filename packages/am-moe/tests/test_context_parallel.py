@@ -307,10 +307,10 @@ def test_parts_of_a_tensor_are_dealt_from_both_ends_and_put_together_again():
 @pytest.mark.ranks(2)
 def test_labels_are_shifted_before_they_are_cut():
     shard = shard_batch({"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}, mesh_for("p2p"))
-    expected = [[1, 2, 7, -100], [3, 4, 5, 6]][dist.get_rank()]
-    assert shard["shift_labels"].tolist() == shard["labels"].tolist() == [expected]
+    assert shard["shift_labels"].tolist() == [[[1, 2, 7, -100], [3, 4, 5, 6]][dist.get_rank()]]
+    assert shard["labels"].tolist() == shard["input_ids"].tolist()  # for losses that do not shift
     assert shard["position_ids"].tolist() == [[[0, 1, 6, 7], [2, 3, 4, 5]][dist.get_rank()]]
-    assert shard["num_items_in_batch"].item() == 3.5
+    assert (shard["num_items_in_batch"].item(), shard["num_labels_in_batch"].item()) == (3.5, 4.0)
 
 
 @pytest.mark.ranks(2)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_moe.context_parallel import Kind, Plan, Rule, head_tail
+from am_moe.context_parallel import Block, Kind, Plan, Rule, head_tail, kernel
 from am_moe.context_parallel.heads import repeated_for
 from am_moe.context_parallel.kernel import Scores, block_backward, block_forward, merge
 from am_moe.context_parallel.masks import describe, recognise
@@ -161,7 +162,8 @@ def dense(q, k, v, mask, scale, softcap):
 @pytest.mark.parametrize("value_width", [10, 6])
 @pytest.mark.parametrize("before", [None, 299])
 @pytest.mark.parametrize("starts", [None, [0, 500, 800]])
-def test_blocks_larger_than_a_tile_join_to_dense_attention(softcap, value_width, before, starts):
+def test_blocks_larger_than_a_tile_join_to_dense_attention(softcap, value_width, before, starts, monkeypatch):
+    monkeypatch.setattr(kernel, "_SCORES", 2**18)
     torch.manual_seed(0)
     seq_len = 1100
     groups = None
@@ -182,6 +184,74 @@ def test_blocks_larger_than_a_tile_join_to_dense_attention(softcap, value_width,
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
         for actual, target in zip(block_backward(grad, q, k, v, out, lse, block, scores), wanted, strict=True):
             torch.testing.assert_close(actual, target, rtol=1e-11, atol=1e-11)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute, and those of them that are the fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = self.all = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.fused += "flash_attention" in func.name()
+        self.all += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+LONG = 2048
+PADDING = torch.ones(2, LONG, dtype=torch.bool)
+PADDING[0, :350] = PADDING[1, 1500:] = False
+POSITIONS = torch.arange(LONG)[None].repeat(2, 1)
+POSITIONS[0, 750:] -= 750
+POSITIONS[1, 1450:] -= 1450
+POSITIONS[1, 350:1450] -= 350
+# What a layer's attention is; how many launches of the fused kernel, and of anything, its block of a rank may take.
+CASES = {
+    "values of another width": ({"widths": (24, 16)}, 1, 8),
+    "padding, on other sides of the rows": ({"valid": PADDING}, 3, 60),
+    "padding, a window": ({"valid": PADDING, "before": 1023}, 8, 170),
+    "documents, other ones in each row": ({"positions": POSITIONS}, 5, 100),
+    "a soft-cap": ({"softcap": 2.0}, 0, 60),
+    "a soft-cap and padding": ({"softcap": 2.0, "valid": PADDING}, 0, 60),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_launches_few_kernels_however_long_it_is(case):
+    settings, fused, most = CASES[case]
+    torch.manual_seed(0)
+    width, value_width = settings.get("widths", (16, 16))
+    q, k = (torch.randn(2, 1, LONG, width, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, 1, LONG, value_width, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 1, LONG, value_width, dtype=torch.float64)
+    positions = settings.get("positions", torch.arange(LONG)[None].expand(2, -1))
+    mask = describe(positions, settings.get("valid"), 1).mask(settings.get("before"), 0)
+    softcap = settings.get("softcap")
+    scores = Scores(mask.plan.rule, 0.3, softcap, mask.query_groups_BN, mask.key_groups_BN, mask.rows)
+    (block,) = mask.plan.blocks(0, 0)
+    with torch.no_grad(), Launches() as forward:
+        out, lse = block_forward(q, k, v, block, scores)
+    with torch.no_grad(), Launches() as backward:
+        gradients = block_backward(grad, q, k, v, out, lse, block, scores)
+    assert (forward.fused, backward.fused) == (fused, fused)
+    assert max(forward.all, backward.all) <= most
+    seen = seen_by(mask.plan, None)[None, None]
+    if mask.key_groups_BN is not None:
+        seen = seen & (mask.query_groups_BN[:, None, :, None] == mask.key_groups_BN[:, None, None, :])
+    some = seen.any(-1, keepdim=True)  # a query that sees no key returns zeros
+    expected = dense(q, k, v, seen | ~some, 0.3, softcap).where(some, 0.0)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    wanted = torch.autograd.grad(expected, (q, k, v), grad)
+    for actual, target in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(actual, target, rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_are_planned_once_for_all_layers():
+    mask = describe(POSITIONS, None, 2).mask(None, 0)
+    assert mask.plan.blocks(0, 1) is mask.plan.blocks(0, 1)
+    block = Block((0, LONG), (0, LONG), Kind.PARTIAL)
+    assert mask.rows[0].parts(block) is mask.rows[0].parts(block)
 
 
 def test_joining_with_nothing_changes_nothing():

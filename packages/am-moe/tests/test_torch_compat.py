@@ -15,16 +15,23 @@ from torch.distributed.tensor import DTensor
 from am_moe._torch_compat import (
     all_gather,
     axis,
+    by_argument,
     end_forward,
+    fake_mode,
     group_of,
     in_backward,
+    is_fake,
     is_unsharded,
+    needs_numbers,
+    operator_name,
     reduce_scatter,
     reduce_unused,
     side_by_side,
+    storage_key,
     unit_key,
     unit_parameters,
     writes,
+    written_arguments,
 )
 
 
@@ -147,3 +154,31 @@ def test_a_torch_that_cannot_reduce_what_is_unused_is_told():
 
     with pytest.raises(ValueError, match=r"Old may use other parameters on each rank, .* use torch 2\.13 or newer"):
         reduce_unused(Old())
+
+
+def test_fake_tensors_have_shapes_and_no_numbers():
+    with fake_mode():
+        tensor = torch.empty(2, 3)
+        assert is_fake(tensor)
+        assert is_fake(tensor + torch.ones(3))
+        assert tuple((tensor @ tensor.mT).shape) == (2, 2)
+        with pytest.raises(Exception) as error:  # noqa: PT011  the type is torch's own
+            tensor.sum().item()
+    assert needs_numbers(error.value)
+    assert not needs_numbers(ValueError("another"))
+    assert not is_fake(torch.ones(2))
+
+
+def test_views_share_the_identity_of_their_memory():
+    tensor = torch.ones(4)
+    assert storage_key(tensor) == storage_key(tensor[1:]) != storage_key(tensor.clone())
+
+
+def test_an_operator_says_what_it_is_given_and_what_it_writes_into():
+    one, two = torch.ones(2), torch.ones(2)
+    add = torch.ops.aten.add_.Tensor
+    given = by_argument(add, (one, two), {"alpha": 2})
+    assert given == {"self": one, "other": two, "alpha": 2}
+    assert written_arguments(add, given) == [one]
+    assert operator_name(add) == "add_"
+    assert written_arguments(torch.ops.aten.add.Tensor, given) == []

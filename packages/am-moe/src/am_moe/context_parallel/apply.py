@@ -13,11 +13,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from am_moe.context_parallel.batch import unshard_sequence
+from am_moe.context_parallel.batch import COUNTS, IGNORED, unshard_sequence
+from am_moe.context_parallel.ends import cut_tokens, gather_tokens
 from am_moe.context_parallel.heads import gather_heads, repeated_for, spread_heads
 from am_moe.context_parallel.kernel import Scores
 from am_moe.context_parallel.masks import ContextMask, Sequence, describe, recognise
 from am_moe.context_parallel.mixers import Running, run_on_whole_sequences
+from am_moe.context_parallel.nested import map_tensors
+from am_moe.context_parallel.plan import Plan, Rule
+from am_moe.context_parallel.prove import LABELS, Call, Proof, prove
+from am_moe.context_parallel.reading import Reading
 from am_moe.context_parallel.ring import shared_attention
 from am_moe.context_parallel.rotary import show_whole_length, tables_by_length
 from am_moe.context_parallel.support import (
@@ -25,6 +30,8 @@ from am_moe.context_parallel.support import (
     check_supported,
     configs_of,
     engine_attention,
+    is_part_of_pipeline,
+    known_modules,
     mixers,
     registry_attention,
     towers,
@@ -33,6 +40,8 @@ from am_moe.context_parallel.transport import place
 
 COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 _PREFIX = "am_moe_context_parallel"
+# What shard_batch adds, of which a forward may know nothing.
+_OURS = frozenset({"num_labels_in_batch"})
 _numbers = itertools.count()
 
 
@@ -55,7 +64,12 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
     Returns:
         The model.
 
-    Collectives: none here. In a forward, an all-gather of positions over `cp_mesh`; in every attention those of
+    What of the model is not attention is read before the first forward of each form of calls (`prove.py`): it is exact
+    on this rank's tokens, or on whole sequences where it has to see them, or refused. Logits that are per token are of
+    this rank's tokens; what pools, or is a slice of the sequence, is whole and the same on every rank.
+
+    Collectives: none here. In a forward, an all-gather of positions over `cp_mesh`, and where a model needs whole
+        sequences before or behind its stack, one of each tensor concerned; in every attention those of
         `shared_attention` over the first axis and `spread_heads` over the last; in every linear attention, SSM and
         convolution those of `run_on_whole_sequences` over both.
 
@@ -73,9 +87,18 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         configs = configs_of(model)
         _check_configs(type(model).__name__, configs, cp_mesh, cp_comm_type)
         context = _Context(model, cp_mesh, cp_comm_type)
-        name = _register(context)
-        for config in configs:
-            config._attn_implementation = name
+        name, before = _register(context), [config._attn_implementation for config in configs]
+        try:
+            for config in configs:
+                config._attn_implementation = name
+            context.prove(model, context.tokens_alone())
+        except ValueError:
+            for config, implementation in zip(configs, before, strict=True):
+                config._attn_implementation = implementation
+            raise
+        if stack := context.known.stack:
+            model.get_submodule(stack).register_forward_pre_hook(context.before_stack, with_kwargs=True)
+            model.get_submodule(stack).register_forward_hook(context.after_stack, prepend=True)
         for table in tables_by_length(model):
             show_whole_length(table, context.last_position)
         for inner, module in mixers(model):
@@ -100,8 +123,14 @@ class _Context:
         self.heads_group = mesh.get_group(mesh.ndim - 1) if heads else None
         self.ring_group = None if comm_type == "a2a" else mesh.get_group(0)
         self.parameters = inspect.signature(model.forward).parameters
+        self.names_all = all(p.kind is not p.VAR_KEYWORD for p in self.parameters.values())
         self.parts: Any = None  # positions and padding of a forward
         self.sequence: Sequence | None = None  # what they say together with those of the other ranks
+        self.known = known_modules(model)
+        self.reading: Reading | None = None  # while the model's code is read
+        self.proofs: dict[tuple, Proof] = {}  # by the form of the call
+        self.proof: Proof | None = None  # of the forward that runs
+        self.labels: dict[str, Any] = {}  # and its labels and their counts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
         """A copy of the model shares it: groups cannot be copied, and both copies' configs name these functions."""
@@ -125,19 +154,105 @@ class _Context:
             )
         if mask is not None and tuple(mask.shape) != shape:
             raise ValueError(f"attention_mask must be {shape}, 1 for tokens and 0 for padding; got {tuple(mask.shape)}")
-        self.parts, self.sequence = (positions.expand(shape), mask), None
         # With a mask, transformers does not look for documents in this rank's positions, which jump between chunks.
         if mask is None and "attention_mask" in self.parameters:
             given["attention_mask"] = torch.ones(shape, dtype=torch.int64, device=tokens.device)
         if "use_cache" in self.parameters:
             given["use_cache"] = False
-        return (), given
+        self.labels = {name: given[name] for name in (*LABELS, *COUNTS.values()) if name in given}
+        given = {n: x for n, x in given.items() if n in self.parameters or not (self.names_all or n in _OURS)}
+        proof = self.prove(model, self._call(given, shape, mask is not None))
+        self.parts, self.sequence, self.proof = (positions.expand(shape), mask), None, proof
+        return (), self._divided(given, shape, proof)
 
-    def after_forward(self, *_: Any) -> None:
-        self.parts = self.sequence = None
+    def _call(self, given: dict[str, Any], shape: tuple[int, int], padded: bool) -> Call:
+        by_tokens = {
+            name for name, x in given.items()
+            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
+            and (name not in LABELS or not x.is_floating_point())
+        }  # fmt: skip
+        return Call(given, frozenset(by_tokens), *shape, self.mesh.size(), padded)
+
+    def tokens_alone(self) -> Call:
+        """The least that a forward can be given."""
+        ids = torch.ones(1, 12, dtype=torch.int64)
+        given = {"input_ids": ids, "attention_mask": ids, "position_ids": ids, "use_cache": False}
+        given = {name: x for name, x in given.items() if name in self.parameters}
+        return self._call(given, (1, 12), padded=False)
+
+    @torch.compiler.disable
+    def prove(self, model: nn.Module, call: Call) -> Proof | None:
+        """In which way a call is exact, found once for each form of calls; None for a part of a pipeline."""
+        if is_part_of_pipeline(model):
+            return None
+        form = (call.form(), model.training)
+        if form not in self.proofs:
+            self.proofs[form] = prove(model, self.known, call, self._watched)
+        return self.proofs[form]
+
+    def _watched(self, reading: Reading | None) -> None:
+        self.reading = reading
+
+    def _divided(self, given: dict[str, Any], shape: tuple[int, int], proof: Proof | None) -> dict[str, Any]:
+        """What this rank's forward takes: its tokens, or whole sequences where those are needed."""
+        if proof is None:
+            return given
+        by_tokens = self._call(given, shape, False).by_tokens
+        for name in by_tokens:
+            if proof.way.whole_labels if name in LABELS else proof.way.whole_inputs:
+                given[name] = gather_tokens(given[name], self.mesh)
+        if proof.counted and given.get("num_items_in_batch") is not None:
+            count = self.labels.get(COUNTS[proof.counted])
+            if count is None:
+                raise ValueError(f"{self.name} sums losses over {proof.counted}; count them with shard_batch(...)")
+            given["num_items_in_batch"] = count * (self.mesh.size() if proof.way.whole_labels else 1)
+        if proof.means and self.labels.get(COUNTS[proof.counted]) is None:
+            raise ValueError(f"{self.name} averages losses over {proof.counted}; count them with shard_batch(...)")
+        return given
+
+    def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """Weigh means over this rank's labels by their number, so that they average to the mean over all."""
+        proof, self.parts, self.sequence, self.proof = self.proof, None, None, None
+        if output is None or proof is None or not proof.means:
+            return None
+        here = (self.labels[proof.counted] != IGNORED).sum()
+        share = here / self.labels[COUNTS[proof.counted]]
+        places = itertools.count()
+
+        def weighed(tensor: torch.Tensor) -> torch.Tensor:
+            # The mean over no labels is no number.
+            return tensor.nan_to_num() * share.to(tensor.dtype) if next(places) in proof.means else tensor
+
+        return map_tensors(output, weighed)
+
+    def before_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Cut what enters the stack whole."""
+        if self.proof is None or not any(self.proof.cuts):
+            return None
+        cuts = iter(self.proof.cuts)
+
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            return cut_tokens(tensor, self.mesh) if next(cuts) else tensor
+
+        return map_tensors(args, cut), map_tensors(kwargs, cut)
+
+    def after_stack(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Make whole what is read whole behind the stack."""
+        if self.proof is None or not any(self.proof.gathers):
+            return None
+        parts = iter(self.proof.gathers)
+
+        def gather(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if (part := next(parts)) is None else gather_tokens(tensor, self.mesh, part)
+
+        return map_tensors(output, gather)
 
     def mask(self, *, mask_function: Callable, device: torch.device, local_size: int | None = None, **_: Any):
         """The mask interface's entry: a description for the layers of one kind."""
+        if self.reading is not None:
+            with self.reading.unseen():
+                recognise(mask_function, local_size, torch.device("cpu"))
+            return ContextMask(Plan((), Rule()), None, None)
         self._check_called()
         window = recognise(mask_function, local_size, torch.device(device))
         return self.whole_sequence().mask(*window)
@@ -187,14 +302,17 @@ class _Context:
         if not isinstance(attention_mask, ContextMask):
             kind = "no mask" if attention_mask is None else f"a {type(attention_mask).__name__}"
             raise ValueError(f"{where} got {kind} that transformers' mask interface did not make; it cannot be cut")
-        if dropout:
-            raise ValueError(
-                f"{where} has attention dropout {dropout}, which context parallelism does not have; set it to 0"
-            )
         if kwargs.get("position_bias") is not None:
             raise ValueError(f"{where} adds a position bias to its scores, which context parallelism does not know")
         if query.shape[2] != key.shape[2]:
             raise ValueError(f"{where} has {query.shape[2]} queries for {key.shape[2]} keys; it must be self-attention")
+        if self.reading is not None:
+            return self.reading.attention(query, key, value, s_aux), None
+        if dropout:
+            raise ValueError(
+                f"{where} has attention dropout {dropout}, which context parallelism does not have; set it to 0"
+            )
+        query, key, value = _cast(query, key, value)
         if self.heads_group is not None:
             rank, ranks = place(self.heads_group)
             _check_heads(where, query.shape[1], ranks)
@@ -204,12 +322,20 @@ class _Context:
             s_aux = None if s_aux is None else s_aux.chunk(ranks)[rank]
         mask = attention_mask
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = Scores(mask.plan.rule, scale, softcap, mask.query_groups_BN, mask.key_groups_BN)
+        scores = Scores(mask.plan.rule, scale, softcap, mask.query_groups_BN, mask.key_groups_BN, mask.rows)
         gather = self.comm_type == "all_gather"
         out = shared_attention(query, key, value, s_aux, scores, mask.plan, self.ring_group, gather)
         if self.heads_group is not None:
             out = gather_heads(out, self.heads_group)
         return out.transpose(1, 2).contiguous(), None
+
+
+def _cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Under autocast, attention is computed in its dtype, as torch's own is."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype is torch.float64:
+        return list(tensors)
+    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
 def _register(context: _Context) -> str:

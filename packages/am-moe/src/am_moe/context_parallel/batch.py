@@ -13,7 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from am_moe._torch_compat import all_gather
 from am_moe.context_parallel.plan import head_tail
 
-_IGNORED = -100
+IGNORED = -100
+# The number of labels that belongs to each kind of them.
+COUNTS = {"shift_labels": "num_items_in_batch", "labels": "num_labels_in_batch"}
 
 
 def shard_batch(
@@ -22,8 +24,9 @@ def shard_batch(
     """This rank's part of a batch that every rank of the context axis holds whole.
 
     Tensors whose first dims are those of `input_ids` (or `inputs_embeds`) are cut along the sequence, one chunk from
-    the head and one from the tail per rank. Labels are shifted first, over the whole sequence, so that the last token
-    of a chunk predicts the first of the next.
+    the head and one from the tail per rank. Labels are cut as they are, for losses that do not shift, and shifted over
+    the whole sequence first, so that the last token of a chunk predicts the first of the next. What there is one of for
+    a row (`labels` of sequence classification, `start_positions`) stays whole.
 
     The result goes to a transformers model as it is, `model(**shard)`: the loss it returns is the sum over this rank's
     labels divided by `num_items_in_batch`, so that **the average of the ranks' losses is the mean over all labels**,
@@ -41,10 +44,11 @@ def shard_batch(
             whatever its number of labels.
 
     Returns:
-        The batch with `position_ids` and, if there were labels, `labels` and `shift_labels` (this rank's, equal, and
-        both shifted) and `num_items_in_batch` (a float tensor).
+        The batch with `position_ids` and, if there were labels of tokens, `labels` and `shift_labels` (this rank's)
+        and how many of each that are not -100 there are, divided by the ranks: `num_labels_in_batch` and
+        `num_items_in_batch` (float tensors).
 
-    Collectives: one all-reduce of a number over `average_mesh`, if given.
+    Collectives: one all-reduce of two numbers over `average_mesh`, if given.
 
     Raises:
         ValueError: a length that does not divide by twice the ranks of the axis, tensors of other shapes; on every
@@ -58,29 +62,37 @@ def shard_batch(
     head_tail(seq_len, cp_mesh.size())
     whole = {name: value for name, value in batch.items() if value is not None}
     whole.setdefault("position_ids", torch.arange(seq_len, device=tokens.device)[None].expand(rows, -1))
-    if "labels" in whole:
-        labels = whole["labels"]
-        whole["labels"] = whole["shift_labels"] = nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:]
+    labels = whole.get("labels")
+    labelled = labels is not None and labels.shape == (rows, seq_len) and not labels.is_floating_point()
+    if labelled:
+        whole["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     shard: dict[str, Any] = {}
     for name, value in whole.items():
-        if isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or _is_by_row(name, value, rows, labelled):
+            shard[name] = value
+        else:
             allowed = ((rows, seq_len), (1, seq_len)) if name == "position_ids" else ((rows, seq_len),)
             if value.shape[:2] not in allowed or (name in ("position_ids", "attention_mask") and value.dim() != 2):
                 raise ValueError(
                     f"batch[{name!r}] has shape {tuple(value.shape)}, which does not start with {(rows, seq_len)}: it "
                     "cannot be cut along the sequence. Leave it out; documents are packed by position_ids, padding is "
-                    "an attention_mask (B, S)"
+                    "an attention_mask (B, S), and images and sounds are not for context parallelism"
                 )
             shard[name] = shard_sequence(value, cp_mesh)
-        else:
-            shard[name] = value
-    if "labels" in whole:
-        count = (whole["labels"] != _IGNORED).sum().to(torch.float32) / cp_mesh.size()
+    if labelled:
+        counts = torch.stack([(whole[kind] != IGNORED).sum() for kind in COUNTS]).to(torch.float32) / cp_mesh.size()
         if average_mesh is not None:
-            dist.all_reduce(count, group=_group_of(average_mesh))
-            count /= average_mesh.size()
-        shard["num_items_in_batch"] = count
+            dist.all_reduce(counts, group=_group_of(average_mesh))
+            counts /= average_mesh.size()
+        shard |= dict(zip(COUNTS.values(), counts.unbind(), strict=True))
     return shard
+
+
+def _is_by_row(name: str, value: torch.Tensor, rows: int, labelled: bool) -> bool:
+    """Whether a tensor has something for each row of the batch, such as its class, and nothing for its tokens."""
+    if value.shape[:1] != (rows,) or name.startswith("cu_seq"):
+        return False
+    return value.dim() == 1 or (name == "labels" and not labelled)
 
 
 def shard_loss(logits: torch.Tensor, shard: Mapping[str, Any]) -> torch.Tensor:
@@ -91,7 +103,7 @@ def shard_loss(logits: torch.Tensor, shard: Mapping[str, Any]) -> torch.Tensor:
         shard: what `shard_batch` returned; `shift_labels` and `num_items_in_batch` are read.
     """
     loss = nn.functional.cross_entropy(
-        logits.flatten(0, 1), shard["shift_labels"].flatten(), ignore_index=_IGNORED, reduction="sum"
+        logits.flatten(0, 1), shard["shift_labels"].flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return loss / shard["num_items_in_batch"].to(loss.dtype)
 

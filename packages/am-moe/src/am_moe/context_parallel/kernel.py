@@ -3,8 +3,9 @@
     B batch     H query heads     K key-value heads (G = H / K queries share one)     S queries     T keys
     D width of queries and keys     E width of values
 
-Where nothing but a whole or a causal block is asked for, the device's fused kernel does it; else tiles of plain torch,
-no larger than `_TILE`, so that nothing of size S x T is ever held.
+Where a block, of all rows or of each, is made of whole and causal ones, the device's fused kernel does it: one launch
+for each. Else (soft-caps, holes in padding) tiles of plain torch do, of `_SCORES` scores at most, so that nothing of
+size S x T is held.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from am_moe.context_parallel.fused import fused_backward, fused_forward, has_fused
 from am_moe.context_parallel.plan import Block, Interval, Kind, Rule
 
-_TILE = (256, 1024)  # queries, keys
+_SCORES = 2**26  # of all rows and heads
+_FEWEST = (256, 1024)  # queries, keys
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Scores:
         softcap: scores are bent to `softcap * tanh(score / softcap)`; None for not.
         query_groups_BN, key_groups_BN: over the whole sequence of N tokens; a query sees the keys of its own group
             only. None where all tokens are one group.
+        rows: the rule of each row, which says the same as the groups; None where all have `rule`, or none says it.
     """
 
     rule: Rule
@@ -37,6 +40,7 @@ class Scores:
     softcap: float | None = None
     query_groups_BN: torch.Tensor | None = None
     key_groups_BN: torch.Tensor | None = None
+    rows: tuple[Rule, ...] | None = None
 
 
 def block_forward(
@@ -48,18 +52,18 @@ def block_forward(
     the plain path computes in float32.
     """
     parts = _fused_parts(q_BHSD, v_BKTE, block, scores)
-    if parts == [block]:
+    if parts == [(slice(None), block)]:
         return fused_forward(q_BHSD, k_BKTD, v_BKTE, block.kind, scores.scale)
     dtype = accumulate_dtype(q_BHSD.dtype)
     out = q_BHSD.new_zeros(*q_BHSD.shape[:3], v_BKTE.shape[-1], dtype=dtype)
     lse = q_BHSD.new_full(q_BHSD.shape[:3], -torch.inf, dtype=dtype)
-    for part in parts:
+    for row, part in parts or ():
         q_at, k_at = _within(part.queries, block.queries), _within(part.keys, block.keys)
-        more = fused_forward(q_BHSD[:, :, q_at], k_BKTD[:, :, k_at], v_BKTE[:, :, k_at], part.kind, scores.scale)
-        merge(out[:, :, q_at], lse[:, :, q_at], *more)
-    if parts:
+        q, k, v = q_BHSD[row, :, q_at], k_BKTD[row, :, k_at], v_BKTE[row, :, k_at]
+        merge(out[row, :, q_at], lse[row, :, q_at], *fused_forward(q, k, v, part.kind, scores.scale))
+    if parts is not None:
         return out, lse
-    for tile, q_at, k_at in _tiles(block, scores.rule):
+    for tile, q_at, k_at in _tiles(block, scores.rule, q_BHSD.shape[0] * q_BHSD.shape[1]):
         q, k, v = q_BHSD[:, :, q_at].to(dtype), k_BKTD[:, :, k_at].to(dtype), v_BKTE[:, :, k_at].to(dtype)
         s, _ = _scores(q, k, tile, scores)
         top = s.logsumexp(-1)
@@ -85,20 +89,20 @@ def block_backward(
         out_BHSE, lse_BHS: the whole output, over all keys of the sequence, and its log-sum-exp.
     """
     parts = _fused_parts(q_BHSD, v_BKTE, block, scores)
-    if parts == [block]:
+    if parts == [(slice(None), block)]:
         return fused_backward(grad_BHSE, q_BHSD, k_BKTD, v_BKTE, out_BHSE, lse_BHS, block.kind, scores.scale)
     dtype = accumulate_dtype(q_BHSD.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q_BHSD, k_BKTD, v_BKTE))
-    for part in parts:
+    for row, part in parts or ():
         q_at, k_at = _within(part.queries, block.queries), _within(part.keys, block.keys)
-        grad, q, out, lse = (x[:, :, q_at] for x in (grad_BHSE, q_BHSD, out_BHSE, lse_BHS))
-        k, v = k_BKTD[:, :, k_at], v_BKTE[:, :, k_at]
+        grad, q, out, lse = (x[row, :, q_at] for x in (grad_BHSE, q_BHSD, out_BHSE, lse_BHS))
+        k, v = k_BKTD[row, :, k_at], v_BKTE[row, :, k_at]
         more = fused_backward(grad, q, k, v, out, lse, part.kind, scores.scale)
         for total, at, one in zip((dq, dk, dv), (q_at, k_at, k_at), more, strict=True):
-            total[:, :, at] += one
-    if parts:
+            total[row, :, at] += one
+    if parts is not None:
         return dq, dk, dv
-    for tile, q_at, k_at in _tiles(block, scores.rule):
+    for tile, q_at, k_at in _tiles(block, scores.rule, q_BHSD.shape[0] * q_BHSD.shape[1]):
         q, k, v = q_BHSD[:, :, q_at].to(dtype), k_BKTD[:, :, k_at].to(dtype), v_BKTE[:, :, k_at].to(dtype)
         grad, out = grad_BHSE[:, :, q_at].to(dtype), out_BHSE[:, :, q_at].to(dtype)
         s, bend = _scores(q, k, tile, scores)
@@ -134,20 +138,27 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _fused_parts(q: torch.Tensor, v: torch.Tensor, block: Block, scores: Scores) -> list[Block]:
-    """The block as blocks that the device's fused kernel computes; empty if tiles have to, or are as few."""
+def _fused_parts(q: torch.Tensor, v: torch.Tensor, block: Block, scores: Scores) -> list[tuple[slice, Block]] | None:
+    """The block as blocks of all rows, or of one, that the device's fused kernel computes; None if tiles have to."""
     if scores.softcap is not None or not has_fused(q, v):
-        return []
-    parts = scores.rule.parts(block)
+        return None
+    found: list[tuple[slice, Block]] = []
+    for row, rule in enumerate(scores.rows or (scores.rule,)):
+        part = rule.block(block.queries, block.keys) if scores.rows else block
+        at = slice(row, row + 1) if scores.rows else slice(None)
+        found += [(at, piece) for piece in (rule.parts(part) if part is not None else ())]
     (q0, q1), (k0, k1) = block.queries, block.keys
-    tiles = -(-(q1 - q0) // _TILE[0]) * -(-(k1 - k0) // _TILE[1])
-    return parts if len(parts) <= 8 * tiles and all(p.kind is not Kind.PARTIAL for p in parts) else []
+    tiles = -(-(q1 - q0) // _FEWEST[0]) * -(-(k1 - k0) // _FEWEST[1]) * len(scores.rows or (1,))
+    return found if len(found) <= 8 * tiles and all(p.kind is not Kind.PARTIAL for _, p in found) else None
 
 
-def _tiles(block: Block, rule: Rule) -> Iterator[tuple[Block, slice, slice]]:
+def _tiles(block: Block, rule: Rule, copies: int) -> Iterator[tuple[Block, slice, slice]]:
     """The parts of a block that the mask lets through, and where they are in its tensors."""
-    for q0, q1 in _cut(block.queries, _TILE[0]):
-        for k0, k1 in _cut(block.keys, _TILE[1]):
+    width = max(_FEWEST[1], block.keys[1] - block.keys[0] if rule.before is None else 2 * rule.before)
+    width = min(width, max(_FEWEST[1], _SCORES // (copies * _FEWEST[0])))
+    height = max(_FEWEST[0], _SCORES // (copies * width))
+    for q0, q1 in _cut(block.queries, height):
+        for k0, k1 in _cut(block.keys, width):
             tile = rule.block((q0, q1), (k0, k1))
             if tile is not None:
                 yield tile, _within(tile.queries, block.queries), _within(tile.keys, block.keys)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -26,6 +27,7 @@ class ContextMask:
     plan: Plan
     query_groups_BN: torch.Tensor | None
     key_groups_BN: torch.Tensor | None
+    rows: tuple[Rule, ...] | None = None  # of each row of the batch where they differ; None too where no rule says it
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -56,12 +58,33 @@ class Sequence:
         layout = head_tail(self.seq_len, self.ranks)
         if self.valid_BN is not None:
             valid = self.valid_BN.long()
-            return ContextMask(Plan(layout, Rule(before, after, padded=True)), torch.ones_like(valid), valid)
+            rows = None
+            if all(stretch is not None for stretch in self.stretches):
+                rows = tuple(Rule(before, after, keys=stretch) for stretch in self.stretches)
+            return ContextMask(Plan(layout, Rule(before, after, padded=True)), torch.ones_like(valid), valid, rows)
         if self.starts_BN is None or after != 0:
             return ContextMask(Plan(layout, Rule(before, after)), None, None)
-        earliest, latest = torch.stack(self.starts_BN.aminmax(dim=0)).tolist()
-        rule = Rule(before, after, earliest, latest)
-        return ContextMask(Plan(layout, rule), self.starts_BN, self.starts_BN)
+        starts = self.starts
+        if all(row == starts[0] for row in starts):
+            return ContextMask(Plan(layout, Rule(before, after, starts[0], starts[0])), self.starts_BN, self.starts_BN)
+        earliest, latest = [list(map(pick, zip(*starts, strict=True))) for pick in (min, max)]
+        rows = tuple(Rule(before, after, row, row) for row in starts)
+        plan = Plan(layout, Rule(before, after, earliest, latest))
+        return ContextMask(plan, self.starts_BN, self.starts_BN, rows)
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """The first token of each token's document, on the host; read from the device once in a forward."""
+        return [] if self.starts_BN is None else self.starts_BN.tolist()
+
+    @cached_property
+    def stretches(self) -> list[tuple[int, int] | None]:
+        """For each row the one stretch of tokens that are no padding; None where there are several, or none."""
+        found: list[tuple[int, int] | None] = []
+        for row in [] if self.valid_BN is None else self.valid_BN.tolist():
+            first, count = (row.index(True), sum(row)) if any(row) else (0, 0)
+            found.append((first, first + count) if count and all(row[first : first + count]) else None)
+        return found
 
 
 def describe(positions_BN: torch.Tensor, valid_BN: torch.Tensor | None, ranks: int) -> Sequence:

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from am_moe._torch_compat import all_gather, reduce_scatter
 from am_moe.context_parallel.batch import in_order, shard_sequence
+from am_moe.context_parallel.nested import map_tensors
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class _WholeSequences:
         if now is None or now.padded:
             given |= self._masks(given, hidden)
         self.sizes.append((rows, tokens))
-        whole = {key: self._whole(x) for key, x in given.items()}
+        whole = {key: map_tensors(x, self._whole) for key, x in given.items()}
         return tuple(whole.pop(key) for key in self.parameters[: len(args)]), whole
 
     def _masks(self, given: dict[str, Any], hidden: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ class _WholeSequences:
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if not self.sizes:  # `before` raised
             return output
-        result = self._mine(output)
+        result = map_tensors(output, self._mine)
         rows, tokens = self.sizes.pop()
         first = result[0] if isinstance(result, tuple) else result
         if output is not None and first is None:  # None too where the module raised
@@ -116,9 +117,7 @@ class _WholeSequences:
             )
         return result
 
-    def _whole(self, given: Any) -> Any:
-        if not isinstance(given, torch.Tensor):
-            return _each(self._whole, given)
+    def _whole(self, given: torch.Tensor) -> torch.Tensor:
         rows, tokens = self.sizes[-1]
         if given.dim() > 1 and given.shape[1] == tokens and given.shape[0] in (1, rows):
             divided = given.shape[0] == rows and self._divides(rows)
@@ -135,9 +134,7 @@ class _WholeSequences:
             )
         return given
 
-    def _mine(self, returned: Any) -> Any:
-        if not isinstance(returned, torch.Tensor):
-            return _each(self._mine, returned)
+    def _mine(self, returned: torch.Tensor) -> torch.Tensor | None:
         rows, tokens = self.sizes[-1]
         ranks = self.mesh.size()
         divided = self._divides(rows)
@@ -162,14 +159,6 @@ def _mask_kind(mask: torch.Tensor | None) -> int:
 
 def _by_tokens(value: Any, hidden: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == hidden.shape[:2]
-
-
-def _each(change: Callable[[Any], Any], given: Any) -> Any:
-    if isinstance(given, (tuple, list)):
-        return type(given)(change(x) for x in given)
-    if isinstance(given, dict):
-        return {key: change(x) for key, x in given.items()}
-    return given
 
 
 class _Spread(torch.autograd.Function):
@@ -218,6 +207,11 @@ class _Gather(torch.autograd.Function):
         mine = torch.empty_like(parts[0])
         reduce_scatter(mine, parts.flatten(0, 1), group=ctx.group)
         return mine, None
+
+
+def gather_parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`(B, S, ...)` of each rank's tokens to `(B, A S, ...)`, rank after rank; gradients are summed over the ranks."""
+    return _Gather.apply(x, group)
 
 
 def _exchanged(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

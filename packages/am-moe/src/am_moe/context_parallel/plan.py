@@ -44,6 +44,7 @@ class Rule:
         earliest, latest: where documents are packed, the first token of each token's document, one number per token,
             smallest and largest over the rows of the batch; None without documents.
         padded: some keys are padding, which no block knows beforehand.
+        keys: the stretch of tokens outside of which all are padding; None where none is.
     """
 
     before: int | None = None
@@ -51,11 +52,14 @@ class Rule:
     earliest: Sequence[int] | None = None
     latest: Sequence[int] | None = None
     padded: bool = False
+    keys: Interval | None = None
 
     def block(self, queries: Interval, keys: Interval) -> Block | None:
         """The part of a block that the mask may let through, as small as intervals can say; None for nothing."""
         q0, q1 = queries
         k0, k1 = keys
+        if self.keys is not None:
+            k0, k1 = max(k0, self.keys[0]), min(k1, self.keys[1])
         if self.after is not None:
             k1 = min(k1, q1 + self.after)
         if self.before is not None:
@@ -73,6 +77,16 @@ class Rule:
         return Block((q0, q1), (k0, k1), self._kind(q0, q1, k0, k1))
 
     def parts(self, block: Block) -> list[Block]:
+        """`cut_up`, found once: every layer of a forward, and its backward, asks for the same."""
+        if block not in self._parts:
+            self._parts[block] = self.cut_up(block)
+        return self._parts[block]
+
+    @cached_property
+    def _parts(self) -> dict[Block, list[Block]]:
+        return {}
+
+    def cut_up(self, block: Block) -> list[Block]:
         """A block as blocks of the other kinds where documents and a causal window allow that, else as it is.
 
         A window of four over eight tokens; `c` causal, `r` reversed::
@@ -91,9 +105,9 @@ class Rule:
         cut = [block]
         if self.earliest is not None:
             cut = [part for q in self._documents(block.queries) if (part := self.block(q, block.keys)) is not None]
-        if self.before is None or self.after != 0:
+        if self.after != 0:
             return cut
-        return [piece for part in cut for piece in (self._triangles(part) if part.kind is Kind.PARTIAL else [part])]
+        return [piece for part in cut for piece in (self._edges(part) if part.kind is Kind.PARTIAL else [part])]
 
     @cached_property
     def _rows_agree(self) -> bool:
@@ -107,9 +121,12 @@ class Rule:
         starts = self._starts[bisect_right(self._starts, queries[0]) : bisect_left(self._starts, queries[1])]
         yield from pairwise([queries[0], *starts, queries[1]])
 
-    def _triangles(self, block: Block) -> Iterator[Block]:
-        """The tiles of a window's size, in which its two edges are diagonals."""
-        before = self.before or 0
+    def _edges(self, block: Block) -> Iterator[Block]:
+        """Along a causal diagonal, and the other edge of a window: in tiles of its size both are diagonals."""
+        if self.before is None:
+            yield from _below(*block.queries, *block.keys)
+            return
+        before = self.before
         size = before + 1
         k0, k1 = block.keys
         for tile in range(block.queries[0] // size * size, block.queries[1], size):
@@ -184,9 +201,15 @@ class Plan:
     rule: Rule
 
     def blocks(self, rank: int, source: int) -> tuple[Block, ...]:
-        """What a rank computes with the keys of another (or its own)."""
-        found = (self.rule.block(q, k) for k in self.layout[source] for q in self.layout[rank])
-        return tuple(block for block in found if block is not None)
+        """What a rank computes with the keys of another (or its own); found once for all layers."""
+        if (rank, source) not in self._blocks:
+            found = (self.rule.block(q, k) for k in self.layout[source] for q in self.layout[rank])
+            self._blocks[rank, source] = tuple(block for block in found if block is not None)
+        return self._blocks[rank, source]
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[int, int], tuple[Block, ...]]:
+        return {}
 
     def wanted(self, rank: int, source: int) -> tuple[Interval, ...]:
         """The keys of `source` that those blocks read: at most one stretch of each of its intervals."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -38,11 +40,27 @@ def shared_attention(
     Collectives: those of `PointToPoint` or `Gathered`, once forward and once backward.
     """
     transport = Gathered if gather else PointToPoint
+    if not q_BHSD.dtype == k_BKSD.dtype == v_BKSE.dtype:
+        raise ValueError(
+            f"queries, keys and values must have one dtype; got {q_BHSD.dtype}, {k_BKSD.dtype} and {v_BKSE.dtype}"
+        )
     return _Shared.apply(q_BHSD, k_BKSD, v_BKSE, sinks_H, scores, plan, group, transport)
+
+
+def _as_it_is(function):
+    """What runs within has the dtypes that it asks for: autocast would round the scores that it keeps in float32."""
+
+    @wraps(function)
+    def run(ctx, first, *others):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *others)
+
+    return run
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
+    @_as_it_is
     def forward(ctx, q, k, v, sinks, scores, plan, group, transport):
         dtype = accumulate_dtype(q.dtype)
         out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=dtype)
@@ -64,6 +82,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_it_is
     def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
         (grad,) = gradients
         q, k, v, sinks, out, lse = ctx.saved_tensors

@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from am_moe.context_parallel.prove import Known
+from am_moe.context_parallel.rotary import tables_by_length
+from am_moe.experts import describe_experts
+
 _ATTENTION = ("full_attention", "sliding_attention", "attention")
 _MIXING = ("linear_attention", "conv", "hybrid")  # their mixers are found by what they hold
 _POINTWISE = ("mlp", "moe")
@@ -71,6 +75,38 @@ def configs_of(model: nn.Module) -> list[Any]:
         if hasattr(config, "_attn_implementation"):
             found[id(config)] = config
     return list(found.values())
+
+
+def known_modules(model: nn.Module) -> Known:
+    """The modules that a reading does not look into, because context parallelism knows what they do with tokens."""
+    apart = {id(inner) for _, tower in towers(model) for inner in tower.modules()}
+    mixing = [name for name, _ in mixers(model)]
+    attention = [name for name, module in registry_attention(model) if id(module) not in apart]
+    tables = {id(module) for module in tables_by_length(model)}
+    experts = describe_experts(model)
+    return Known(
+        _stack_of(model, [*attention, *mixing]),
+        tuple(mixing),
+        tuple(name for name, module in model.named_modules() if id(module) in tables),
+        tuple(e.name if e.call != "linear" else e.name.rpartition(".")[0] for e in experts),
+    )
+
+
+def _stack_of(model: nn.Module, names: list[str]) -> str:
+    """The innermost module that holds all these and is called: no list of layers, and nothing within one."""
+    paths = [name.split(".") for name in names]
+    common: list[str] = []
+    for level in zip(*paths, strict=False):
+        inner = ".".join([*common, level[0]])
+        if len(set(level)) > 1 or isinstance(model.get_submodule(inner), nn.ModuleList):
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+def is_part_of_pipeline(model: nn.Module) -> bool:
+    """Whether stand-ins are in the place of modules that other stages have: its forward is not a whole one."""
+    return any("boundary" in vars(module) for module in model.modules())
 
 
 def check_supported(model: nn.Module) -> None:
