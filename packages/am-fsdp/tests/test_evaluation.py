@@ -200,7 +200,7 @@ def test_plain_fsdp2_is_refused_when_clipping_too():
     clip_grad_norm_(model.parameters(), 1.0)
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(2, timeout=180)
 def test_evaluations_under_torch_compile_give_the_shards_back():
     for how in ("whole", "layers"):
         model, whole = laid_out()
