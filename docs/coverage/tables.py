@@ -21,7 +21,7 @@ CONDITIONS = {
     "tensor": ONE_STEP,
     "data": ONE_STEP,
     "experts": f"Conditions: eager attention and experts; {_FLOATS}; two steps of one pass each; {_FORM}",
-    "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table; tests of am-moe have some.",
+    "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table; am-moe tests some.",
     "compositions": f"Conditions: sdpa attention; float64; three steps of one pass each; {_FORM[:-1]}, of the Llama "
     "its adapters.",
 }
