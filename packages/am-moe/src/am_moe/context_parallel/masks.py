@@ -16,6 +16,10 @@ import torch
 from am_moe.context_parallel.plan import Plan, Rule, head_tail
 
 
+class UnknownMaskError(ValueError):
+    """A mask is none that context parallelism knows, in whatever way a forward is divided."""
+
+
 class MaskReadError(ValueError, AttributeError):
     """A model treats a mask as a tensor instead of handing it to its attention function."""
 
@@ -122,7 +126,7 @@ def recognise(mask_function: Callable, local_size: int | None, device: torch.dev
     try:
         seen = mask_function(zero, zero, at[:, None], at[None, :]).expand(len(at), len(at))
     except (IndexError, RuntimeError, TypeError) as error:
-        raise ValueError(f"the model's attention mask depends on more than positions: {error}") from error
+        raise UnknownMaskError(f"the model's attention mask depends on more than positions: {error}") from error
     ahead = at[None, :] - at[:, None]
     windows = [(None, 0), (None, None)] if local_size is None else [(width - 1, 0), (width, width)]
     for before, after in windows:
@@ -134,7 +138,7 @@ def recognise(mask_function: Callable, local_size: int | None, device: torch.dev
         if seen.equal(expected):
             return before, after
     kind = "no window" if local_size is None else f"a window or chunk of {local_size}"
-    raise ValueError(
+    raise UnknownMaskError(
         f"the model's attention mask ({kind}) is neither causal nor full, with or without a sliding window; "
         "context parallelism knows no other"
     )

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from am_moe._torch_compat import fake_mode
+from am_moe.context_parallel.masks import UnknownMaskError
 from am_moe.context_parallel.nested import map_tensors, tensors_in
 from am_moe.context_parallel.plan import head_tail
 from am_moe.context_parallel.reading import Reading, UnprovenError, running
@@ -186,7 +187,7 @@ class _Runs:
             with running(reading, skeleton):
                 output = skeleton(**given)
             return reading, output
-        except UnprovenError:
+        except (UnprovenError, UnknownMaskError):
             raise
         except Exception as error:  # of any kind: its code may not expect a part of a sequence
             if recorded is None and isinstance(error, ValueError):  # the model's own, or a mask that is not known
