@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 
 _OPERATORS = torch.ops._c10d_functional
 # Since 2.13 a view of a DTensor may flatten dims of which a later one is sharded, as `nn.Linear` does to a sequence.
@@ -62,6 +64,26 @@ def reduce_scatter(tensor: torch.Tensor, ranks: int, group: str) -> torch.Tensor
 def all_to_all(tensor: torch.Tensor, receives: list[int], sends: list[int], group: str) -> torch.Tensor:
     """Rows along dim 0 from every rank."""
     return _OPERATORS.wait_tensor(_OPERATORS.all_to_all_single(tensor, receives, sends, group))
+
+
+def local_of(tensor: DTensor) -> torch.Tensor:
+    """This rank's part of a DTensor, without the dispatch and the new specification of `to_local`."""
+    return tensor._local_tensor
+
+
+def spec_of(tensor: DTensor) -> Any:
+    """How a DTensor lies on its mesh, and its shape, strides and dtype."""
+    return tensor._spec
+
+
+def with_spec(local: torch.Tensor, spec: Any) -> DTensor:
+    """A DTensor of a local part, as `spec_of` another one has it."""
+    return DTensor(local, copy.copy(spec), requires_grad=local.requires_grad)
+
+
+def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor whose view this is, None for one that is none and under `torch.compile`, which cannot tell."""
+    return None if torch.compiler.is_compiling() else tensor._base
 
 
 def finished(tensor: torch.Tensor) -> torch.Tensor:

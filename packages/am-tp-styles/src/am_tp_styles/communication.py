@@ -11,6 +11,7 @@ its share of the features alone::
     gather            part      whole     split                     whole     part
     scatter_sum       summand   part      gather_for_shares         part      whole
     gather_for_shares part      whole     scatter_sum               summand   part
+    once              whole     summand   the tensor itself         whole     whole
 
 Because each backward is the other function itself, gradients of gradients are right too. On an axis of one rank all of
 them return their argument. `dim` is the dim of the parts, which lie as `axis.part_of` says.
@@ -28,6 +29,14 @@ from am_tp_styles.axis import Axis, part_of
 def sum_gradients(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The tensor itself. Collectives: backward one all-reduce."""
     return tensor if axis.size == 1 else _SumGradients.apply(tensor, axis)
+
+
+def sum_gradients_in_order(axis: Axis, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors themselves, whose gradients are summed one after the other in every rank's order.
+
+    Collectives: backward one all-reduce per tensor, of zeros too.
+    """
+    return tensors if axis.size == 1 else _SumInOrder.apply(axis, *tensors)
 
 
 def sum_over_ranks(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -53,6 +62,19 @@ def scatter_sum(tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
 def gather_for_shares(tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
     """The ranks' parts, for use by shares. Collectives: forward one all-gather, backward one reduce-scatter."""
     return tensor if axis.size == 1 else _GatherForShares.apply(tensor, axis, dim, None)
+
+
+def gather_for_all(tensor: torch.Tensor, axis: Axis, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ranks' parts together, twice: as `gather` gives them and as `gather_for_shares` does.
+
+    Collectives: forward one all-gather, backward one reduce-scatter if the second was used.
+    """
+    return (tensor, tensor) if axis.size == 1 else _GatherForAll.apply(tensor, axis, dim)
+
+
+def once(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """A whole tensor as it enters a sum over the ranks: the first rank's, and zeros. Collectives: none."""
+    return tensor if axis.size == 1 else _Once.apply(tensor, axis)
 
 
 class _SumGradients(torch.autograd.Function):
@@ -119,3 +141,54 @@ class _GatherForShares(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         return _ScatterSum.apply(gradients[0], ctx.axis, ctx.dim), None, None, None
+
+
+class _GatherForAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.axis, ctx.dim = axis, dim
+        ctx.set_materialize_grads(False)
+        whole = axis.all_gather(tensor, dim)
+        return whole, whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
+        of_whole, of_shares = gradients
+        mine = None if of_shares is None else _ScatterSum.apply(of_shares, ctx.axis, ctx.dim)
+        if of_whole is not None:
+            part = _Split.apply(of_whole, ctx.axis, ctx.dim)
+            mine = part if mine is None else mine + part
+        return mine, None, None
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor) if axis.rank == 0 else torch.zeros_like(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        return _WholeOfOnce.apply(gradients[0], ctx.axis), None
+
+
+class _WholeOfOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        return _Once.apply(gradients[0], ctx.axis), None
+
+
+class _SumInOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, axis: Axis, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.axis = axis
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        return None, *(_SumOverRanks.apply(gradient, ctx.axis) for gradient in gradients)
