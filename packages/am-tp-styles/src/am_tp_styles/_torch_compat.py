@@ -78,7 +78,8 @@ def spec_of(tensor: DTensor) -> Any:
 
 def with_spec(local: torch.Tensor, spec: Any) -> DTensor:
     """A DTensor of a local part, as `spec_of` another one has it."""
-    return DTensor(local, copy.copy(spec), requires_grad=local.requires_grad)
+    # without `__init__`, which does nothing and has a wrapper that costs more than the rest
+    return DTensor.__new__(DTensor, local, copy.copy(spec), requires_grad=local.requires_grad)
 
 
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -89,7 +89,7 @@ def enter(x: torch.Tensor, edges: Edges) -> torch.Tensor:
 
 
 def leave(out: torch.Tensor, edges: Edges, whole: int) -> torch.Tensor:
-    """What the layer hands out; `whole` is the size of the whole output's last dim.
+    """What the layer hands out; `whole` is the size of its last dim on all ranks, for `column` and `features`.
 
     Collectives: for `row` and `rows` one all-reduce, or with `Shard(d)` one reduce-scatter forward and one all-gather
     backward; for `column` and `features` that hand out a whole tensor, one all-gather forward.

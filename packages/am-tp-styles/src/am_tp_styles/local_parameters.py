@@ -19,13 +19,19 @@ from am_tp_styles.communication import sum_gradients, sum_over_ranks
 def local_parameters(module: Any, axis: Axis, summed: Collection[str] = ()) -> Iterator[None]:
     """Inside, the module's own parameters are this rank's parts; the gradients of those in `summed` are summed."""
     held = module._parameters
-    module._parameters = {
-        name: None if p is None else local(p, axis if name in summed else None) for name, p in held.items()
-    }
+    module._parameters = local_views(module, axis, summed)
     try:
         yield
     finally:
         module._parameters = held
+
+
+def local_views(module: Any, axis: Axis, summed: Collection[str] = ()) -> dict[str, Any]:
+    """What `local_parameters` puts in the place of the module's own parameters."""
+    return {
+        name: None if parameter is None else local(parameter, axis if name in summed else None)
+        for name, parameter in module._parameters.items()
+    }
 
 
 def local(parameter: torch.Tensor, axis: Axis | None = None) -> torch.Tensor:

@@ -162,8 +162,6 @@ def _attach(style: Any, module: Any, axis: Axis, kind: str) -> None:
     edges = _edges(style, axis, kind)
     if is_wrapped(module):
         shard_wrapped(module, edges, layout_of(module, kind), style.src_data_rank)
-    elif kind == "sequence" and type(module) is nn.Dropout:
-        shard_dropout(module, axis, edges.takes)
     else:
         compute_on_shards(module, edges)
 

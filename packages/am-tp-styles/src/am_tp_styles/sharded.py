@@ -7,17 +7,20 @@ module comes back, and `to_empty` and FSDP2 may exchange its parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from am_tp_styles._torch_compat import exchanged_tensors
 from am_tp_styles.axis import Axis
 from am_tp_styles.classes import put_over
 from am_tp_styles.communication import once
+from am_tp_styles.dropout import shard_dropout
 from am_tp_styles.edges import Edges, enter, leave
-from am_tp_styles.local_parameters import local_parameters
+from am_tp_styles.local_parameters import local, local_parameters, local_views
 from am_tp_styles.summed_together import note_summed
 from am_tp_styles.vocabulary import rows_here
 
@@ -29,7 +32,9 @@ def compute_on_shards(module: Any, edges: Edges) -> None:
     """
     module.edges = edges
     if edges.kind == "sequence":
-        note_summed(module, set(module._parameters))
+        for child in module.modules():
+            note_summed(child, set(child._parameters))
+            shard_dropout(child, edges.axis, edges.takes)
     put_over(module, OnShards)
 
 
@@ -44,16 +49,32 @@ def forward_on_shards(module: Any, forward: Callable, x: torch.Tensor, *args: An
     """`forward` of a layer with `edges`, on this rank's shards. Collectives: those of `enter` and `leave`."""
     edges: Edges = module.edges
     x = enter(x, edges)
-    summed = module._parameters if edges.kind == "sequence" else ()
-    with local_parameters(module, edges.axis, summed):
+    if edges.kind == "sequence":
+        return leave(_on_tokens(module, forward, x, *args, **kwargs), edges, 0)
+    held = module._parameters
+    module._parameters = views = local_views(module, edges.axis)  # not by a context manager, which costs as much again
+    try:
         if edges.kind == "rows":
             out = look_up_rows(x, module, module.num_embeddings, edges.axis)
-        elif edges.kind == "row" and module._parameters["bias"] is not None:
-            module._parameters["bias"] = once(module._parameters["bias"], edges.axis)
-            out = forward(x)
         else:
-            out = forward(x, *args, **kwargs)
-    return leave(out, edges, _width(module) if edges.kind in ("column", "features") else out.shape[-1])
+            if edges.kind == "row" and views["bias"] is not None:
+                views["bias"] = once(views["bias"], edges.axis)
+            out = forward(x)
+    finally:
+        module._parameters = held
+    return leave(out, edges, _width(module) if edges.kind in ("column", "features") else 0)
+
+
+def _on_tokens(module: Any, forward: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not module._modules:
+        with local_parameters(module, module.edges.axis, module._parameters):
+            return forward(x, *args, **kwargs)
+    with exchanged_tensors(module, partial(_summed_view, module.edges.axis)):
+        return forward(x, *args, **kwargs)
+
+
+def _summed_view(axis: Axis, _name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return local(tensor, axis)
 
 
 def look_up_rows(ids: torch.Tensor, embedding: Any, whole: int, axis: Axis) -> torch.Tensor:
