@@ -1,8 +1,8 @@
-"""A layer's parameters, exchanged together for this rank's parts while the layer runs.
+"""The parameters of a compiled layer, exchanged together for this rank's parts while the layer runs.
 
-One node of autograd for a layer's parameters costs the host less than one for each; and a layer that is compiled by
-itself (`layer.compile()`) then takes plain tensors, for which a compiled graph has no wrapping and unwrapping to do.
-Each module under the layer still exchanges what it finds unexchanged, as when it is called by itself.
+A layer that is compiled by itself (`layer.compile()`) then takes plain tensors, for which a compiled graph has nothing
+to wrap and unwrap, and one node of autograd makes DTensors of all their gradients. In a layer that is not compiled each
+module exchanges its own; what reads another module's parameter there meets a DTensor, and torch refuses to mix them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from am_tp_styles._torch_compat import local_of, spec_of
+from am_tp_styles._torch_compat import is_compiled, local_of, spec_of
 from am_tp_styles.axis import Axis
 from am_tp_styles.classes import put_under
 from am_tp_styles.communication import sum_over_ranks
@@ -34,7 +34,7 @@ def noted(module: nn.Module) -> dict[str, bool]:
 
 
 def exchange_by_layer(model: nn.Module, axis: Axis) -> None:
-    """Let every layer in a list of layers exchange its parameters together. Issues no collective of its own."""
+    """Let every layer in a list of layers exchange its parameters together when compiled. Issues no collective."""
     for stack in model.modules():
         for layer in stack if isinstance(stack, nn.ModuleList) else ():
             owners = [module for module in layer.modules() if noted(module)]
@@ -55,7 +55,8 @@ class ExchangesParameters(nn.Module):
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         axis, owners, between = getattr(self, _OWNERS)
-        if torch.compiler.is_compiling() or any(isinstance(module, FSDPModule) for module in between):
+        held_by_fsdp = any(isinstance(module, FSDPModule) for module in between)
+        if torch.compiler.is_compiling() or not is_compiled(self) or held_by_fsdp:
             return super().__call__(*args, **kwargs)
         held = [(owner, owner._parameters) for owner in owners]
         exchange(owners, axis)

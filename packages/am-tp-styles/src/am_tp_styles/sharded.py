@@ -52,8 +52,6 @@ def forward_on_shards(module: Any, forward: Callable, x: torch.Tensor, *args: An
     if edges.kind == "sequence":
         return leave(_on_tokens(module, forward, x, *args, **kwargs), edges, 0)
     held = module._parameters
-    if edges.kind in ("column", "features") and type(held["weight"]) is torch.Tensor:  # exchanged for the whole layer
-        return leave(forward(x), edges, _width(module))
     module._parameters = views = local_views(module, edges.axis)  # not by a context manager, which costs as much again
     try:
         if edges.kind == "rows":

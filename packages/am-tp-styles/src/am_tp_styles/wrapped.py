@@ -55,7 +55,7 @@ class _ShardedWrapper:
         edges: Edges = self.edges
         if getattr(self, "disable_adapters", False) and getattr(self, "merged", False):
             self.unmerge()  # here, where the weights are whole to it; its forward would do it on local ones
-        base = base_layer(self)
+        base: Any = base_layer(self)
         width = base.out_features if isinstance(base, nn.Linear) else base.embedding_dim
         x = enter(x, edges)
         with exchanged_tensors(self, partial(_local_view, self)):
@@ -65,7 +65,7 @@ class _ShardedWrapper:
         return leave(out, edges, width)
 
     def _look_up_rows(self: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = base_layer(self)
+        base: Any = base_layer(self)
         whole_padding = base.padding_idx
         held, axis = base.weight.shape[0], self.edges.axis
         rows, here, padding = rows_here(ids, held, base.num_embeddings, axis, whole_padding)
