@@ -135,8 +135,7 @@ def lay_beside(tensor: torch.Tensor, alias: torch.Tensor) -> None:
 
 def withdraw(tensor: torch.Tensor) -> None:
     """Take the alias away, which would keep a leaf alive."""
-    if hasattr(tensor, _ALIAS):
-        delattr(tensor, _ALIAS)
+    setattr(tensor, _ALIAS, (None, 0))  # not deleted, which a compiler cannot trace
 
 
 def for_shares(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
