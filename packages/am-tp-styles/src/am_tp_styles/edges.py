@@ -122,6 +122,8 @@ def offer_to_shares(tensor: torch.Tensor, axis: Axis) -> None:
 
 def gather_for_all_readers(axis: Axis, dim: int, part: torch.Tensor) -> torch.Tensor:
     """The whole of the ranks' parts, with its alias for shares beside it: one all-gather for both."""
+    if torch.compiler.is_compiling():  # which loses the gradient of one of two outputs that are views of each other
+        return gather(part, axis, dim)
     whole, alias = gather_for_all(part, axis, dim)
     if alias.requires_grad and axis.size > 1:
         lay_beside(whole, alias)
