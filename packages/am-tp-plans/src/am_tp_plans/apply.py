@@ -8,16 +8,24 @@ from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
-from am_tp_plans.styles import each
+from am_tp_plans.styles import VocabParallelEmbedding, each
 from am_tp_styles import translate_to_lora
+from am_tp_styles.axis import MeshAxis
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
+from am_tp_styles.summed_together import sum_gradients_together
 
 
 def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> nn.Module:
@@ -52,11 +60,18 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     tied = _tied_weights(model)
     for name, style in concrete.items():
         # a copy, because torch writes src_data_rank into the style, and the plan is the caller's
-        parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(style))
+        parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(local_form(style)))
     _tie_again(model, tied)
+    sum_gradients_together(model, MeshAxis(tp_mesh))
     shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     model.sequence_shards = tp_mesh.size() if shards else 1
     return model
+
+
+def local_form(style: ParallelStyle) -> ParallelStyle:
+    """A style of torch's that shards a module, in the form that computes on plain local tensors; others as they are."""
+    sharding = isinstance(style, (ColwiseParallel, RowwiseParallel, SequenceParallel))
+    return cast(ParallelStyle, translate_to_lora(style)) if sharding else style
 
 
 def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
@@ -161,8 +176,19 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
         number = next((part for part in parts if part % size), size)
     else:
         return
+    if _may_be_uneven(style) and -(-number // size) * (size - 1) < number:
+        return  # the last ranks have less, but something
     if number % size:
         raise ValueError(f"the {number} {what} of {name} do not divide over {size} ranks; {_divisors(number)}")
+
+
+def _may_be_uneven(style: ParallelStyle) -> bool:
+    """Whether no module sees how many features or rows a rank has: a vocabulary's."""
+    if isinstance(style, VocabParallelEmbedding):
+        return True
+    return isinstance(style, ColwiseParallel) and (
+        isinstance(style.output_layouts[0], Replicate) or not style.use_local_output
+    )
 
 
 def _divisors(number: int) -> str:

@@ -24,7 +24,7 @@ from am_tp_plans.styles import (
     SharedInput,
     each,
 )
-from am_tp_plans.watch import Watch, WrongError, tensors
+from am_tp_plans.watch import Collective, Watch, WrongError, tensors
 from am_tp_styles import SequenceParallelLora
 
 
@@ -49,8 +49,6 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
         module.forward = _summed(watch, name, module.out_features, (wanted, splits), style.output_layouts[0], ranks)
     elif isinstance(style, Conv1DRowwiseParallel):
         in_features, out_features = features(module)  # type: ignore[misc]
-        if style.output_layouts == Shard(1):
-            watch.sends(name, "backward", "all-reduce", out_features, of_tokens=False)  # the bias's gradient
         module.forward = _summed(watch, name, out_features, (in_features // ranks, False), style.output_layouts, ranks)
     elif isinstance(style, ColwiseParallel):
         whole = style.output_layouts[0] == Replicate()
@@ -79,8 +77,7 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
             if only is None or leaf in only:
                 watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
         if isinstance(style, SequenceParallelAllGatherActivation):
-            backward = None if style.use_local_output else "reduce-scatter"
-            _around(module, None, lambda output: _gathered(watch, name, output, ranks, backward))
+            _around(module, None, lambda output: _gathered_for_readers(watch, name, output, ranks))
     elif isinstance(style, MlaKvAProjection):
         _summed_in_backward(watch, name, module, style.rope_dim or 0)
     elif isinstance(style, HeadsPerRank):
@@ -119,6 +116,9 @@ def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int,
         if layout == Shard(1):
             watch.sends(name, "forward", "all-gather", hidden.numel() * ranks)
             watch.sends(name, "backward", "reduce-scatter", hidden.numel() * ranks)
+        elif isinstance(watch.placed.get(hidden), Collective):
+            if watch.placed[hidden] not in watch.traffic:
+                watch.traffic.append(watch.placed[hidden])
         elif hidden.is_floating_point() and hidden not in watch.shared and hidden not in watch.placed:
             watch.sends(name, "backward", "all-reduce", hidden.numel())
         if whole:
@@ -197,6 +197,13 @@ def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backwar
         watch.sends(name, "backward", backward, whole.numel())
         watch.placed[whole] = True
     return watch.activate(whole)
+
+
+def _gathered_for_readers(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    """A gathered sequence, whose gradient is reduce-scattered once if a colwise layer reads it."""
+    whole = _gathered(watch, name, hidden, ranks)
+    watch.placed[whole] = Collective(name, "backward", "reduce-scatter", whole.numel(), of_tokens=True)
+    return whole
 
 
 def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:

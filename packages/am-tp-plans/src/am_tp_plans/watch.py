@@ -140,7 +140,7 @@ class Watch(TorchDispatchMode):
         depends = marked or any(tensor in self.active for tensor in inputs)
         for tensor in tensors(output):
             if inputs and inputs[0] in self.placed:
-                self.placed[tensor] = True
+                self.placed[tensor] = self.placed[inputs[0]]
             if marked:
                 kept = tensor.dim() > 0 and tensor.shape[-1] in widths and name not in _LOSES_PLACES
                 self.marks[tensor] = tensor.shape[-1] if kept else 0
