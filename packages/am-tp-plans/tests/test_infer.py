@@ -114,7 +114,7 @@ def test_a_number_made_of_the_number_of_heads_and_a_constant_per_head_are_found_
     plan = {"layers.0.up": ColwiseParallel(), "layers.0.down": RowwiseParallel()}
     plan["layers.0.attention"] = HeadsPerRank(["num_heads"])
     assert rehearse(Model(lambda heads: 0.5), plan, 2).partial == frozenset()
-    with pytest.raises(ValueError, match="it computes mul of all features and 0.7071"):
+    with pytest.raises(ValueError, match=r"it computes mul of all features and 0\.7071"):
         rehearse(Model(lambda heads: heads**-0.5), plan, 2)
     with pytest.raises(ValueError, match=r"a whole tensor \(2, 1\), which has values for all of them"):
         rehearse(Model(lambda heads: torch.arange(1.0, heads + 1)[:, None]), plan, 2)

@@ -62,6 +62,14 @@ def into_a_buffer(x):
     return buffer
 
 
+def conv_over_features(x):
+    return F.conv1d(x.flatten(0, 1)[:, None], SCORES[:1, None, :3].to(x.dtype), padding=1)[:, 0].view_as(x)
+
+
+def sloped(x):
+    return (x.unflatten(-1, (-1, 4)) * torch.arange(x.shape[-1] // 4)[:, None]).flatten(-2)
+
+
 SCORES = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ORDER = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))
 # name: (columns that go back, the activation, with which styles of `up` it is exact)
@@ -111,7 +119,7 @@ BLOCKS = {
     "gather": (24, lambda x: x.gather(-1, ORDER.expand(x.shape)), ""),
     "permuted": (24, lambda x: x[..., ORDER], ""),
     "every feature with every other": (24, lambda x: (x[..., None] * x[..., None, :]).sum(-1), ""),
-    "conv over features": (24, lambda x: F.conv1d(x.flatten(0, 1)[:, None], SCORES[:1, None, :3].to(x.dtype), padding=1)[:, 0].view_as(x), ""),
+    "conv over features": (24, conv_over_features, ""),
     "unfold over features": (24, lambda x: F.pad(x, (1, 1)).unfold(-1, 3, 1).sum(-1), ""),
     "unfold over tokens": (24, lambda x: F.pad(x, (0, 0, 2, 0)).unfold(1, 3, 1).sum(-1), "colwise"),
     "fft": (24, lambda x: torch.fft.fft(x, dim=-1).real, ""),
@@ -119,7 +127,7 @@ BLOCKS = {
     "einsum over tokens": (24, lambda x: torch.einsum("st,btf->bsf", SCORES.to(x.dtype), x), "colwise"),
     "einsum over features": (24, lambda x: torch.einsum("bsf,btf->bst", x, x) @ x, ""),
     "masked by column": (24, lambda x: x * (torch.arange(x.shape[-1]) < 5), ""),
-    "a slope for every head": (24, lambda x: (x.unflatten(-1, (-1, 4)) * torch.arange(x.shape[-1] // 4)[:, None]).flatten(-2), ""),
+    "a slope for every head": (24, sloped, ""),
     "written in place": (24, lambda x: x.clone().mul_(2).clamp_(-1, 1), "colwise"),
     "written into a buffer": (24, into_a_buffer, ""),
     "attention": (8, attention(lambda x: (t.unflatten(-1, (-1, 4)) for t in x.chunk(3, -1))), "thirds"),

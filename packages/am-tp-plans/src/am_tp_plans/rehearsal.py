@@ -22,9 +22,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.local import MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.shares import WrongError
 from am_tp_plans.stand_ins import stand_in
 from am_tp_plans.styles import each
-from am_tp_plans.shares import WrongError
 from am_tp_plans.watch import Collective, ReadDirectlyError, Step, Watch, tensors
 
 _TOKENS = 8

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -238,7 +238,7 @@ def _product(call: Call) -> Share:
     left, right = (call.arguments[name] for name in _FACTORS[call.name])
     one, other = call.share(left), call.share(right)
     last = left.dim() - 1
-    for tensor, share, summed in ((left, one, last), (right, other, last - 1)):
+    for share, summed in ((one, last), (other, last - 1)):
         if share and share.dim == summed:
             raise WrongError(f"it sums, in {call.name}, over {share.what} of which each rank has a share")
     batch = last == 2 and any(share and share.dim == 0 for share in (one, other))
@@ -286,9 +286,9 @@ def _attention(call: Call) -> Share:
     if isinstance(mask, torch.Tensor):
         own = share.dim - 4 + mask.dim()
         theirs = call.share(mask)
-        if theirs != replace(share, dim=own) if theirs else own >= 0 and mask.shape[own] != 1:
-            if theirs or own not in call.alike(mask):
-                raise WrongError(f"it computes attention ({call.name}) with a mask {tuple(mask.shape)} of other heads")
+        nothing = own < 0 or mask.shape[own] == 1 or own in call.alike(mask)
+        if theirs != replace(share, dim=own) if theirs else not nothing:
+            raise WrongError(f"it computes attention ({call.name}) with a mask {tuple(mask.shape)} of other heads")
     return share
 
 
@@ -449,9 +449,7 @@ def _slices(call: Call) -> list[Share | None]:
     bounds = list(accumulate(share.parts, initial=0))
     if not set(edges) <= set(bounds):
         raise WrongError(f"it takes {share.what} apart at {edges}")
-    inside = [
-        share.parts[bounds.index(begin) : bounds.index(end)] for begin, end in zip(edges, edges[1:], strict=False)
-    ]
+    inside = [share.parts[bounds.index(begin) : bounds.index(end)] for begin, end in pairwise(edges)]
     return [replace(share, parts=parts) if parts else None for parts in inside]
 
 
@@ -494,11 +492,36 @@ def _fresh(call: Call) -> None:
 
 # Operators that make a constant: its values are the same along every dim.
 CONSTANTS = frozenset(
-    "zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones new_full "
-    "new_empty new_empty_strided scalar_tensor".split()
+    [
+        "zeros",
+        "ones",
+        "full",
+        "empty",
+        "empty_strided",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "new_empty_strided",
+        "scalar_tensor",
+    ]
 )
 RANDOM = frozenset(
-    "native_dropout bernoulli bernoulli_ rand_like randn_like uniform_ normal_ exponential_ _fused_dropout".split()
+    [
+        "native_dropout",
+        "bernoulli",
+        "bernoulli_",
+        "rand_like",
+        "randn_like",
+        "uniform_",
+        "normal_",
+        "exponential_",
+        "_fused_dropout",
+    ]
 )
 # Views that only move values.
 MOVES: dict[str, Rule] = {
@@ -530,8 +553,8 @@ _REDUCTIONS = (
     "std_mean nansum count_nonzero aminmax"
 )
 _ATTENTION = (
-    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_attention_math "
-    "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_attention_math _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
     "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention"
 )
 _ALONG = (

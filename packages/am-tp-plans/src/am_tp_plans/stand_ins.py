@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, plan_exchange
 from am_tp_plans.local import LocalShards, MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.shares import FEATURES, TOKENS, Share, WrongError
 from am_tp_plans.styles import (
     SequenceGatherInput,
     SequenceGatherOutput,
@@ -25,7 +26,6 @@ from am_tp_plans.styles import (
     SharedInput,
     each,
 )
-from am_tp_plans.shares import FEATURES, TOKENS, Share, WrongError
 from am_tp_plans.watch import Watch, tensors
 from am_tp_styles import SequenceParallelLora
 
@@ -200,6 +200,8 @@ def _around(module: Any, before: Callable | None, after: Callable | None = None)
     forward = module.forward
 
     def around(*args: Any, **kwargs: Any) -> Any:
+        if before and not isinstance(args[0] if args else kwargs.get("hidden_states"), torch.Tensor):
+            raise WrongError(f"{type(module).__name__} is called without a hidden state of its own")
         if before and args:
             args = (before(args[0]), *args[1:])
         elif before:

@@ -7,7 +7,6 @@ dim of every tensor must have the whole's size, but the dim that the rules call 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
