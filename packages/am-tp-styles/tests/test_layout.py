@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,24 +65,17 @@ def test_every_id_lies_on_one_rank_in_the_row_that_chunk_gives_it(ids, ranks, pa
     shares = torch.arange(ids).chunk(ranks)
     found = []
     for rank, share in enumerate(shares):
-        rows, here, padding_here = rows_here(torch.arange(ids), _Weight(ids, ranks, rank, len(share)), padding % ids)
+        axis = SimpleNamespace(size=ranks, rank=rank)
+        rows, here, padding_here = rows_here(torch.arange(ids), len(share), ids, axis, padding % ids)
         assert torch.arange(ids)[here].equal(share)
         assert rows[here].tolist() == list(range(len(share)))
         found += [share[padding_here].item()] if padding_here is not None else []
     assert found == [padding % ids]
 
 
-class _Weight:
-    """A weight's shape and mesh as one rank sees them."""
-
-    def __init__(self, ids, ranks, rank, count):
-        self.shape, self.device_mesh, self.ranks, self.rank, self.count = (ids, 2), self, ranks, rank, count
-
-    def size(self):
-        return self.ranks
-
-    def get_local_rank(self):
-        return self.rank
-
-    def to_local(self):
-        return torch.empty(self.count, 2)
+def test_an_id_outside_the_vocabulary_is_in_no_ranks_rows():
+    for rank in range(3):
+        held = [4, 4, 2][rank]
+        rows, here, _ = rows_here(torch.tensor([-3, 10, 500]), held, 10, SimpleNamespace(size=3, rank=rank), None)
+        assert rows.tolist() == [held] * 3
+        assert not here.any()

@@ -9,7 +9,13 @@ from typing import Any, cast
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
@@ -17,7 +23,9 @@ from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.styles import each
 from am_tp_styles import translate_to_lora
+from am_tp_styles.axis import MeshAxis
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
+from am_tp_styles.summed_together import sum_gradients_together
 
 
 def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> nn.Module:
@@ -52,11 +60,18 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     tied = _tied_weights(model)
     for name, style in concrete.items():
         # a copy, because torch writes src_data_rank into the style, and the plan is the caller's
-        parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(style))
+        parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(local_form(style)))
     _tie_again(model, tied)
+    sum_gradients_together(model, MeshAxis(tp_mesh))
     shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     model.sequence_shards = tp_mesh.size() if shards else 1
     return model
+
+
+def local_form(style: ParallelStyle) -> ParallelStyle:
+    """A style of torch's that shards a module, in the form that computes on plain local tensors; others as they are."""
+    sharding = isinstance(style, (ColwiseParallel, RowwiseParallel, SequenceParallel))
+    return cast(ParallelStyle, translate_to_lora(style)) if sharding else style
 
 
 def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:

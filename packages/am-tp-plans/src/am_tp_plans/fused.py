@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor import Placement, Replicate, Shard
 
-from am_tp_plans.local import handed_out
-from am_tp_styles.gradients import reduce_replicated_gradients
+from am_tp_styles.axis import Axis
+from am_tp_styles.classes import put_over
+from am_tp_styles.communication import once
+from am_tp_styles.edges import Edges, enter, leave
+from am_tp_styles.local_parameters import local
+from am_tp_styles.style import LocalStyle
 
 
-class PackedColwiseParallel(ParallelStyle):
+class PackedColwiseParallel(LocalStyle):
     """Colwise for a fused linear: each rank computes its share of every one of the projections in it.
 
     The weight is stored in plain rows, `Shard(0)` of the whole, so that checkpoints, FSDP2 and optimizers see an
@@ -37,6 +39,8 @@ class PackedColwiseParallel(ParallelStyle):
     all-gather forward and a reduce-scatter backward.
     """
 
+    lora_neutral = False
+
     def __init__(self, parts: int | Sequence[int], *, input_layouts: Placement | None = None) -> None:
         super().__init__()
         self.parts = parts
@@ -53,30 +57,37 @@ class PackedColwiseParallel(ParallelStyle):
             raise ValueError(f"parts={self.parts} do not make {out_features} output features")
         return parts
 
-    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+    def layout(self, module: Any, ranks: int) -> dict[str, Placement]:
+        placements = {"weight": Shard(int(is_conv1d(module))), "bias": Shard(0)}
+        return {name: placements[name] for name, _ in module.named_parameters(recurse=False)}
+
+    def attach(self, module: Any, axis: Axis) -> None:
         transposed = is_conv1d(module)
-        widths = self.widths(module.weight.shape[int(transposed)])
-        distribute(self, module, device_mesh, {"weight": Shard(int(transposed)), "bias": Shard(0)})
-        rows = RowExchange(widths, device_mesh) if len(widths) > 1 else None
-
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            if not isinstance(hidden, DTensor):
-                hidden = DTensor.from_local(hidden, device_mesh, [self.input_layouts], run_check=False)
-            if hidden.placements != (Replicate(),):  # a redistribution to the same would sum the gradient too early
-                hidden = hidden.redistribute(placements=[Replicate()])
-            hidden = hidden.to_local(grad_placements=[Partial()])
-            weight = _local(module.weight)
-            weight, bias = weight.t() if transposed else weight, _local(module.bias)
-            if rows:
-                weight = rows(weight)
-                bias = rows(bias) if bias is not None else None
-            return nn.functional.linear(hidden, weight, bias)
-
-        module.forward = forward
-        return module
+        whole = module.nf if transposed else module.out_features
+        module.edges = Edges(axis, "column", self.input_layouts, Shard(-1))
+        module.packed = _Packed(tuple(self.widths(whole)), transposed)
+        put_over(module, _OnPackedShards)
 
 
-class Conv1DRowwiseParallel(ParallelStyle):
+@dataclass(frozen=True)
+class _Packed:
+    widths: tuple[int, ...]
+    transposed: bool
+
+
+class _OnPackedShards:
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        axis, packed = self.edges.axis, self.packed
+        hidden = enter(hidden, self.edges)
+        weight, bias = local(self.weight), self.bias if self.bias is None else local(self.bias)
+        weight = weight.t() if packed.transposed else weight
+        if len(packed.widths) > 1 and axis.size > 1:
+            weight = exchange_rows(weight, packed.widths, axis)
+            bias = bias if bias is None else exchange_rows(bias, packed.widths, axis)
+        return nn.functional.linear(hidden, weight, bias)
+
+
+class Conv1DRowwiseParallel(LocalStyle):
     """`RowwiseParallel` for GPT-2's `Conv1D`, whose weight is `(in, out)`.
 
     Input a rank's share `(B, S, in / n)`; output `(B, S, out)`, or its part of the sequence with
@@ -86,22 +97,29 @@ class Conv1DRowwiseParallel(ParallelStyle):
     an all-gather backward.
     """
 
+    lora_neutral = False
+
     def __init__(self, *, output_layouts: Placement | None = None) -> None:
         super().__init__()
         self.output_layouts = output_layouts or Replicate()
 
-    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        distribute(self, module, device_mesh, {"weight": Shard(0)})
+    def layout(self, module: Any, ranks: int) -> dict[str, Placement]:
+        return {"weight": Shard(0), "bias": Replicate()}
 
-        def forward(hidden: torch.Tensor) -> torch.Tensor:
-            partial = DTensor.from_local(hidden @ _local(module.weight), device_mesh, [Partial()], run_check=False)
-            return (partial.redistribute(placements=[self.output_layouts]) + module.bias).to_local()
-
-        module.forward = forward
-        return reduce_replicated_gradients(module)
+    def attach(self, module: Any, axis: Axis) -> None:
+        module.edges = Edges(axis, "row", Shard(-1), self.output_layouts)
+        put_over(module, _OnRowsOfConv1D)
 
 
-class HeadsPerRank(ParallelStyle):
+class _OnRowsOfConv1D:
+    def forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        edges = self.edges
+        bias = once(local(self.bias), edges.axis)
+        out = nn.functional.linear(enter(hidden, edges), local(self.weight).t(), bias)
+        return leave(out, edges, out.shape[-1])
+
+
+class HeadsPerRank(LocalStyle):
     """Tell a module how many heads or features a rank has, where its forward counts on the whole number.
 
     Args:
@@ -110,8 +128,6 @@ class HeadsPerRank(ParallelStyle):
 
     Collectives: none.
     """
-
-    lora_neutral = True
 
     def __init__(self, attributes: Sequence[str] = (), config: Sequence[str] = ()) -> None:
         super().__init__()
@@ -133,38 +149,33 @@ class HeadsPerRank(ParallelStyle):
                     raise ValueError(f"{type(module).__name__}'s {name}={number} does not divide over {ranks} ranks")
                 setattr(owner, name, number // ranks)
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.divide(module, device_mesh.size())
-        return module
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        self.divide(module, axis.size)
 
 
-class RowExchange:
-    """From a rank's contiguous rows of a fused weight to its share of each part, and for the gradient back."""
+def exchange_rows(stored: torch.Tensor, widths: Sequence[int], axis: Axis) -> torch.Tensor:
+    """From a rank's contiguous rows of a fused weight to its share of each part. Collectives: one all-to-all each way.
 
-    def __init__(self, widths: Sequence[int], mesh: DeviceMesh) -> None:
-        order, self.sends, self.receives = plan_exchange(widths, mesh.size(), mesh.get_local_rank())
-        self.order = torch.tensor(order, device=mesh.device_type)
-        self.group = mesh.get_group()
-
-    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
-        """Rows `(out / n, ...)` as stored to rows `(out / n, ...)` as used."""
-        return _Exchange.apply(stored, self)
+    Args:
+        stored: `(out / n, ...)` as stored; the result has its shape.
+        widths: of the parts.
+    """
+    order, sends, receives = plan_exchange(widths, axis.size, axis.rank)
+    mine = stored.index_select(0, torch.tensor(order, device=stored.device))
+    return _Exchange.apply(mine, axis, tuple(receives), tuple(sends))
 
 
 class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, stored, rows):
-        ctx.rows = rows
-        needed = stored.new_empty(stored.shape)
-        dist.all_to_all_single(needed, stored[rows.order], rows.receives, rows.sends, group=rows.group)
-        return handed_out(needed)
+    """Rows to their ranks; backward the same with what is sent and received exchanged."""
 
     @staticmethod
-    def backward(ctx, *gradients):
-        rows, gradient = ctx.rows, gradients[0].contiguous()
-        returned = torch.empty_like(gradient)
-        dist.all_to_all_single(returned, gradient, rows.sends, rows.receives, group=rows.group)
-        return torch.empty_like(gradient).index_copy_(0, rows.order, returned), None
+    def forward(ctx: Any, rows: torch.Tensor, axis: Axis, receives: tuple, sends: tuple) -> torch.Tensor:
+        ctx.axis, ctx.receives, ctx.sends = axis, receives, sends
+        return axis.all_to_all(rows, receives, sends)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        return _Exchange.apply(gradients[0], ctx.axis, ctx.sends, ctx.receives), None, None, None
 
 
 def plan_exchange(widths: Sequence[int], ranks: int, rank: int) -> tuple[list[int], list[int], list[int]]:
@@ -214,16 +225,3 @@ def is_conv1d(module: Any) -> bool:
     """Whether a module is transformers' `Conv1D`, a linear with a weight `(in, out)`, told by its structure."""
     own = {name for name, _ in module.named_parameters(recurse=False)}
     return type(module).__name__ == "Conv1D" and own == {"weight", "bias"} and module.weight.dim() == 2
-
-
-def distribute(style: Any, module: Any, mesh: DeviceMesh, layouts: dict[str, Placement]) -> None:
-    """Make DTensors of a module's own parameters, replicated where `layouts` says nothing."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        source = None if parameter.is_meta else getattr(style, "src_data_rank", 0)
-        placement = layouts.get(name, Replicate())
-        sharded = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=source)
-        module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-
-
-def _local(parameter: torch.Tensor | None) -> Any:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

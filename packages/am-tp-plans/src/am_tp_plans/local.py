@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor import Placement
+
+from am_tp_styles.axis import Axis
+from am_tp_styles.classes import put_over
+from am_tp_styles.communication import sum_gradients, sum_over_ranks
+from am_tp_styles.local_parameters import local, local_parameters
+from am_tp_styles.style import LocalStyle
+from am_tp_styles.summed_together import note_summed
 
 
-class LocalShards(ParallelStyle):
+class LocalShards(LocalStyle):
     """Shard some of a module's own parameters and run its forward on this rank's shards of them.
 
     For parameters that a module uses in its own forward, such as attention sinks per head or stacked shared experts.
@@ -28,8 +34,6 @@ class LocalShards(ParallelStyle):
     Collectives (the given axis): when applied, a scatter per parameter in `layouts`; then one all-reduce per tensor of
     the input in backward, and one per output in forward, where asked for.
     """
-
-    lora_neutral = True
 
     def __init__(
         self,
@@ -45,68 +49,91 @@ class LocalShards(ParallelStyle):
         self.sum_input_gradients = sum_input_gradients
         self.sum_output = sum_output
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        group = device_mesh.get_group()
-        for name, placement in self.layouts.items():
-            parameter: Any = module._parameters.get(name)
-            if parameter is None:
-                continue  # some layers have it, others do not
-            source = None if parameter.is_meta else getattr(self, "src_data_rank", 0)
-            sharded = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=source)
-            module.register_parameter(name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-        if self.partial:
-            _sum_gradients_of(module, self.partial, group)
-        forward = module.forward
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        # some layers have a parameter, others do not
+        return {name: p for name, p in self.layouts.items() if module._parameters.get(name) is not None}
 
-        def on_shards(*args: Any, **kwargs: Any) -> Any:
-            if self.sum_input_gradients:
-                args = tuple(sum_gradients(a, group) if _differentiable(a) else a for a in args)
-                kwargs = {k: sum_gradients(v, group) if _differentiable(v) else v for k, v in kwargs.items()}
-            with local_parameters(module):
-                output = forward(*args, **kwargs)
-            return sum_over_ranks(output, group) if self.sum_output else output
-
-        module.forward = on_shards
-        return module
+    def attach(self, module: Any, axis: Axis) -> None:
+        note_summed(module, self.partial & set(module._parameters))
+        module.local_shards = _Shards(axis, frozenset(self.partial), self.sum_input_gradients, self.sum_output)
+        put_over(module, _OnOwnShards)
 
 
-class ReplicatedWithGradAllReduce(ParallelStyle):
+@dataclass(frozen=True)
+class _Shards:
+    axis: Axis
+    summed: frozenset[str]
+    sum_input_gradients: bool
+    sum_output: bool
+
+
+class _OnOwnShards:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shards: _Shards = self.local_shards
+        if shards.sum_input_gradients:
+            args = tuple(_with_summed_gradient(value, shards.axis) for value in args)
+            kwargs = {name: _with_summed_gradient(value, shards.axis) for name, value in kwargs.items()}
+        with local_parameters(self, shards.axis, shards.summed):
+            output = super().forward(*args, **kwargs)
+        return sum_over_ranks(output, shards.axis) if shards.sum_output else output
+
+
+def _with_summed_gradient(value: Any, axis: Axis) -> Any:
+    differentiable = isinstance(value, torch.Tensor) and value.is_floating_point() and value.requires_grad
+    return sum_gradients(value, axis) if differentiable else value
+
+
+class ReplicatedWithGradAllReduce(LocalStyle):
     """Whole parameters on every rank that see only the rank's part of the activations: their gradients are summed.
 
     For norms on a rank's own heads. The gradients are whole when `backward()` returns.
 
-    Collectives (the given axis): one all-reduce per trainable parameter and backward.
+    Collectives (the given axis): one all-reduce per trainable parameter and backward; with `apply_plan`, one for all.
 
     Args:
         names: which of the module's own parameters; None for all, those of its children too.
     """
 
-    lora_neutral = True
-
     def __init__(self, names: Iterable[str] | None = None) -> None:
         super().__init__()
         self.names = None if names is None else set(names)
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        names = {name for name, _ in module.named_parameters()} if self.names is None else self.names
-        _sum_gradients_of(module, names, device_mesh.get_group())
-        return module
+    def attach(self, module: Any, axis: Axis) -> None:
+        summed = {}
+        for name, owner in module.named_modules():
+            dot = name + "." if name else ""
+            own = {leaf for leaf in owner._parameters if self.names is None or dot + leaf in self.names}
+            if own:
+                note_summed(owner, own)
+                summed[name] = frozenset(own)
+        module.summed_parameters = (axis, summed)
+        put_over(module, _SumsGradients)
 
 
-def _sum_gradients_of(module: nn.Module, names: set[str], group: dist.ProcessGroup) -> None:
-    done = "_am_tp_plans_sums_gradient"
-
-    def hook(module: nn.Module, _args: tuple) -> None:
-        # Looked up at each forward: `to_empty`, `to` and FSDP2 exchange the tensors behind a parameter.
-        for name, parameter in module.named_parameters():
-            if name in names and parameter.requires_grad and not hasattr(parameter, done):
-                parameter.register_hook(lambda gradient: _summed(gradient, group))
-                setattr(parameter, done, True)
-
-    module.register_forward_pre_hook(hook)
+class _SumsGradients:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _summed_parameters(self):
+            return super().forward(*args, **kwargs)
 
 
-class MlaKvAProjection(ParallelStyle):
+@contextmanager
+def _summed_parameters(module: Any) -> Iterator[None]:
+    """Exchange parameters for views whose gradients are summed, unless that was done for the whole model."""
+    axis, summed = module.summed_parameters
+    owners = [(module.get_submodule(name) if name else module, names) for name, names in summed.items()]
+    held = [owner._parameters for owner, _ in owners]
+    try:
+        for owner, names in owners:
+            owner._parameters = {
+                name: local(p, axis) if name in names and p is not None else p for name, p in owner._parameters.items()
+            }
+        yield
+    finally:
+        for (owner, _), parameters in zip(owners, held, strict=True):
+            owner._parameters = parameters
+
+
+class MlaKvAProjection(LocalStyle):
     """The first projection of multi-head latent attention: whole, but its rotary part goes to each rank's heads alone.
 
     Of the output's last dim, the latent part is read by a colwise projection, which sums its gradient; the last
@@ -118,102 +145,36 @@ class MlaKvAProjection(ParallelStyle):
     Collectives (the given axis): one all-reduce of `(B, S, rope_dim)` in backward.
     """
 
-    lora_neutral = True
-
     def __init__(self, rope_dim: int | None = None) -> None:
         super().__init__()
         self.rope_dim = rope_dim
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def attach(self, module: nn.Module, axis: Axis) -> None:
         if not self.rope_dim:
             raise ValueError("MlaKvAProjection needs rope_dim, the config's qk_rope_head_dim")
-        rope_dim, group = self.rope_dim, device_mesh.get_group()
-
-        def sum_rotary(_module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
-            latent, rotary = output.split([output.shape[-1] - rope_dim, rope_dim], dim=-1)
-            return torch.cat([latent, sum_gradients(rotary, group)], dim=-1)
-
-        module.register_forward_hook(sum_rotary)
-        return module
+        module.register_forward_hook(partial(_sum_rotary, self.rope_dim, axis))
 
 
-class DividedInput(ParallelStyle):
+def _sum_rotary(rope_dim: int, axis: Axis, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+    if axis.size == 1:
+        return output
+    latent, rotary = output.split([output.shape[-1] - rope_dim, rope_dim], dim=-1)
+    return torch.cat([latent, sum_gradients(rotary, axis)], dim=-1)
+
+
+class DividedInput(LocalStyle):
     """Divide a module's input by the number of ranks: what runs on every rank inside a sum over the ranks."""
 
-    lora_neutral = True
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.register_forward_pre_hook(lambda _module, args: (args[0] / device_mesh.size(), *args[1:]))
-        return module
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        module.register_forward_pre_hook(partial(_divide, axis.size))
 
 
-class Replicated(ParallelStyle):
+def _divide(ranks: int, _module: nn.Module, args: tuple) -> tuple:
+    return (args[0] / ranks, *args[1:])
+
+
+class Replicated(LocalStyle):
     """Whole on every rank, with whole gradients: nothing to do but say so."""
 
-    lora_neutral = True
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return module
-
-
-@contextmanager
-def local_parameters(module: Any) -> Iterator[list[torch.Tensor]]:
-    """The module's own DTensor parameters as this rank's local tensors, for the length of a forward."""
-    distributed = module._parameters
-    local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in distributed.items() if p is not None}
-    module._parameters = {**distributed, **local}
-    try:
-        yield list(local.values())
-    finally:
-        module._parameters = distributed
-
-
-def sum_gradients(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The tensor itself; its gradient is summed over the ranks."""
-    return SumGradients.apply(group, tensor)[0]
-
-
-def sum_over_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over the ranks; the gradient, the same on every rank, goes back as it is."""
-    return SumOutputs.apply(group, tensor)
-
-
-class SumGradients(torch.autograd.Function):
-    """Identity; backward sums over the ranks, in one node so that the collectives have one order."""
-
-    @staticmethod
-    def forward(ctx, group, *tensors):
-        ctx.group = group
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return None, *(_summed(g, ctx.group) for g in gradients)
-
-
-class SumOutputs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, group, tensor):
-        return _summed(tensor, group)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return None, gradients[0]
-
-
-def _summed(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return handed_out(total)
-
-
-def handed_out(tensor: torch.Tensor) -> torch.Tensor:
-    """What the forward of an autograd function returns in place of a tensor that it wrote in place, as collectives do.
-
-    Under `torch.compile`, torch 2.11 takes such a tensor for a constant: its gradient would be zero.
-    """
-    return tensor.view_as(tensor)
-
-
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.requires_grad
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        pass

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
+
+from am_tp_styles.axis import MeshAxis, part_of
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -44,19 +46,19 @@ def vocab_parallel_cross_entropy(
     """
     _check(logits, labels, label_smoothing, z_loss, reduction)
     size = logits.shape[-1]
-    group, start, local = None, 0, logits
+    axis, start, local = None, 0, logits
     if isinstance(logits, DTensor):
         (placement,) = logits.placements
         local = logits.to_local()
         if isinstance(placement, Shard):
-            group = logits.device_mesh.get_group()
-            start = -(-size // logits.device_mesh.size()) * logits.device_mesh.get_local_rank()
+            axis = MeshAxis(logits.device_mesh)
+            start, _ = part_of(size, axis)
     counts = labels != ignore_index
     inside = ~counts | ((labels >= 0) & (labels < size))
     if labels.device.type == "cpu" and not bool(inside.all()):
         raise ValueError(f"labels must be in [0, {size}) or {ignore_index}, got {labels[~inside][0].item()}")
     losses = _CrossEntropy.apply(
-        local.flatten(0, -2), labels.flatten(), (start, size, group, label_smoothing, z_loss)
+        local.flatten(0, -2), labels.flatten(), (start, size, axis, label_smoothing, z_loss)
     ).view(labels.shape)
     losses = losses.masked_fill(~counts, 0.0).masked_fill(~inside, float("nan"))
     if reduction == "none":
@@ -90,11 +92,11 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, settings: tuple) -> torch.Tensor:
-        start, size, group, smoothing, z_loss = settings
+        start, size, axis, smoothing, z_loss = settings
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         largest = wide.amax(-1) if wide.shape[-1] else wide.new_full(wide.shape[:-1], float("-inf"))
-        if group is not None:
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        if axis is not None:
+            largest = axis.all_reduce(largest, "max")
         here = labels - start
         mine = (here >= 0) & (here < wide.shape[-1])
         column = here.masked_fill(~mine, 0).unsqueeze(-1)
@@ -103,8 +105,8 @@ class _CrossEntropy(torch.autograd.Function):
         )
         exponentials = (wide - largest.unsqueeze(-1)).exp_()
         sums = torch.stack([exponentials.sum(-1), target, wide.sum(-1)])
-        if group is not None:
-            dist.all_reduce(sums, group=group)
+        if axis is not None:
+            sums = axis.all_reduce(sums)
         denominator, target, total = sums
         lse = denominator.log() + largest
         losses = lse - (1 - smoothing) * target - smoothing * total / size + z_loss * lse.square()
@@ -115,6 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         probabilities, column, mine, lse = ctx.saved_tensors
         _, size, _, smoothing, z_loss = ctx.settings

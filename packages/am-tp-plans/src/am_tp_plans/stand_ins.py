@@ -51,8 +51,6 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
         module.forward = _summed(watch, name, module.out_features, (wanted, splits), style.output_layouts[0], ranks)
     elif isinstance(style, Conv1DRowwiseParallel):
         in_features, out_features = features(module)  # type: ignore[misc]
-        if style.output_layouts == Shard(1):
-            watch.sends(name, "backward", "all-reduce", out_features, of_tokens=False)  # the bias's gradient
         module.forward = _summed(watch, name, out_features, (in_features // ranks, False), style.output_layouts, ranks)
     elif isinstance(style, ColwiseParallel):
         whole = style.output_layouts[0] == Replicate()
@@ -79,8 +77,7 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
             if only is None or leaf in only:
                 watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
         if isinstance(style, SequenceParallelAllGatherActivation):
-            backward = None if style.use_local_output else "reduce-scatter"
-            _around(module, None, lambda output: _gathered(watch, name, output, ranks, backward))
+            _around(module, None, lambda output: _gathered(watch, name, output, ranks, "reduce-scatter"))
     elif isinstance(style, MlaKvAProjection):
         _summed_in_backward(watch, name, module, style.rope_dim or 0)
     elif isinstance(style, HeadsPerRank):

@@ -11,16 +11,21 @@ Sequence parallelism shards the residual stream between layers along the sequenc
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
 from am_tp_styles import RowwiseParallelLora, SequenceParallelLora
+from am_tp_styles.axis import Axis, MeshAxis
+from am_tp_styles.communication import gather, split
+from am_tp_styles.edges import gather_for_all_readers, mesh_of, offer_to_shares, withdraw
 from am_tp_styles.layout import base_layer
+from am_tp_styles.style import LocalStyle
 
 
 class VocabParallelEmbedding(RowwiseParallelLora):
@@ -42,25 +47,10 @@ class VocabParallelEmbedding(RowwiseParallelLora):
             use_local_output=use_local_output,
         )
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
         if not isinstance(base_layer(module), nn.Embedding):
             raise TypeError(f"VocabParallelEmbedding is for nn.Embedding, got {type(module).__name__}")
-        return super()._apply(module, device_mesh)
-
-
-class RowwiseParallelNewOutput(RowwiseParallel):
-    """`RowwiseParallel` whose output may be modified in place, as some models do: torch's is a view that may not."""
-
-    @staticmethod
-    def _prepare_output_fn(
-        output_layouts: Any, use_local_output: bool, mod: Any, outputs: Any, device_mesh: Any
-    ) -> Any:
-        outputs = RowwiseParallel._prepare_output_fn(output_layouts, use_local_output, mod, outputs, device_mesh)
-        return outputs.clone()
-
-
-class VocabParallelEmbeddingNewOutput(VocabParallelEmbedding, RowwiseParallelNewOutput):
-    """`VocabParallelEmbedding` whose output may be modified in place."""
+        return super().layout(module, ranks)
 
 
 class NormOnShard(SequenceParallelLora):
@@ -73,12 +63,15 @@ class NormOnShard(SequenceParallelLora):
 class SequenceParallelAllGatherActivation(SequenceParallelLora):
     """Sequence parallelism that gathers the whole sequence after the module: what reads it shares one all-gather.
 
-    Input a shard `(B, S / n, D)`, output `(B, S, D)`; with `use_local_output=False` a replicated DTensor, whose
-    gradient, a partial sum, goes back with one reduce-scatter.
+    Input a shard `(B, S / n, D)`, output `(B, S, D)`. What colwise layers read of a plain output gets its gradient, a
+    sum of shares, back with one reduce-scatter for all of them; what anything else reads, its whole gradient as it is.
+    With `use_local_output=False` the output is a replicated DTensor whose gradient is a partial sum.
 
-    Collectives (the given axis): one all-gather forward; backward one reduce-scatter (none for a local output, whose
-    gradient is whole on every rank), and one all-reduce per parameter.
+    Collectives (the given axis): one all-gather forward; backward one reduce-scatter, and one all-reduce per parameter
+    (with `apply_plan`, one for all).
     """
+
+    gathers = True
 
     @staticmethod
     def _prepare_output_fn(use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh) -> Any:
@@ -99,80 +92,70 @@ class RotaryEmbedParallel(SequenceParallel):
 
     lora_neutral = True
 
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        return {}
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        module.register_forward_pre_hook(_local_inputs)
+        if not self.use_local_output:
+            module.register_forward_hook(partial(_replicated_outputs, mesh_of(axis)))
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.register_forward_pre_hook(
-            lambda mod, inputs: self._prepare_input_fn(self.sequence_sharding, mod, inputs, device_mesh)
-        )
-        module.register_forward_hook(
-            lambda mod, _inputs, outputs: self._prepare_output_fn(self.use_local_output, mod, outputs, device_mesh)
-        )
+        self.attach(module, MeshAxis(device_mesh))
         return module
 
-    @staticmethod
-    def _prepare_input_fn(sequence_sharding: Any, mod: nn.Module, inputs: Any, device_mesh: DeviceMesh) -> Any:
-        return tuple(i.to_local() if isinstance(i, DTensor) else i for i in inputs)
 
-    @staticmethod
-    def _prepare_output_fn(use_local_output: bool, mod: nn.Module, outputs: Any, device_mesh: DeviceMesh) -> Any:
-        if use_local_output:
-            return tuple(outputs)
-        return tuple(DTensor.from_local(o, device_mesh, [Replicate()], run_check=False) for o in outputs)
+def _local_inputs(_module: nn.Module, inputs: tuple) -> tuple:
+    return tuple(i.to_local() if isinstance(i, DTensor) else i for i in inputs)
 
 
-class SequenceShardInput(ParallelStyle):
+def _replicated_outputs(mesh: DeviceMesh, _module: nn.Module, _inputs: tuple, outputs: tuple) -> tuple:
+    return tuple(DTensor.from_local(o, mesh, [Replicate()], run_check=False) for o in outputs)
+
+
+class SequenceShardInput(LocalStyle):
     """Split a layer's hidden state, replicated until here, along the sequence: the entry of the layer stack.
 
     Collectives (the given axis): none forward, one all-gather backward.
     """
 
     shards_sequence = True
-    lora_neutral = True
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        replace_hidden(module, lambda hidden: split_sequence(hidden, device_mesh))
-        return module
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        change_input(module, partial(split_sequence, axis))
 
 
-class SequenceShardOutput(ParallelStyle):
+class SequenceShardOutput(LocalStyle):
     """Split what a module returns, the same on every rank, along the sequence.
 
     Collectives (the given axis): none forward, one all-gather backward.
     """
 
-    lora_neutral = True
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.register_forward_hook(lambda _module, _args, output: on_hidden(output, split_sequence, device_mesh))
-        return module
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        change_output(module, partial(split_sequence, axis))
 
 
-class SequenceGatherOutput(ParallelStyle):
+class SequenceGatherOutput(LocalStyle):
     """Gather the hidden state that a module returns, a shard along the sequence: the exit of the layer stack.
 
     Collectives (the given axis): one all-gather forward, none backward.
     """
 
-    lora_neutral = True
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        module.register_forward_hook(lambda _module, _args, output: on_hidden(output, gather_sequence, device_mesh))
-        return module
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        change_output(module, partial(gather_sequence, axis))
 
 
-class SequenceGatherInput(ParallelStyle):
+class SequenceGatherInput(LocalStyle):
     """Gather the hidden state that a block takes; all in the block sees the whole sequence and returns whole gradients.
 
     Collectives (the given axis): one all-gather forward, none backward.
     """
 
-    lora_neutral = True
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        replace_hidden(module, lambda hidden: gather_sequence(hidden, device_mesh))
-        return module
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        change_input(module, partial(gather_sequence, axis))
 
 
-class SequenceWholeBlock(ParallelStyle):
+class SequenceWholeBlock(LocalStyle):
     """A block that sees the whole sequence, between layers that see a shard of it: gathered before, split after.
 
     For what mixes tokens or routes them, and is the same on every rank.
@@ -180,44 +163,46 @@ class SequenceWholeBlock(ParallelStyle):
     Collectives (the given axis): one all-gather forward, one backward.
     """
 
-    lora_neutral = True
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        SequenceGatherInput()._apply(module, device_mesh)
-        return SequenceShardOutput()._apply(module, device_mesh)
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        change_input(module, partial(gather_sequence, axis))
+        change_output(module, partial(split_sequence, axis))
 
 
-class SharedInput(ParallelStyle):
-    """One replicated DTensor for all the colwise projections of a block, so that its gradient is summed once.
+class SharedInput(LocalStyle):
+    """Let all colwise projections of a block sum the gradient of their input once, together.
+
+    What else in the block reads the hidden state gives it a whole gradient, as it is.
 
     Args:
         input_layouts: of the block's hidden state `(B, S, D)`: `Replicate()`, or `Shard(1)` for sequence parallelism.
-
-    Nothing in the block but colwise projections may read the hidden state.
 
     Collectives (the given axis): for `Replicate()` one all-reduce backward; for `Shard(1)` one all-gather forward and
     one reduce-scatter backward.
     """
 
-    lora_neutral = True
-
     def __init__(self, *, input_layouts: Placement | None = None) -> None:
         super().__init__()
         self.input_layouts = input_layouts or Replicate()
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def shared(hidden: torch.Tensor) -> torch.Tensor:
-            placed = DTensor.from_local(hidden, device_mesh, [self.input_layouts], run_check=False)
-            return placed.redistribute(placements=[Replicate()])
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        if isinstance(self.input_layouts, Shard):
+            change_input(module, partial(gather_for_all_readers, axis, self.input_layouts.dim))
+        else:
+            change_input(module, partial(_offered, axis))
+            module.register_forward_hook(_withdraw_input, with_kwargs=True, always_call=True)
 
-        replace_hidden(module, shared)
-        return module
+
+def _offered(axis: Axis, hidden: torch.Tensor) -> torch.Tensor:
+    offer_to_shares(hidden, axis)
+    return hidden
 
 
-class Several(ParallelStyle):
+def _withdraw_input(_module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
+    withdraw(args[0] if args else kwargs["hidden_states"])
+
+
+class Several(LocalStyle):
     """More than one style for one module, applied in order; none of them may shard a linear."""
-
-    lora_neutral = True
 
     def __init__(self, *styles: ParallelStyle) -> None:
         super().__init__()
@@ -228,11 +213,12 @@ class Several(ParallelStyle):
                 )
         self.styles = tuple(part for style in styles for part in each(style))
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        return {name: placement for style in self.styles for name, placement in style.layout(module, ranks).items()}
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
         for style in self.styles:
-            style.src_data_rank = getattr(self, "src_data_rank", 0)
-            style._apply(module, device_mesh)
-        return module
+            style.attach(module, axis)
 
 
 def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
@@ -242,40 +228,41 @@ def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
     return style.styles if isinstance(style, Several) else (style,)
 
 
-def replace_hidden(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def change_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change the hidden state that a module is called with: its first argument, or `hidden_states`."""
-
-    def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
-
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.register_forward_pre_hook(partial(_with_changed_input, change), with_kwargs=True)
 
 
-def on_hidden(output: Any, change: Callable[[torch.Tensor, DeviceMesh], torch.Tensor], mesh: DeviceMesh) -> Any:
+def change_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Change the hidden state that a module returned: the tensor itself, or the first of a tuple."""
-    if isinstance(output, tuple):
-        return (change(output[0], mesh), *output[1:])
-    return change(output, mesh)
+    module.register_forward_hook(partial(_with_changed_output, change))
 
 
-def gather_sequence(hidden: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+def _with_changed_input(
+    change: Callable, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+
+def _with_changed_output(change: Callable, _module: nn.Module, _args: tuple, output: Any) -> Any:
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def gather_sequence(axis: Axis, hidden: torch.Tensor) -> torch.Tensor:
     """The whole `(B, S, D)` of every rank's part `(B, S / n, D)`; its gradient must be whole on every rank."""
-    gathered = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
-    return gathered.to_local(grad_placements=[Replicate()])
+    return gather(hidden, axis, 1)
 
 
-def split_sequence(hidden: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+def split_sequence(axis: Axis, hidden: torch.Tensor) -> torch.Tensor:
     """This rank's part `(B, S / n, D)` of a tensor `(B, S, D)` that every rank of the axis holds.
 
     Raises:
         ValueError: the sequence does not divide over the axis.
     """
     length = hidden.shape[1]
-    if length % mesh.size():
-        padded = -(-length // mesh.size()) * mesh.size()
-        raise ValueError(f"a sequence of {length} tokens does not divide over {mesh.size()} ranks; pad it to {padded}")
-    return (
-        DTensor.from_local(hidden, mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(1)]).to_local()
-    )
+    if length % axis.size:
+        padded = -(-length // axis.size) * axis.size
+        raise ValueError(f"a sequence of {length} tokens does not divide over {axis.size} ranks; pad it to {padded}")
+    return split(hidden, axis, 1)

@@ -24,10 +24,8 @@ from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import (
     NormOnShard,
-    RowwiseParallelNewOutput,
     Several,
     VocabParallelEmbedding,
-    VocabParallelEmbeddingNewOutput,
     each,
 )
 from am_tp_plans.watch import ReadDirectlyError
@@ -140,14 +138,6 @@ def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Para
     for key, names in _by_key(model, found.partial).items():
         style = plan.get(key, next((s for k, s in reversed(plan.items()) if matches(k, key)), None))
         plan[key] = _summing(key, style, names)
-    new_output: dict[type, type] = {
-        RowwiseParallel: RowwiseParallelNewOutput,
-        VocabParallelEmbedding: VocabParallelEmbeddingNewOutput,
-    }
-    for key, style in plan.items():
-        if type(style) in new_output and any(matches(key, name) for name in found.modified):
-            plan[key] = copy.copy(style)
-            plan[key].__class__ = new_output[type(style)]
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 
+_OPERATORS = torch.ops._c10d_functional
 # Since 2.13 a view of a DTensor may flatten dims of which a later one is sharded, as `nn.Linear` does to a sequence.
 FLATTENS_SHARDED_DIMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
@@ -37,6 +40,51 @@ def exchanged_tensors(module: nn.Module, view: Callable[[str, torch.Tensor], tor
     finally:
         for owner, (parameters, buffers) in zip(owners, before, strict=True):
             owner._parameters, owner._buffers = parameters, buffers
+
+
+def all_reduce(tensor: torch.Tensor, op: str, group: str) -> torch.Tensor:
+    """The sum (`"sum"`) or maximum (`"max"`) over a process group, given by name; a new tensor.
+
+    These four are the operators under torch's functional collectives, which `torch.compile` traces. The functions over
+    them return a tensor subclass, and each of its uses costs the host what a DTensor's does.
+    """
+    return _OPERATORS.wait_tensor(_OPERATORS.all_reduce(tensor, op, group))
+
+
+def all_gather(tensor: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """The ranks' tensors, of one shape, one after the other along dim 0."""
+    return _OPERATORS.wait_tensor(_OPERATORS.all_gather_into_tensor(tensor, ranks, group))
+
+
+def reduce_scatter(tensor: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
+    """This rank's part along dim 0 of the sum."""
+    return _OPERATORS.wait_tensor(_OPERATORS.reduce_scatter_tensor(tensor, "sum", ranks, group))
+
+
+def all_to_all(tensor: torch.Tensor, receives: list[int], sends: list[int], group: str) -> torch.Tensor:
+    """Rows along dim 0 from every rank."""
+    return _OPERATORS.wait_tensor(_OPERATORS.all_to_all_single(tensor, receives, sends, group))
+
+
+def local_of(tensor: DTensor) -> torch.Tensor:
+    """This rank's part of a DTensor, without the dispatch and the new specification of `to_local`."""
+    return tensor._local_tensor
+
+
+def spec_of(tensor: DTensor) -> Any:
+    """How a DTensor lies on its mesh, and its shape, strides and dtype."""
+    return tensor._spec
+
+
+def with_spec(local: torch.Tensor, spec: Any) -> DTensor:
+    """A DTensor of a local part, as `spec_of` another one has it."""
+    # without `__init__`, which does nothing and has a wrapper that costs more than the rest
+    return DTensor.__new__(DTensor, local, copy.copy(spec), requires_grad=local.requires_grad)
+
+
+def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The tensor whose view this is, None for one that is none and under `torch.compile`, which cannot tell."""
+    return None if torch.compiler.is_compiling() else tensor._base
 
 
 def finished(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 _FROM = "_am_tp_styles_exchanged_from"
+_HOW = "_am_tp_styles_exchanged_for"
 
 
 def put_over(module: nn.Module, behaviour: type) -> None:
@@ -28,8 +29,8 @@ def put_under(module: nn.Module, behaviour: type) -> None:
 def restore_classes(module: M) -> M:
     """Give every module under `module` the class it had before this package exchanged it.
 
-    Exchanged are the classes of layers given to `use_tp_linear`, and, by the styles, those of peft's wrappers, of
-    embeddings sharded along the vocabulary, and of an adapter's dropout. Each new class derives from the old one and
+    Exchanged are the classes of layers given to `use_tp_linear`, and, by the styles, those of the linears, embeddings,
+    norms and peft wrappers that they shard, and of dropout. Each new class derives from the old one and
     bears its name, so `isinstance` holds all the while; names, parameters, hooks and attributes are the same before
     and after. Only `type(module)` differs.
 
@@ -49,4 +50,19 @@ def restore_classes(module: M) -> M:
 def _combined(cls: type, behaviour: type, over: bool) -> type:
     bases = (behaviour, cls) if over else ((behaviour,) if issubclass(behaviour, cls) else (cls, behaviour))
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, bases, {**names, _FROM: cls})
+    return type(cls.__name__, bases, {**names, _FROM: cls, _HOW: (behaviour, over), "__reduce_ex__": _reduce})
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    """How a module of an exchanged class is pickled and copied: no module holds that class by name."""
+    cls, steps = type(module), []
+    while _FROM in vars(cls):
+        steps.append(vars(cls)[_HOW])
+        cls = vars(cls)[_FROM]
+    return _new, (cls, steps[::-1]), module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+
+
+def _new(cls: type, steps: list[tuple[type, bool]]) -> nn.Module:
+    for behaviour, over in steps:
+        cls = _combined(cls, behaviour, over)
+    return cls.__new__(cls)

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from am_tp_styles.classes import M, put_under
+from am_tp_styles.sharded import forward_on_shards
 
 
 class TPLinear(nn.Linear):
@@ -35,6 +36,8 @@ class TPLinear(nn.Linear):
         Collectives: none of its own for up to three dims. A sharded layer with a replicated input of more dims sums
         the input's gradient (one all-reduce) here and not in whatever made the input.
         """
+        if "edges" in self.__dict__ and isinstance(self.weight, DTensor):  # the class was set after it was sharded
+            return forward_on_shards(self, self.forward, x)
         if x.dim() == 3:
             return self._bmm(x)
         if x.dim() == 2:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
+from am_tp_styles.axis import Axis
 from am_tp_styles.classes import put_over
 
 
-def shard_dropout(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+def shard_dropout(module: nn.Module, axis: Axis, placement: Placement) -> None:
     """Let a `nn.Dropout` draw the mask of the whole input and use this rank's part of it.
 
     Every rank draws as much as one process would, so ranks that start with the same random state keep it, masks on
@@ -20,12 +20,12 @@ def shard_dropout(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> 
 
     Args:
         module: exactly an `nn.Dropout`; anything else is left alone.
-        mesh: the tensor-parallel axis.
+        axis: the tensor-parallel axis.
         placement: how a plain input lies on it; a DTensor says so itself.
     """
     if type(module) is nn.Dropout:
         put_over(module, ShardedDropout)
-        module.mesh, module.placement = mesh, placement
+        module.axis, module.placement = axis, placement
 
 
 class ShardedDropout:
@@ -36,12 +36,12 @@ class ShardedDropout:
         placement = x.placements[0] if isinstance(x, DTensor) else self.placement
         shape = list(x.shape)
         if isinstance(placement, Shard) and not isinstance(x, DTensor):
-            shape[placement.dim] *= self.mesh.size()
+            shape[placement.dim] *= self.axis.size
         kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p)
         if isinstance(placement, Shard):
-            part = shape[placement.dim] // self.mesh.size()
-            kept = kept.narrow(placement.dim, self.mesh.get_local_rank() * part, part)
+            part = shape[placement.dim] // self.axis.size
+            kept = kept.narrow(placement.dim, self.axis.rank * part, part)
         mask = kept.to(x.dtype) / (1 - self.p)
         if isinstance(x, DTensor):
-            return x * DTensor.from_local(mask, self.mesh, [placement], run_check=False)
+            return x * DTensor.from_local(mask, x.device_mesh, [placement], run_check=False)
         return x * mask

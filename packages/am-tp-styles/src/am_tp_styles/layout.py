@@ -73,14 +73,22 @@ def plan_layout(module: nn.Module, kind: str, ranks: int) -> dict[str, Placement
     return plan_added(module, kind)
 
 
+def layout_of(module: nn.Module, kind: str) -> dict[str, Placement]:
+    """The placement of every parameter by its role, of a layer that is sharded already, too."""
+    return {
+        name: _PLACEMENTS[kind].get(_role(module, name), Replicate())
+        for name, _ in module.named_parameters(remove_duplicate=False)
+    }
+
+
 def plan_added(module: nn.Module, kind: str) -> dict[str, Placement]:
     """The part of `plan_layout` for parameters that are not sharded yet, which an added adapter brings."""
     _check_adapters(module)
     has_own_adapter(module)
     return {
-        name: _PLACEMENTS[kind].get(_role(module, name), Replicate())
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if not isinstance(parameter, DTensor)
+        name: placement
+        for name, placement in layout_of(module, kind).items()
+        if not isinstance(module.get_parameter(name), DTensor)
     }
 
 

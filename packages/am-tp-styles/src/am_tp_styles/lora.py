@@ -1,4 +1,9 @@
-"""Torch's three parallel styles, for linears and embeddings that carry LoRA adapters. `layout.py` draws the layouts."""
+"""Torch's three parallel styles on local tensors, for layers with adapters and without. `layout.py` draws the layouts.
+
+Parameters become DTensors; what a layer computes on is plain. A layer whose forward is not known to be that of
+`nn.Linear`, `nn.Embedding` or a layer that treats every token alike, such as one that holds an adapter itself, computes
+on DTensors as with torch's styles: what it does between its parameters may need other ranks' shards.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,19 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
 from am_tp_styles._torch_compat import FLATTENS_SHARDED_DIMS, finished
-from am_tp_styles.classes import put_under
-from am_tp_styles.compiled_linear import use_tp_linear
+from am_tp_styles.axis import Axis, MeshAxis
+from am_tp_styles.compiled_linear import TPLinear, use_tp_linear
 from am_tp_styles.dropout import shard_dropout
+from am_tp_styles.edges import Edges, mesh_of
 from am_tp_styles.gradients import reduce_replicated_gradients
-from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped, plan_layout
+from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped, layout_of, plan_layout
 from am_tp_styles.parameters import distribute
-from am_tp_styles.vocabulary import VocabularyRows
+from am_tp_styles.sharded import compute_on_shards
+from am_tp_styles.tokens import treats_tokens_alike
 from am_tp_styles.wrapped import shard_wrapped
 
 
@@ -35,18 +42,22 @@ class ColwiseParallelLora(ColwiseParallel):
         TypeError: `lora_A` and `lora_B` are of another structure.
     """
 
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        """How each parameter of the layer lies on an axis of so many ranks."""
+        return plan_layout(module, _kind(self, module, "column", "features"), ranks)
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        """Let the layer compute on its shards, which it holds already."""
+        _attach(self, module, axis, _kind(self, module, "column", "features"))
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if is_wrapped(module):
-            return _apply_to_wrapped(self, module, device_mesh)
+        if computes_on_shards(module):
+            return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if not name:  # its lora_A and lora_B are done together with it
             _shard(module, "column", device_mesh, self.src_data_rank)
-
-    def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not name:
-            _shard(module, "features", device_mesh, self.src_data_rank)
 
 
 class RowwiseParallelLora(RowwiseParallel):
@@ -68,11 +79,19 @@ class RowwiseParallelLora(RowwiseParallel):
         TypeError: `lora_A` and `lora_B` are of another structure.
     """
 
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        """How each parameter of the layer lies on an axis of so many ranks."""
+        return plan_layout(module, _kind(self, module, "row", "rows"), ranks)
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        """Let the layer compute on its shards, which it holds already."""
+        linear = isinstance(base_layer(module), nn.Linear)
+        self.desired_input_layouts = (Shard(-1) if linear else Replicate(),)
+        _attach(self, module, axis, _kind(self, module, "row", "rows"))
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if is_wrapped(module):
-            linear = isinstance(base_layer(module), nn.Linear)
-            self.desired_input_layouts = (Shard(-1) if linear else Replicate(),)
-            return _apply_to_wrapped(self, module, device_mesh)
+        if computes_on_shards(module):
+            return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
@@ -81,12 +100,6 @@ class RowwiseParallelLora(RowwiseParallel):
         _shard(module, "row", device_mesh, self.src_data_rank)
         if has_own_adapter(module):
             _keep_adapter_partial(module)
-
-    def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not name:
-            _shard(module, "rows", device_mesh, self.src_data_rank)
-            if not is_wrapped(module):
-                put_under(module, VocabularyRows)
 
 
 class SequenceParallelLora(SequenceParallel):
@@ -102,33 +115,80 @@ class SequenceParallelLora(SequenceParallel):
         ValueError: the layer is sharded already, or an adapter has no sharded form.
     """
 
+    # Whether the layer hands on the whole sequence instead of its part.
+    gathers = False
+
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        """How each parameter of the layer lies on an axis of so many ranks."""
+        return plan_layout(module, "sequence", ranks)
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        """Let the layer compute on its part of the sequence."""
+        _attach(self, module, axis, "sequence")
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if is_wrapped(module) or treats_tokens_alike(module, self.sequence_sharding[0].dim):
+            return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
     def _replicate_module_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if not name:
-            _shard(module, "sequence", device_mesh, self.src_data_rank, self.sequence_sharding[0])
-            if not FLATTENS_SHARDED_DIMS and not is_wrapped(module):  # within a wrapper everything is local
+            _shard(module, "sequence", device_mesh, self.src_data_rank)
+            if not FLATTENS_SHARDED_DIMS:
                 use_tp_linear(module)
 
 
-def _apply_to_wrapped(style: Any, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-    """What torch's colwise and rowwise styles do, which know linears and embeddings only."""
+def computes_on_shards(module: Any) -> bool:
+    """Whether a linear, an embedding or peft's wrapper has a known forward, which may run on a rank's shards."""
+    known = (nn.Linear.forward, TPLinear.forward, nn.Embedding.forward)
+    return is_wrapped(module) or (type(module).forward in known and not has_own_adapter(module))
+
+
+def _distribute_and_attach(style: Any, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+    distribute(module, style.layout(module, device_mesh.size()), device_mesh, style.src_data_rank)
+    style.attach(module, MeshAxis(device_mesh))
+    return module
+
+
+def _kind(style: Any, module: Any, linear: str, embedding: str) -> str:
     base = base_layer(module)
     if not isinstance(base, (nn.Linear, nn.Embedding)):
-        raise TypeError(
-            f"the base layer of {type(module).__name__} is a {type(base).__name__}; "
-            f"{type(style).__name__} shards adapters on nn.Linear and nn.Embedding"
-        )
-    linear = isinstance(base, nn.Linear)
-    module = distribute_module(
-        module,
-        device_mesh,
-        style._partition_linear_fn if linear else style._partition_embedding_fn,
-        partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts),
-        partial(style._prepare_output_fn, style.output_layouts, style.use_local_output),
+        what = f"the base layer of {type(module).__name__}" if is_wrapped(module) else "the layer"
+        raise TypeError(f"{what} is a {type(base).__name__}; {type(style).__name__} shards nn.Linear and nn.Embedding")
+    return linear if isinstance(base, nn.Linear) else embedding
+
+
+def _attach(style: Any, module: Any, axis: Axis, kind: str) -> None:
+    edges = _edges(style, axis, kind)
+    if is_wrapped(module):
+        shard_wrapped(module, edges, layout_of(module, kind), style.src_data_rank)
+    else:
+        compute_on_shards(module, edges)
+
+
+def _edges(style: Any, axis: Axis, kind: str) -> Edges:
+    """The style's layouts; with the functions of a subclass of torch's styles that prepares them in its own way."""
+    if kind == "sequence":
+        takes = gives = style.sequence_sharding[0]
+        own = _prepares_itself(style, SequenceParallel) and not (style.gathers and style.use_local_output)
+        prepare_input = partial(style._prepare_input_fn, style.sequence_sharding)
+        prepare_output = partial(style._prepare_output_fn, style.use_local_output)
+        gives = Replicate() if style.gathers else gives
+    else:
+        takes, gives = style.input_layouts[0], style.output_layouts[0]
+        torchs = ColwiseParallel if isinstance(style, ColwiseParallel) else RowwiseParallel
+        own = _prepares_itself(style, torchs)
+        prepare_input = partial(style._prepare_input_fn, style.input_layouts, style.desired_input_layouts)
+        prepare_output = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
+    if own:
+        mesh_of(axis)
+    return Edges(axis, kind, takes, gives, style.use_local_output, (prepare_input, prepare_output) if own else None)
+
+
+def _prepares_itself(style: Any, torchs: type) -> bool:
+    return any(
+        getattr(style, name) is not getattr(torchs, name) for name in ("_prepare_input_fn", "_prepare_output_fn")
     )
-    return _finish_output(module)
 
 
 def _finish_output(module: nn.Module) -> nn.Module:
@@ -137,14 +197,12 @@ def _finish_output(module: nn.Module) -> nn.Module:
     return module
 
 
-def _shard(module: Any, kind: str, mesh: DeviceMesh, source: int | None, sequence: Any = None) -> None:
-    if is_wrapped(module):
-        shard_wrapped(module, kind, mesh, source, sequence)
-        return
+def _shard(module: Any, kind: str, mesh: DeviceMesh, source: int | None) -> None:
+    """For layers that compute on DTensors."""
     distribute(module, plan_layout(module, kind, mesh.size()), mesh, source)
     if has_own_adapter(module):
         for child in module.children():
-            shard_dropout(child, mesh, Replicate())  # sees DTensors, which say how they are sharded
+            shard_dropout(child, MeshAxis(mesh), Replicate())  # sees DTensors, which say how they are sharded
     reduce_replicated_gradients(module)
 
 

@@ -1,44 +1,28 @@
-"""Looking up rows of an embedding whose vocabulary is spread over the ranks."""
+"""Which ids of a vocabulary lie in this rank's rows of an embedding."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, Partial
-from torch.nn import functional as F
 
-
-class VocabularyRows(nn.Embedding):
-    """`nn.Embedding` on this rank's rows: zeros for ids that lie elsewhere, so that the ranks' sum is the lookup.
-
-    Torch's own sharded lookup keeps its mask in the placement, which the gradient of a later layer cannot always be
-    brought to (`Redistribution from one partial type ... is unsupported`). This one is `Partial()` and nothing else.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`(...)` int ids, replicated, to a `Partial` DTensor `(..., embedding_dim)`. Issues no collective."""
-        weight = self.weight
-        if not isinstance(weight, DTensor):
-            return super().forward(input)
-        ids = input.to_local() if isinstance(input, DTensor) else input
-        rows, here, padding = rows_here(ids, weight, self.padding_idx)
-        out = F.embedding(rows, weight.to_local(), padding).masked_fill(~here.unsqueeze(-1), 0)
-        return DTensor.from_local(out, weight.device_mesh, [Partial()], run_check=False)
+from am_tp_styles.axis import Axis, part_of
 
 
 def rows_here(
-    ids: torch.Tensor, weight: DTensor, padding_idx: int | None
+    ids: torch.Tensor, held: int, whole: int, axis: Axis, padding_idx: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, int | None]:
     """Ids as rows of this rank's shard, which of them lie here, and the padding row if it does.
 
+    An id outside the whole vocabulary becomes a row that no shard has, so that the lookup fails on every rank as it
+    does in one process: at once on the CPU, by the kernel's own assertion on a device, which nothing waits for.
+
     Args:
-        ids: any shape, int, within the whole vocabulary.
-        weight: `(num_embeddings, dim)`, `Shard(0)`.
+        ids: any shape, int.
+        held: rows of this rank's shard.
+        whole: rows of the whole embedding.
     """
-    mesh = weight.device_mesh
-    first = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
-    count = weight.to_local().shape[0]
+    first, _ = part_of(whole, axis)
     rows = ids - first
-    here = (rows >= 0) & (rows < count)
-    padded_here = padding_idx is not None and first <= padding_idx < first + count
-    return rows.clamp(0, count - 1), here, padding_idx - first if padded_here else None
+    here = (rows >= 0) & (rows < held)
+    rows = rows.clamp(0, held - 1).masked_fill((ids < 0) | (ids >= whole), held)
+    padded_here = padding_idx is not None and first <= padding_idx < first + held
+    return rows, here, padding_idx - first if padded_here else None

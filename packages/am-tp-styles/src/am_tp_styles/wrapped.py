@@ -14,78 +14,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from am_tp_styles._torch_compat import exchanged_tensors
+from am_tp_styles.axis import MeshAxis
 from am_tp_styles.classes import put_over
+from am_tp_styles.communication import once
 from am_tp_styles.dropout import shard_dropout
-from am_tp_styles.gradients import reduce_replicated_gradients
-from am_tp_styles.layout import base_layer, plan_added, plan_layout
+from am_tp_styles.edges import Edges, enter, leave, mesh_of
+from am_tp_styles.layout import base_layer, plan_added
+from am_tp_styles.local_parameters import local
 from am_tp_styles.parameters import distribute
+from am_tp_styles.summed_together import note_summed
 from am_tp_styles.vocabulary import rows_here
 
 
-def shard_wrapped(module: Any, kind: str, mesh: DeviceMesh, source: int | None, sequence: Placement) -> None:
-    """Shard a wrapper and all its adapters in place; see `plan_layout` for the layouts and what is refused.
+def shard_wrapped(module: Any, edges: Edges, layout: dict[str, Placement], source: int | None) -> None:
+    """Let a wrapper, whose parameters are sharded already, compute on them with all its adapters.
 
     Args:
         module: peft's wrapper of a linear or embedding.
-        kind: a key of the table in `layout.py`.
-        mesh: the tensor-parallel axis.
-        source: the axis's rank whose values everyone gets; None keeps each rank's own.
-        sequence: of kind `sequence`, how its input lies on the axis.
-
-    Collectives (the given axis): a scatter or broadcast per parameter unless `source` is None.
+        edges: of the layer.
+        layout: from `plan_layout`.
+        source: the axis's rank whose values later adapters get; None keeps each rank's own.
     """
-    distribute(module, plan_layout(module, kind, mesh.size()), mesh, source)
+    module.edges, module.sharded_as, module.source = edges, dict(layout), source
     put_over(module, _ShardedWrapper)
-    module._tp = {"kind": kind, "mesh": mesh, "source": source, "sequence": sequence}
-    reduce_replicated_gradients(module)
-    _shard_the_rest(module)
+    _attach_the_rest(module)
 
 
 class _ShardedWrapper:
-    """Over a wrapper's class: DTensor in, local tensors within, DTensor out."""
+    """Over a wrapper's class: its own forward on local tensors, between the layer's two exchanges."""
 
-    def forward(self: Any, x: DTensor, *args: Any, **kwargs: Any) -> DTensor:
-        mesh, kind = self._tp["mesh"], self._tp["kind"]
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        edges: Edges = self.edges
         if getattr(self, "disable_adapters", False) and getattr(self, "merged", False):
             self.unmerge()  # here, where the weights are whole to it; its forward would do it on local ones
-        weight: Any = base_layer(self).weight
-
-        def view(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            return _local_view(name, tensor, kind)
-
-        if kind == "rows":
-            return self._look_up_rows(x, weight, view, *args, **kwargs)
-        with exchanged_tensors(self, view):
-            # The input of column is whole, and so are ids; what comes back for it is this rank's summand.
-            out = super().forward(
-                x.to_local(grad_placements=[Partial()] if kind == "column" else None), *args, **kwargs
+        base = base_layer(self)
+        width = base.out_features if isinstance(base, nn.Linear) else base.embedding_dim
+        x = enter(x, edges)
+        with exchanged_tensors(self, partial(_local_view, self)):
+            out = (
+                self._look_up_rows(x, *args, **kwargs) if edges.kind == "rows" else super().forward(x, *args, **kwargs)
             )
-        if kind == "row":
-            return DTensor.from_local(out, mesh, [Partial()], run_check=False)
-        if kind == "sequence":
-            return DTensor.from_local(out, mesh, [self._tp["sequence"]], run_check=False)
-        return _sharded_last(out, mesh, weight.shape[0 if kind == "column" else 1])
+        return leave(out, edges, width)
 
-    def _look_up_rows(self: Any, x: DTensor, weight: DTensor, view: Any, *args: Any, **kwargs: Any) -> DTensor:
+    def _look_up_rows(self: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = base_layer(self)
         whole_padding = base.padding_idx
-        rows, here, padding = rows_here(x.to_local(), weight, whole_padding)
+        held, axis = base.weight.shape[0], self.edges.axis
+        rows, here, padding = rows_here(ids, held, base.num_embeddings, axis, whole_padding)
         base.padding_idx = padding
         try:
-            with exchanged_tensors(self, view):
-                out = super().forward(rows, *args, **kwargs)
+            out = super().forward(rows, *args, **kwargs)
         finally:
             base.padding_idx = whole_padding
-        out = out.masked_fill(~here.unsqueeze(-1), 0)
-        return DTensor.from_local(out, self._tp["mesh"], [Partial()], run_check=False)
+        return out.masked_fill(~here.unsqueeze(-1), 0)
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As peft's; with `safe_merge` every rank refuses when one finds a NaN. Collectives: then a sum of one flag."""
@@ -98,7 +87,7 @@ class _ShardedWrapper:
                 if not safe_merge:
                     raise
                 broken = error
-            if safe_merge and _on_any_rank(broken is not None, self._tp["mesh"]):
+            if safe_merge and _on_any_rank(broken is not None, self):
                 self.merged_adapters = before
                 raise broken or ValueError("NaNs detected in the merged weights of another rank")
 
@@ -122,8 +111,10 @@ class _ShardedWrapper:
                 f"init_lora_weights={start!r}), which is sharded; add it before the layer is sharded"
             )
         super().update_layer(adapter_name, *args, **kwargs)
-        distribute(self, plan_added(self, self._tp["kind"]), self._tp["mesh"], self._tp["source"])
-        _shard_the_rest(self)
+        added = plan_added(self, self.edges.kind)
+        distribute(self, added, mesh_of(self.edges.axis), self.source)
+        self.sharded_as |= added
+        _attach_the_rest(self)
 
 
 class _NormOverRanks:
@@ -134,7 +125,7 @@ class _NormOverRanks:
         norm = super().get_weight_norm(weight, *args, **kwargs).detach()
         if isinstance(norm, DTensor):
             return norm.redistribute(placements=[Replicate()])
-        return DTensor.from_local(norm.square(), self._tp_mesh, [Partial()], run_check=False).full_tensor().sqrt()
+        return self.axis.all_reduce(norm.square()).sqrt()
 
 
 @contextmanager
@@ -158,9 +149,9 @@ def _check_whole_over_other_axes(module: Any) -> None:
             )
 
 
-def _on_any_rank(here: bool, mesh: DeviceMesh) -> bool:
-    flag = torch.tensor(float(here), device=mesh.device_type)
-    return bool(DTensor.from_local(flag, mesh, [Partial()], run_check=False).full_tensor())
+def _on_any_rank(here: bool, module: Any) -> bool:
+    flag = torch.tensor(float(here), device=base_layer(module).weight.device)
+    return bool(module.edges.axis.all_reduce(flag, "max"))
 
 
 def _plain(_name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -169,36 +160,35 @@ def _plain(_name: str, tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _shard_the_rest(module: Any) -> None:
-    """The parts of the adapters that are no parameters: dropout, and the norm of DoRA."""
-    mesh, kind = module._tp["mesh"], module._tp["kind"]
-    placement = {"row": Shard(-1), "sequence": module._tp["sequence"]}.get(kind, Replicate())
+def _attach_the_rest(module: Any) -> None:
+    """What of the adapters is no parameter, dropout and the norm of DoRA; and whose gradients are summed."""
+    edges = module.edges
+    placement = {"row": Shard(-1), "sequence": edges.takes}.get(edges.kind, Replicate())
     for dropout in module.lora_dropout.values():
-        shard_dropout(dropout, mesh, placement)
-    if kind in ("row", "rows"):
+        shard_dropout(dropout, edges.axis, placement)
+    if edges.kind in ("row", "rows"):
         for magnitude in module.lora_magnitude_vector.values():
             if hasattr(magnitude, "get_weight_norm"):
                 put_over(magnitude, _NormOverRanks)
-                magnitude._tp_mesh = mesh
+                magnitude.axis = edges.axis
+    for name in module.sharded_as:
+        if _is_summed(module, name):
+            owner, _, leaf = name.rpartition(".")
+            note_summed(module.get_submodule(owner), {leaf})
 
 
-def _local_view(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+def _local_view(module: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a parameter, with the gradient it owes."""
-    if not isinstance(tensor, DTensor):
+    edges = module.edges
+    if isinstance(tensor, nn.Parameter) and not isinstance(tensor, DTensor) and isinstance(edges.axis, MeshAxis):
         raise ValueError(f"{name} came after the layer was sharded, and was not sharded; add adapters through peft")
-    if tensor.placements[0].is_shard():
-        return tensor.to_local()
-    if kind == "row" and name.endswith("bias"):
-        # Added once to the sum: on the first rank. The output's gradient is whole on every rank, so its own is, too.
-        value = tensor.to_local(grad_placements=[Replicate()])
-        return value if tensor.device_mesh.get_local_rank() == 0 else value - value.detach()
-    # Whole on every rank, but each sees only a part of the sum: the redistribution is nothing forward, a sum backward.
-    return tensor.redistribute(placements=tensor.placements).to_local(grad_placements=[Partial()])
+    if name not in module.sharded_as:
+        return tensor
+    part = local(tensor, edges.axis if _is_summed(module, name) else None)
+    return once(part, edges.axis) if edges.kind == "row" and name.endswith("bias") else part
 
 
-def _sharded_last(out: torch.Tensor, mesh: DeviceMesh, size: int) -> DTensor:
-    placement = [Shard(out.dim() - 1)]
-    if size % mesh.size() == 0:
-        return DTensor.from_local(out, mesh, placement, run_check=False)
-    whole = torch.empty((*out.shape[:-1], size), device="meta")
-    return DTensor.from_local(out, mesh, placement, run_check=False, shape=whole.shape, stride=whole.stride())
+def _is_summed(module: Any, name: str) -> bool:
+    """Whether a parameter is whole on every rank, but each sees only a part of the sum."""
+    added_once = module.edges.kind == "row" and name.endswith("bias")
+    return module.sharded_as[name].is_replicate() and not added_once

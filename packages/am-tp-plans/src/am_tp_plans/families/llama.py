@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.styles import SequenceParallelAllGatherActivation, SequenceShardInput, VocabParallelEmbedding
+from am_tp_plans.styles import (
+    SequenceParallelAllGatherActivation,
+    SequenceShardInput,
+    SharedInput,
+    VocabParallelEmbedding,
+)
 
 
 def _parallelize_llama(model: nn.Module, sequence_parallel: bool = False) -> dict[str, ParallelStyle]:
@@ -26,27 +31,23 @@ def outside_of_layers(sequence_parallel: bool, decoder: str = "model") -> dict[s
     }
     if sequence_parallel:
         plan[f"{decoder}.layers.0"] = SequenceShardInput()
-        plan[f"{decoder}.norm"] = SequenceParallelAllGatherActivation(use_local_output=False)
+        plan[f"{decoder}.norm"] = SequenceParallelAllGatherActivation(use_local_output=True)
     return plan
 
 
 def attention(
     layer: int | str, sequence_parallel: bool, decoder: str = "model", norm: str = "input_layernorm"
 ) -> dict[str, ParallelStyle]:
-    """Heads over the ranks; q, k and v read one replicated DTensor, so that their input gradients are summed once."""
+    """Heads over the ranks; the gradient of what q, k and v read is summed once."""
     prefix = f"{decoder}.layers.{layer}"
     plan: dict[str, ParallelStyle] = {
         f"{prefix}.self_attn.{name}": ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")
     }
     if sequence_parallel:
-        plan[f"{prefix}.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=False)
+        plan[f"{prefix}.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=True)
         plan[f"{prefix}.self_attn.o_proj"] = RowwiseParallel(output_layouts=Shard(1))
     else:
-        plan[f"{prefix}.self_attn"] = PrepareModuleInput(
-            input_kwarg_layouts={"hidden_states": Replicate()},
-            desired_input_kwarg_layouts={"hidden_states": Replicate()},
-            use_local_output=False,
-        )
+        plan[f"{prefix}.self_attn"] = SharedInput()
         plan[f"{prefix}.self_attn.o_proj"] = RowwiseParallel()
     return plan
 
@@ -61,11 +62,9 @@ def dense_mlp(
         f"{prefix}.mlp.up_proj": ColwiseParallel(),
     }
     if sequence_parallel:
-        plan[f"{prefix}.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=False)
+        plan[f"{prefix}.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=True)
         plan[f"{prefix}.mlp.down_proj"] = RowwiseParallel(output_layouts=Shard(1))
     else:
-        plan[f"{prefix}.mlp"] = PrepareModuleInput(
-            input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),), use_local_output=False
-        )
+        plan[f"{prefix}.mlp"] = SharedInput()
         plan[f"{prefix}.mlp.down_proj"] = RowwiseParallel()
     return plan

@@ -26,7 +26,7 @@ def _parallelize_phi3(model: nn.Module, sequence_parallel: bool = False) -> dict
     }
     if sequence_parallel:
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            plan[f"model.layers.*.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=False)
+            plan[f"model.layers.*.{norm}"] = SequenceParallelAllGatherActivation(use_local_output=True)
     return plan
 
 
