@@ -16,8 +16,9 @@ from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
 from am_tp_plans import apply_plan, infer_plan, resolve_plan, vocab_parallel_cross_entropy
-from am_tp_plans.fused import RowExchange
-from am_tp_plans.local import sum_gradients, sum_over_ranks
+from am_tp_plans.fused import exchange_rows
+from am_tp_styles.axis import MeshAxis
+from am_tp_styles.communication import sum_gradients, sum_over_ranks
 
 
 @pytest.mark.parametrize(
@@ -46,13 +47,12 @@ def test_compiled_layers_train_as_the_model_in_one_process(family, sequence_para
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.ranks(2, timeout=120)
 def test_the_gradient_of_every_sum_and_exchange_survives_a_compiler(backend):
-    group, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
-    rows = RowExchange([4, 2, 2], mesh)
+    axis = MeshAxis(init_device_mesh("cpu", (2,)))
     labels = torch.tensor([0, 2])
     functions = {
-        "sum_gradients": lambda x: sum_gradients(x, group) * 3,
-        "sum_over_ranks": lambda x: sum_over_ranks(x * 3, group),
-        "rows": lambda x: rows(x) * 3,
+        "sum_gradients": lambda x: sum_gradients(x, axis) * 3,
+        "sum_over_ranks": lambda x: sum_over_ranks(x * 3, axis),
+        "rows": lambda x: exchange_rows(x, [4, 2, 2], axis) * 3,
         "loss": lambda x: vocab_parallel_cross_entropy(x[:2], labels),
     }
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(dist.get_rank()))

@@ -8,7 +8,21 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from am_tp_styles._torch_compat import FLATTENS_SHARDED_DIMS, exchanged_tensors, finished, kept_as_sharded
+from am_tp_styles._torch_compat import (
+    FLATTENS_SHARDED_DIMS,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    base_of_view,
+    exchanged_tensors,
+    finished,
+    is_compiled,
+    kept_as_sharded,
+    local_of,
+    reduce_scatter,
+    spec_of,
+    with_spec,
+)
 
 
 def test_tensors_are_exchanged_for_the_length_of_a_block_even_when_it_raises():
@@ -63,3 +77,41 @@ def test_whether_a_linear_flattens_a_sharded_sequence_is_known():
     else:
         with pytest.raises(RuntimeError, match="flatten"):
             nn.functional.linear(x, weight)
+
+
+@pytest.mark.ranks(2)
+def test_a_dtensor_is_taken_apart_and_put_together_without_dispatch():
+    mesh = init_device_mesh("cpu", (2,))
+    weight = distribute_tensor(torch.arange(10.0).view(5, 2), mesh, [Shard(0)])
+    part = local_of(weight)
+    assert torch.equal(part, weight.to_local())
+    again = with_spec(part + 1, spec_of(weight))
+    assert (again.shape, again.placements, again.device_mesh) == (weight.shape, weight.placements, mesh)
+    assert torch.equal(again.full_tensor(), torch.arange(10.0).view(5, 2) + 1)
+
+
+@pytest.mark.ranks(2)
+def test_the_operators_under_functional_collectives_take_a_groups_name_and_return_plain_tensors():
+    mesh = init_device_mesh("cpu", (2,))
+    group, rank = mesh.get_group().group_name, mesh.get_local_rank()
+    mine = torch.tensor([1.0, 2.0]) + rank
+    assert all_reduce(mine, "sum", group).tolist() == [3, 5]
+    assert all_reduce(mine, "max", group).tolist() == [2, 3]
+    assert all_gather(mine, 2, group).tolist() == [1, 2, 2, 3]
+    assert reduce_scatter(mine, 2, group).tolist() == [3 if rank == 0 else 5]
+    assert all_to_all(mine, [1, 1], [1, 1], group).tolist() == ([1, 2] if rank == 0 else [2, 3])
+    assert type(all_reduce(mine, "sum", group)) is torch.Tensor
+
+
+def test_the_base_of_a_view_is_the_tensor_itself_with_what_was_laid_on_it():
+    base = torch.ones(2, 3, requires_grad=True) * 2
+    base.laid = 1
+    assert base_of_view(base[:, 0:]).laid == 1
+    assert base_of_view(base) is None
+
+
+def test_a_module_tells_whether_it_was_compiled():
+    layer = nn.Linear(2, 2)
+    assert not is_compiled(layer)
+    layer.compile(backend="eager")
+    assert is_compiled(layer)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -22,7 +22,7 @@ from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.hidden_states import refuse_hidden_states
-from am_tp_plans.styles import each
+from am_tp_plans.styles import VocabParallelEmbedding, each
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
@@ -179,8 +179,19 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
         number = next((part for part in parts if part % size), size)
     else:
         return
+    if _may_be_uneven(style) and -(-number // size) * (size - 1) < number:
+        return  # the last ranks have less, but something
     if number % size:
         raise ValueError(f"the {number} {what} of {name} do not divide over {size} ranks; {_divisors(number)}")
+
+
+def _may_be_uneven(style: ParallelStyle) -> bool:
+    """Whether no module sees how many features or rows a rank has: a vocabulary's."""
+    if isinstance(style, VocabParallelEmbedding):
+        return True
+    return isinstance(style, ColwiseParallel) and (
+        isinstance(style.output_layouts[0], Replicate) or not style.use_local_output
+    )
 
 
 def _divisors(number: int) -> str:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Placement, Shard
 from am_tp_styles.axis import Axis
 from am_tp_styles.classes import put_over
 from am_tp_styles.communication import sum_gradients, sum_gradients_in_order, sum_over_ranks
+from am_tp_styles.layer_parameters import note_local
 from am_tp_styles.local_parameters import local_parameters
 from am_tp_styles.style import LocalStyle
 
@@ -35,6 +36,7 @@ class ExpertsOverTensorAxis(LocalStyle):
         # transformers' grouped and batched kernels handle the id that means "no expert" only if they see this.
         module._is_expert_parallel = True
         module.tensor_axis = axis
+        note_local(module, dict.fromkeys(module._parameters, False))
         put_over(module, _OwnExperts)
 
 

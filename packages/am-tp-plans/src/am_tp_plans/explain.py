@@ -145,7 +145,9 @@ def explain_plan(
             whole[key] = whole.get(key, 0) + parameter.numel()
     counts: dict[tuple[str, str], int] = {}
     for c in found.traffic:
-        counts[c.phase, c.kind] = counts.get((c.phase, c.kind), 0) + 1
+        counts[c.phase, c.kind] = counts.get((c.phase, c.kind), 0) + (not sums_a_gradient(c))
+    if any(sums_a_gradient(c) for c in found.traffic):  # of whole parameters, all together
+        counts["backward", "all-reduce"] = counts.get(("backward", "all-reduce"), 0) + 1
     return PlanReport(
         tuple(rows),
         ranks,
@@ -159,6 +161,11 @@ def explain_plan(
         _per_layer(model, found, sent),
         tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
     )
+
+
+def sums_a_gradient(collective: Collective) -> bool:
+    """Whether it sums the gradient of a whole parameter, which is done for all of them in one go."""
+    return collective.kind == "all-reduce" and not collective.of_tokens
 
 
 def _sent_in_a_ring(collective: Collective, ranks: int) -> float:

@@ -17,6 +17,7 @@ from am_tp_styles.axis import Axis
 from am_tp_styles.classes import put_over
 from am_tp_styles.communication import once
 from am_tp_styles.edges import Edges, enter, leave
+from am_tp_styles.layer_parameters import note_local
 from am_tp_styles.local_parameters import local
 from am_tp_styles.style import LocalStyle
 
@@ -66,6 +67,7 @@ class PackedColwiseParallel(LocalStyle):
         whole = module.nf if transposed else module.out_features
         module.edges = Edges(axis, "column", self.input_layouts, Shard(-1))
         module.packed = _Packed(tuple(self.widths(whole)), transposed)
+        note_local(module, dict.fromkeys(module._parameters, False))
         put_over(module, _OnPackedShards)
 
 
@@ -108,6 +110,7 @@ class Conv1DRowwiseParallel(LocalStyle):
 
     def attach(self, module: Any, axis: Axis) -> None:
         module.edges = Edges(axis, "row", Shard(-1), self.output_layouts)
+        note_local(module, dict.fromkeys(module._parameters, False))
         put_over(module, _OnRowsOfConv1D)
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Placement
 
+from am_tp_plans.around import change_input, change_output
 from am_tp_styles.axis import Axis
 from am_tp_styles.classes import put_over
 from am_tp_styles.communication import sum_gradients, sum_over_ranks
+from am_tp_styles.layer_parameters import note_local
 from am_tp_styles.local_parameters import local, local_parameters
 from am_tp_styles.style import LocalStyle
-from am_tp_styles.summed_together import note_summed
 
 
 class LocalShards(LocalStyle):
@@ -54,7 +55,8 @@ class LocalShards(LocalStyle):
         return {name: p for name, p in self.layouts.items() if module._parameters.get(name) is not None}
 
     def attach(self, module: Any, axis: Axis) -> None:
-        note_summed(module, self.partial & set(module._parameters))
+        held = self.partial | set(self.layouts)
+        note_local(module, {name: name in self.partial for name in module._parameters if name in held})
         module.local_shards = _Shards(axis, frozenset(self.partial), self.sum_input_gradients, self.sum_output)
         put_over(module, _OnOwnShards)
 
@@ -104,7 +106,7 @@ class ReplicatedWithGradAllReduce(LocalStyle):
             dot = name + "." if name else ""
             own = {leaf for leaf in owner._parameters if self.names is None or dot + leaf in self.names}
             if own:
-                note_summed(owner, own)
+                note_local(owner, dict.fromkeys(own, True))
                 summed[name] = frozenset(own)
         module.summed_parameters = (axis, summed)
         put_over(module, _SumsGradients)
@@ -152,10 +154,10 @@ class MlaKvAProjection(LocalStyle):
     def attach(self, module: nn.Module, axis: Axis) -> None:
         if not self.rope_dim:
             raise ValueError("MlaKvAProjection needs rope_dim, the config's qk_rope_head_dim")
-        module.register_forward_hook(partial(_sum_rotary, self.rope_dim, axis))
+        change_output(module, partial(_sum_rotary, self.rope_dim, axis))
 
 
-def _sum_rotary(rope_dim: int, axis: Axis, _module: nn.Module, _args: tuple, output: torch.Tensor) -> torch.Tensor:
+def _sum_rotary(rope_dim: int, axis: Axis, output: torch.Tensor) -> torch.Tensor:
     if axis.size == 1:
         return output
     latent, rotary = output.split([output.shape[-1] - rope_dim, rope_dim], dim=-1)
@@ -166,11 +168,11 @@ class DividedInput(LocalStyle):
     """Divide a module's input by the number of ranks: what runs on every rank inside a sum over the ranks."""
 
     def attach(self, module: nn.Module, axis: Axis) -> None:
-        module.register_forward_pre_hook(partial(_divide, axis.size))
+        change_input(module, partial(_divided, axis.size))
 
 
-def _divide(ranks: int, _module: nn.Module, args: tuple) -> tuple:
-    return (args[0] / ranks, *args[1:])
+def _divided(ranks: int, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor / ranks
 
 
 class Replicated(LocalStyle):

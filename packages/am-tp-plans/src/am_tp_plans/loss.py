@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
@@ -117,8 +116,12 @@ class _CrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        if torch.is_grad_enabled():  # what is saved has no graph, so that a part of the second derivative would be lost
+            raise RuntimeError(
+                "vocab_parallel_cross_entropy has no second derivative (create_graph=True); compute the loss of whole "
+                "logits with torch.nn.functional.cross_entropy"
+            )
         probabilities, column, mine, lse = ctx.saved_tensors
         _, size, _, smoothing, z_loss = ctx.settings
         gradient = probabilities * (1 + 2 * z_loss * lse).unsqueeze(-1)

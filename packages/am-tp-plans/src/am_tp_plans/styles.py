@@ -10,7 +10,6 @@ Sequence parallelism shards the residual stream between layers along the sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
 
+from am_tp_plans.around import change_input, change_output
 from am_tp_styles import RowwiseParallelLora, SequenceParallelLora
 from am_tp_styles.axis import Axis, MeshAxis
 from am_tp_styles.communication import gather, split
@@ -188,17 +188,12 @@ class SharedInput(LocalStyle):
         if isinstance(self.input_layouts, Shard):
             change_input(module, partial(gather_for_all_readers, axis, self.input_layouts.dim))
         else:
-            change_input(module, partial(_offered, axis))
-            module.register_forward_hook(_withdraw_input, with_kwargs=True, always_call=True)
+            change_input(module, partial(_offered, axis), withdraw)
 
 
 def _offered(axis: Axis, hidden: torch.Tensor) -> torch.Tensor:
     offer_to_shares(hidden, axis)
     return hidden
-
-
-def _withdraw_input(_module: nn.Module, args: tuple, kwargs: dict[str, Any], _output: Any) -> None:
-    withdraw(args[0] if args else kwargs["hidden_states"])
 
 
 class Several(LocalStyle):
@@ -226,28 +221,6 @@ def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
     if style is None:
         return ()
     return style.styles if isinstance(style, Several) else (style,)
-
-
-def change_input(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the hidden state that a module is called with: its first argument, or `hidden_states`."""
-    module.register_forward_pre_hook(partial(_with_changed_input, change), with_kwargs=True)
-
-
-def change_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the hidden state that a module returned: the tensor itself, or the first of a tuple."""
-    module.register_forward_hook(partial(_with_changed_output, change))
-
-
-def _with_changed_input(
-    change: Callable, _module: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
-
-
-def _with_changed_output(change: Callable, _module: nn.Module, _args: tuple, output: Any) -> Any:
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 def gather_sequence(axis: Axis, hidden: torch.Tensor) -> torch.Tensor:

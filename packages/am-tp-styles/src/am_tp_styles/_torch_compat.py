@@ -82,6 +82,11 @@ def with_spec(local: torch.Tensor, spec: Any) -> DTensor:
     return DTensor.__new__(DTensor, local, copy.copy(spec), requires_grad=local.requires_grad)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called."""
+    return module._compiled_call_impl is not None
+
+
 def base_of_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor whose view this is, None for one that is none and under `torch.compile`, which cannot tell."""
     return None if torch.compiler.is_compiling() else tensor._base

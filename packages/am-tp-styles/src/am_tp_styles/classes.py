@@ -65,4 +65,4 @@ def _reduce(module: nn.Module, protocol: int) -> tuple:
 def _new(cls: type, steps: list[tuple[type, bool]]) -> nn.Module:
     for behaviour, over in steps:
         cls = _combined(cls, behaviour, over)
-    return cls.__new__(cls)
+    return nn.Module.__new__(cls)

@@ -20,8 +20,8 @@ from am_tp_styles.classes import put_over
 from am_tp_styles.communication import once
 from am_tp_styles.dropout import shard_dropout
 from am_tp_styles.edges import Edges, enter, leave
+from am_tp_styles.layer_parameters import note_local
 from am_tp_styles.local_parameters import local, local_parameters, local_views
-from am_tp_styles.summed_together import note_summed
 from am_tp_styles.vocabulary import rows_here
 
 
@@ -31,9 +31,9 @@ def compute_on_shards(module: Any, edges: Edges) -> None:
     A layer is of torch's own if its forward is that of `nn.Linear`, `TPLinear` or `nn.Embedding`.
     """
     module.edges = edges
-    if edges.kind == "sequence":
-        for child in module.modules():
-            note_summed(child, set(child._parameters))
+    for child in module.modules() if edges.kind == "sequence" else [module]:
+        note_local(child, dict.fromkeys(child._parameters, edges.kind == "sequence"))
+        if edges.kind == "sequence":
             shard_dropout(child, edges.axis, edges.takes)
     put_over(module, OnShards)
 
@@ -67,6 +67,8 @@ def forward_on_shards(module: Any, forward: Callable, x: torch.Tensor, *args: An
 
 def _on_tokens(module: Any, forward: Callable, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     if not module._modules:
+        if all(type(parameter) is torch.Tensor for parameter in module._parameters.values()):
+            return forward(x, *args, **kwargs)  # exchanged for the whole model
         with local_parameters(module, module.edges.axis, module._parameters):
             return forward(x, *args, **kwargs)
     with exchanged_tensors(module, partial(_summed_view, module.edges.axis)):

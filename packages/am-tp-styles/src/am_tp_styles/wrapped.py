@@ -27,10 +27,10 @@ from am_tp_styles.classes import put_over
 from am_tp_styles.communication import once
 from am_tp_styles.dropout import shard_dropout
 from am_tp_styles.edges import Edges, enter, leave, mesh_of
+from am_tp_styles.layer_parameters import note_local
 from am_tp_styles.layout import base_layer, plan_added
 from am_tp_styles.local_parameters import local
 from am_tp_styles.parameters import distribute
-from am_tp_styles.summed_together import note_summed
 from am_tp_styles.vocabulary import rows_here
 
 
@@ -55,7 +55,7 @@ class _ShardedWrapper:
         edges: Edges = self.edges
         if getattr(self, "disable_adapters", False) and getattr(self, "merged", False):
             self.unmerge()  # here, where the weights are whole to it; its forward would do it on local ones
-        base = base_layer(self)
+        base: Any = base_layer(self)
         width = base.out_features if isinstance(base, nn.Linear) else base.embedding_dim
         x = enter(x, edges)
         with exchanged_tensors(self, partial(_local_view, self)):
@@ -65,7 +65,7 @@ class _ShardedWrapper:
         return leave(out, edges, width)
 
     def _look_up_rows(self: Any, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        base = base_layer(self)
+        base: Any = base_layer(self)
         whole_padding = base.padding_idx
         held, axis = base.weight.shape[0], self.edges.axis
         rows, here, padding = rows_here(ids, held, base.num_embeddings, axis, whole_padding)
@@ -172,9 +172,8 @@ def _attach_the_rest(module: Any) -> None:
                 put_over(magnitude, _NormOverRanks)
                 magnitude.axis = edges.axis
     for name in module.sharded_as:
-        if _is_summed(module, name):
-            owner, _, leaf = name.rpartition(".")
-            note_summed(module.get_submodule(owner), {leaf})
+        owner, _, leaf = name.rpartition(".")
+        note_local(module.get_submodule(owner), {leaf: _is_summed(module, name)})
 
 
 def _local_view(module: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
