@@ -66,7 +66,7 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     sum_gradients_together(model, MeshAxis(tp_mesh))
     shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     model.sequence_shards = tp_mesh.size() if shards else 1
-    if model.sequence_shards > 1:
+    if shards and tp_mesh.size() > 1:
         refuse_hidden_states(model)
     return model
 

@@ -70,7 +70,7 @@ class Call:
     alike: Callable[[torch.Tensor], frozenset[int]]
 
 
-Rule = Callable[[Call], "Share | list[Share] | None"]
+Rule = Callable[[Call], "Share | list[Share | None] | None"]
 
 
 def shares_after(call: Call, pointwise: bool) -> list[Share | None]:
