@@ -20,7 +20,7 @@ from am_tp_plans.explain import sums_a_gradient
 from am_tp_plans.rehearsal import rehearse
 
 KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "all-gather", "allgather": "all-gather"}
-KINDS |= {"reduce_scatter": "reduce-scatter", "alltoall": "all-to-all"}
+KINDS |= {"reduce_scatter": "reduce-scatter", "alltoall": "all-to-all", "all_to_all": "all-to-all"}
 
 
 class Counted(TorchDispatchMode):

@@ -26,7 +26,7 @@ from am_tp_plans.styles import (
     SharedInput,
     each,
 )
-from am_tp_plans.watch import Watch, tensors
+from am_tp_plans.watch import Collective, Watch, tensors
 from am_tp_styles import SequenceParallelLora
 
 
@@ -77,7 +77,7 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
             if only is None or leaf in only:
                 watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
         if isinstance(style, SequenceParallelAllGatherActivation):
-            _around(module, None, lambda output: _gathered(watch, name, output, ranks, "reduce-scatter"))
+            _around(module, None, lambda output: _gathered_for_readers(watch, name, output, ranks))
     elif isinstance(style, MlaKvAProjection):
         _summed_in_backward(watch, name, module, style.rope_dim or 0)
     elif isinstance(style, HeadsPerRank):
@@ -119,6 +119,9 @@ def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int,
         if layout == Shard(1):
             watch.sends(name, "forward", "all-gather", hidden.numel() * ranks)
             watch.sends(name, "backward", "reduce-scatter", hidden.numel() * ranks)
+        elif isinstance(facts.gathered, Collective):
+            if facts.gathered not in watch.traffic:
+                watch.traffic.append(facts.gathered)
         elif hidden.is_floating_point() and not facts.shared_by and not facts.gathered:
             watch.sends(name, "backward", "all-reduce", hidden.numel())
         if whole:
@@ -218,6 +221,13 @@ def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backwar
     if backward:
         watch.sends(name, "backward", backward, whole.numel())
     return watch.note(watch.activate(whole), gathered=backward is not None)
+
+
+def _gathered_for_readers(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    """A gathered sequence, whose gradient is reduce-scattered once if a colwise layer reads it."""
+    whole = _gathered(watch, name, hidden, ranks)
+    summed = Collective(name, "backward", "reduce-scatter", whole.numel(), of_tokens=True)
+    return watch.note(whole, gathered=summed)
 
 
 def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:

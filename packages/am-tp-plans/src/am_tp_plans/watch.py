@@ -72,7 +72,7 @@ class Facts:
         trained: a gradient goes through it.
         parameters: the names of those that it is made of, with constants only.
         shared_by: the block whose colwise projections alone may read it.
-        gathered: its gradient is summed where it was gathered.
+        gathered: its gradient is summed where it was gathered, by that collective if only for colwise readers.
         output_of: the module whose sum over the ranks it is.
     """
 
@@ -82,7 +82,7 @@ class Facts:
     trained: bool = False
     parameters: frozenset[str] = frozenset()
     shared_by: str = ""
-    gathered: bool = False
+    gathered: bool | Collective = False
     output_of: str = ""
 
 
@@ -316,7 +316,7 @@ class Watch(TorchDispatchMode):
                 active=active,
                 trained=trained and (tensor.is_floating_point() or tensor.is_complex()),
                 parameters=frozenset() if active else frozenset(names),
-                gathered=bool(known) and known[0].gathered,
+                gathered=known[0].gathered if known else False,
             )
 
     def _note_write(self, name: str, target: torch.Tensor, known: list[Facts], step: Step, trained: bool) -> None:
