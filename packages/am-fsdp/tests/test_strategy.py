@@ -272,6 +272,13 @@ def test_a_request_is_refused_before_the_first_parameter_is_touched(settings, da
 
 
 @pytest.mark.ranks(2)
+def test_a_tensor_axis_that_nothing_would_use_is_refused():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tp"))
+    with pytest.raises(ValueError, match=r"a tensor axis 'tp' of 2 ranks, but nothing would use it.*tp_mesh_name='tp'"):
+        fsdp2_strategy_parallelize(tiny("llama"), mesh)
+
+
+@pytest.mark.ranks(2)
 def test_experts_that_are_spread_over_the_data_ranks_are_not_sharded_again():
     model = nn.Linear(4, 4)
     model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))

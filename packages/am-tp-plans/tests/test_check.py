@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel
+from torch.nn import functional as F
 
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
@@ -60,8 +64,47 @@ def test_dropout_drops_alike_what_is_whole_and_other_seeds_are_refused():
     assert_same(gradients(model), gradients(whole), 1e-10, "gradients")
     plan = infer_plan(other)
     torch.manual_seed(dist.get_rank())
-    with pytest.raises(ValueError, match=r"different random seeds; call torch\.manual_seed"):
+    with pytest.raises(ValueError, match=r"different random states .*call torch\.manual_seed"):
         apply_plan(other, axis(), plan)
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_nobody_sums_is_found_under_fsdp2_and_what_cannot_be_checked_is_named():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    ids, labels = token_batch(2, 12)
+    for forgotten in (False, True):
+        model = tiny("qwen3")
+        plan = resolve_plan(model)
+        apply_plan(model, mesh["tp"], {k: s for k, s in plan.items() if not (forgotten and k.endswith("_norm"))})
+        fully_shard(model, mesh=mesh["dp"])
+        with pytest.raises(RuntimeError, match=r"none of the \d+ parameters .* has a gradient"):
+            check_gradients(model, mesh["tp"])
+        next_token_loss(model(ids, use_cache=False).logits, labels).backward()
+        if forgotten:
+            with pytest.raises(RuntimeError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight"):
+                check_gradients(model, mesh["tp"])
+        else:
+            assert check_gradients(model, mesh["tp"]) == ()
+            model.model.norm.weight.grad = None
+            assert check_gradients(model, mesh["tp"]) == ("model.norm.weight",)
+
+
+@pytest.mark.ranks(2)
+def test_functional_dropout_and_generators_that_ran_apart_are_found():
+    class Dropped(nn.Module):
+        def __init__(self, p):
+            super().__init__()
+            self.linear, self.drop_rate = nn.Linear(4, 4), p
+
+        def forward(self, x):
+            return F.dropout(self.linear(x), self.drop_rate, self.training)
+
+    torch.manual_seed(0)
+    if dist.get_rank():
+        torch.rand(1)  # the same seed, but one draw further
+    apply_plan(nn.Sequential(Dropped(0.0)), axis(), {"0.linear": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"the model has dropout, but .* different random states"):
+        apply_plan(nn.Sequential(Dropped(0.1)), axis(), {"0.linear": ColwiseParallel()})
 
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5))

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
-from am_tp_plans import expand_plan, resolve_plan
+from am_testkit.zoo import small
+from am_tp_plans import PARALLELIZE_FUNCTIONS, expand_plan, resolve_plan
 
 PLAN = {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()}
 
@@ -66,6 +67,71 @@ def test_plans_come_from_a_dict_then_a_path_then_the_registry():
     here = f"{__name__}.plan_by_function"
     assert "norm" in resolve_plan(model, here, sequence_parallel=True)
     assert resolve_plan(model, f"{__name__}.PLAN") is PLAN
+
+
+def plan_of_a_model(model):
+    return {"head": ColwiseParallel()} if isinstance(model, nn.Module) else None
+
+
+def plan_of_nothing():
+    return PLAN
+
+
+def test_a_plan_function_may_take_the_model_alone_or_nothing():
+    assert resolve_plan(model_of(1), f"{__name__}.plan_of_nothing") is PLAN
+    assert resolve_plan(model_of(1), f"{__name__}.plan_of_a_model", sequence_parallel=True).keys() == {"head"}
+    with pytest.raises(TypeError, match=r"must take \(model, sequence_parallel\)"):
+        resolve_plan(model_of(1), f"{__name__}.model_of_three")
+
+
+def model_of_three(one, two, three):
+    raise AssertionError("never called")
+
+
+def test_the_registry_is_a_mapping_by_class_or_name_that_a_user_may_change():
+    class Mine(nn.Module):
+        pass
+
+    class Derived(Mine):
+        pass
+
+    mine = PARALLELIZE_FUNCTIONS.copy()
+    mine[Mine] = plan_by_function
+    assert mine[Mine] is mine[Derived] is mine[f"{__name__}.{Mine.__qualname__}"] is plan_by_function
+    assert Mine not in PARALLELIZE_FUNCTIONS
+    mine.update({Derived: plan_of_a_model})
+    assert mine[Derived] is plan_of_a_model
+    assert len(mine) == len(PARALLELIZE_FUNCTIONS) + 2
+    del mine[Derived]
+    assert mine.pop(Mine) is plan_by_function
+    assert dict(mine) == dict(PARALLELIZE_FUNCTIONS)
+    with pytest.raises(KeyError):
+        del mine[Derived]
+    with pytest.raises(TypeError, match="wants a function of"):
+        mine[Mine] = PLAN
+    PARALLELIZE_FUNCTIONS[Mine] = plan_by_function
+    try:
+        assert "norm" in resolve_plan(Derived(), sequence_parallel=True)
+    finally:
+        del PARALLELIZE_FUNCTIONS[Mine]
+
+
+def test_a_brought_plan_that_shards_no_layer_is_refused_with_what_could_be_inferred():
+    model = small("llama")
+    model._tp_plan, model.model._tp_plan = {"lm_head": "colwise_gather_output"}, {}
+    other = type("Other", (nn.Module,), {"forward": lambda self, input_ids: self.inner(input_ids).logits})()
+    other.inner, other.config, other._tp_plan = model, model.config, {"inner.lm_head": "colwise_gather_output"}
+    with pytest.raises(ValueError, match=r"nothing of inner\.model\.layers, its largest stack .*q_proj"):
+        resolve_plan(other)
+    inferred = resolve_plan(other, infer=True)
+    assert "inner.model.layers.*.self_attn.q_proj" in inferred
+
+
+def test_a_plan_is_inferred_when_asked_with_sequence_parallelism_too():
+    with pytest.raises(ValueError, match=r"or infer=True"):
+        resolve_plan(small("gpt2"))
+    assert "transformer.h.*.attn.c_attn" in resolve_plan(small("gpt2"), infer=True)
+    assert isinstance(resolve_plan(small("gpt2"), infer=True, sequence_parallel=True)["transformer.h.0"], ParallelStyle)
 
 
 @pytest.mark.parametrize(

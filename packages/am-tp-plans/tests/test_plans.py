@@ -379,3 +379,26 @@ def test_the_registry_takes_names_classes_and_subclasses():
     assert PARALLELIZE_FUNCTIONS[name] is PARALLELIZE_FUNCTIONS[LlamaForCausalLM] is PARALLELIZE_FUNCTIONS[Mine]
     assert Mine in PARALLELIZE_FUNCTIONS
     assert Qwen3Config not in PARALLELIZE_FUNCTIONS
+
+
+@pytest.mark.ranks(2)
+def test_hidden_states_between_sharded_layers_are_refused_and_whole_without_sequence_parallelism():
+    ids, _ = token_batch(2, 12)
+    for sequence_parallel in (True, False):
+        model = tiny("llama")
+        expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        apply_plan(model, axis(), resolve_plan(model, sequence_parallel=sequence_parallel))
+        if not sequence_parallel:
+            found = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+            for mine, wanted in zip(found, expected, strict=True):
+                assert_same(mine, wanted, 1e-10)
+            continue
+        for called in (model, model.model):
+            with pytest.raises(
+                ValueError, match=r"output_hidden_states=True of Llama.* one rank's part of the sequence"
+            ):
+                called(ids, output_hidden_states=True, use_cache=False)
+        model(ids, use_cache=False)
+        model.config.output_hidden_states = True
+        with pytest.raises(ValueError, match="output_hidden_states=True"):
+            model(ids, use_cache=False)

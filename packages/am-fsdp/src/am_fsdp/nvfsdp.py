@@ -14,6 +14,7 @@ import am_tp_plans
 from am_fsdp._torch_compat import axis
 from am_fsdp.imports import import_class_from_path
 from am_fsdp.optimizer_groups import OptimizerGroups, check_gradients_before_step, without_update
+from am_fsdp.strategy import refuse_unused_tensor_axis
 
 HAVE_NVFSDP: bool = importlib.util.find_spec("megatron_fsdp") is not None
 """Whether megatron-fsdp is installed; nothing is imported to find out."""
@@ -237,6 +238,7 @@ def _check_mesh(mesh: DeviceMesh, dp_name: str, tp_mesh: DeviceMesh | None, tp_n
         raise ValueError(f"device_mesh has no data axis {dp_name!r}; it has {names}. Pass its name as dp_mesh_name")
     if tp_mesh is None and plan is not None:
         raise ValueError(f"tp_shard_plan needs a tensor axis, but device_mesh has no {tp_name!r}; it has {names}")
+    refuse_unused_tensor_axis(mesh, tp_mesh, tp_name)
 
 
 def _check_reset(model: nn.Module) -> None:

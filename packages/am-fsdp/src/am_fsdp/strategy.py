@@ -47,8 +47,9 @@ def fsdp2_strategy_parallelize(
         sequence_parallel: shard the sequence between layers over the tensor axis; sets `model.sequence_shards`.
         activation_checkpointing: recompute in backward: True or "full" for each layer, n for every n-th, "selective" or
             "mlp"; see `checkpoint_layers`. Sets `model.config.use_cache = False`.
-        tp_shard_plan: a plan, or the import path of a dict or of a function of `(model, sequence_parallel)`; else the
-            family's, else the one that transformers brings (`am_tp_plans.resolve_plan`).
+        tp_shard_plan: a plan, or the import path of a dict or of a function of `(model, sequence_parallel)`, of the
+            model, or without arguments; else the family's, else the one that transformers brings
+            (`am_tp_plans.resolve_plan`).
         dp_mesh_name: the data axis; or two for HSDP, whose first replicates and whose second shards. Either may be a
             flattened one: beside context parallelism, shard over that of the data and the context axis.
         tp_mesh_name: the tensor axis; missing or of size 1 means no tensor parallelism.
@@ -145,6 +146,7 @@ def _check_axes(
     if tp_mesh is None and (sequence_parallel or plan is not None):
         asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
         raise ValueError(f"{asked} needs a tensor axis, but device_mesh has no {tp_name!r}; it has {axes}")
+    refuse_unused_tensor_axis(mesh, tp_mesh, tp_name)
 
 
 def _check_settings(param_dtype: object, mp_policy: object, offload_policy: object) -> None:
@@ -186,3 +188,17 @@ def _refuse_save_pretrained(model: Any) -> None:
             )
 
         model.save_pretrained = save_pretrained
+
+
+def refuse_unused_tensor_axis(mesh: DeviceMesh, tp_mesh: DeviceMesh | None, tp_name: str) -> None:
+    """Refuse a mesh with a tensor axis that goes by another name: each of its ranks would train the whole model.
+
+    Raises:
+        ValueError: names the axis.
+    """
+    for name, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=False):
+        if tp_mesh is None and size > 1 and (name.startswith("tp") or "tensor" in name):
+            raise ValueError(
+                f"device_mesh has a tensor axis {name!r} of {size} ranks, but nothing would use it: "
+                f"tp_mesh_name is {tp_name!r}; pass tp_mesh_name={name!r}"
+            )

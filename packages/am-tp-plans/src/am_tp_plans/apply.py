@@ -21,6 +21,7 @@ from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
+from am_tp_plans.hidden_states import refuse_hidden_states
 from am_tp_plans.styles import VocabParallelEmbedding, each
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
@@ -65,6 +66,8 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     sum_gradients_together(model, MeshAxis(tp_mesh))
     shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     model.sequence_shards = tp_mesh.size() if shards else 1
+    if shards and tp_mesh.size() > 1:
+        refuse_hidden_states(model)
     return model
 
 

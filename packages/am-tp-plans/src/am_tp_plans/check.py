@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,25 +11,32 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
-def check_gradients(model: nn.Module, tp_mesh: DeviceMesh, tolerance: float = 1e-3) -> None:
+def check_gradients(model: nn.Module, tp_mesh: DeviceMesh, tolerance: float = 1e-3) -> tuple[str, ...]:
     """Check, after a backward, that parameters which every rank holds whole got the same gradient on all of them.
 
     A replicated parameter that saw only its rank's heads or tokens, and whose gradient nobody summed, shows here. Call
-    it once, after the first backward of a run with a plan of your own.
+    it once, after the first backward of a run with a plan of your own. Under FSDP2 the ranks of the axis compare the
+    part of each gradient that they hold, which is the same part.
 
     Args:
-        model: after `apply_plan` and a backward.
+        model: after `apply_plan` and a backward; FSDP2 may have been applied in between.
         tp_mesh: the axis of the plan.
         tolerance: relative difference that the kernels' own disorder may cause.
+
+    Returns:
+        The names of the parameters that could not be checked: trainable, but without a gradient on any rank, or laid
+        out over a mesh in which the axis cannot be found.
 
     Collectives (the given axis): two all-reduces of four numbers per parameter.
 
     Raises:
-        RuntimeError: names the parameters; on every rank alike.
+        RuntimeError: names the parameters whose gradients differ, or says that none has one; on every rank alike.
     """
-    whole = {name: parameter for name, parameter in model.named_parameters() if _is_whole(parameter, tp_mesh)}
+    layouts = {name: _layout(p, tp_mesh) for name, p in model.named_parameters() if p.requires_grad}
+    unknown = [name for name, layout in layouts.items() if layout == "unknown"]
+    whole = {name: model.get_parameter(name) for name, layout in layouts.items() if layout == "whole"}
     if not whole:
-        return
+        return tuple(unknown)
     mine = torch.stack([_summary(p.grad) for p in whole.values()]).to(tp_mesh.device_type)
     least, most = mine.clone(), mine.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN, group=tp_mesh.get_group())
@@ -43,35 +52,71 @@ def check_gradients(model: nn.Module, tp_mesh: DeviceMesh, tolerance: float = 1e
             f"{len(wrong)} of {len(whole)} parameters that every rank of the axis holds whole got different gradients: "
             f"{', '.join(wrong[:10])}. Their plan needs a style that sums them, such as ReplicatedWithGradAllReduce"
         )
+    missing = [name for name, most_there in zip(whole, most[:, 0].tolist(), strict=True) if not most_there]
+    if len(missing) == len(whole):
+        raise RuntimeError(
+            f"none of the {len(whole)} parameters that every rank of the axis holds whole has a gradient, so nothing "
+            "could be checked; call check_gradients after a backward and before zero_grad (under FSDP2 one that "
+            "synchronises gradients)"
+        )
+    return tuple(unknown + missing)
 
 
 def check_seeds(model: nn.Module, tp_mesh: DeviceMesh) -> None:
-    """Check that ranks with dropout were seeded alike: what is whole on every rank must be dropped alike.
+    """Check that ranks with dropout draw the same random numbers: what is whole on every rank must be dropped alike.
+
+    Compared are the states of the CPU's generator and of the axis's device. A model has dropout if a module is one, or
+    if a module or a config has a positive number with "drop" in its name, as functional dropout needs.
 
     Collectives (the given axis): two all-reduces of one number, if the model has dropout.
 
     Raises:
-        ValueError: they were not.
+        ValueError: they would draw others.
     """
-    if not any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+    if not _has_dropout(model):
         return
-    seed = torch.tensor([torch.initial_seed() % 2**62], dtype=torch.int64, device=tp_mesh.device_type)
-    least, most = seed.clone(), seed.clone()
+    states = [torch.get_rng_state()]
+    if tp_mesh.device_type != "cpu":
+        states.append(torch.get_device_module(tp_mesh.device_type).get_rng_state().cpu())
+    digest = hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).digest()[:7]
+    mine = torch.tensor([int.from_bytes(digest, "big")], dtype=torch.int64, device=tp_mesh.device_type)
+    least, most = mine.clone(), mine.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN, group=tp_mesh.get_group())
     dist.all_reduce(most, dist.ReduceOp.MAX, group=tp_mesh.get_group())
     if least.item() != most.item():
         raise ValueError(
-            "the model has dropout, but the ranks of the tensor-parallel axis have different random seeds; call "
-            "torch.manual_seed with the same seed on all ranks of the axis before apply_plan"
+            "the model has dropout, but the ranks of the tensor-parallel axis have different random states (other "
+            "seeds, or one drew more numbers); call torch.manual_seed with the same seed on all ranks of the axis "
+            "right before apply_plan"
         )
 
 
-def _is_whole(parameter: nn.Parameter, tp_mesh: DeviceMesh) -> bool:
-    if not parameter.requires_grad:
-        return False
-    if not isinstance(parameter, DTensor) or parameter.device_mesh != tp_mesh:
-        return not isinstance(parameter, DTensor)
-    return all(placement.is_replicate() for placement in parameter.placements)
+def _has_dropout(model: nn.Module) -> bool:
+    if any(isinstance(module, _DROPOUT) and module.p > 0 for module in model.modules()):
+        return True
+    owners = [vars(module) for module in model.modules()]
+    owners += [
+        vars(c) for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, "__dict__")
+    ]
+    return any(
+        isinstance(value, float) and value > 0 and "drop" in name for owner in owners for name, value in owner.items()
+    )
+
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def _layout(parameter: nn.Parameter, tp_mesh: DeviceMesh) -> str:
+    """Whether the ranks of the axis hold the same of a parameter (whole), parts of it (sharded), or what is unknown."""
+    if not isinstance(parameter, DTensor):
+        return "whole"
+    mesh, axis = parameter.device_mesh, set(tp_mesh.mesh.flatten().tolist())
+    if len(axis & set(mesh.mesh.flatten().tolist())) <= 1:
+        return "whole"  # FSDP2 shards it over other ranks, those of the axis alike
+    for dim, placement in enumerate(parameter.placements):
+        if set(dist.get_process_group_ranks(mesh.get_group(dim))) == axis:
+            return "whole" if placement.is_replicate() else "sharded"
+    return "unknown"
 
 
 def _summary(gradient: torch.Tensor | None) -> torch.Tensor:
@@ -79,7 +124,8 @@ def _summary(gradient: torch.Tensor | None) -> torch.Tensor:
     if gradient is None:
         return torch.zeros(4, dtype=torch.float64)
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    local = local.detach().double()
-    return torch.stack(
-        [torch.ones((), dtype=torch.float64), local.abs().max().cpu(), local.sum().cpu(), local.norm().cpu()]
-    )
+    local = local.detach().double().flatten()
+    if not local.numel():  # FSDP2 gave this part of the ranks nothing of it
+        return torch.tensor([1.0, 0, 0, 0], dtype=torch.float64)
+    numbers = [local.abs().max(), local.sum(), local.norm()]
+    return torch.stack([torch.ones((), dtype=torch.float64), *(number.cpu() for number in numbers)])

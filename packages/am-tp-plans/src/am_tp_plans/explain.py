@@ -58,6 +58,7 @@ class PlanReport:
         collectives: how many per step, by phase and kind.
         hidden_bytes: of the hidden state between layers on one rank.
         layer_bytes: what one rank sends for one layer, forward and backward, on average.
+        random: modules, by wildcard name, that draw random numbers for a rank's share in evaluation already.
     """
 
     rows: tuple[Row, ...]
@@ -70,6 +71,7 @@ class PlanReport:
     collectives: dict[tuple[str, str], int]
     hidden_bytes: int
     layer_bytes: tuple[float, float]
+    random: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("module", "", "style", "from", "parameters", "sends forward", "backward")]
@@ -95,6 +97,8 @@ class PlanReport:
             f"a layer sends {_bytes(forward)} forward and {_bytes(backward)} backward",
             f"collectives in a step: {counts or 'none'}",
         ]
+        if self.random:
+            lines.append(f"random numbers are drawn for a rank's share in: {', '.join(self.random)}")
         return "\n".join(lines)
 
 
@@ -155,6 +159,7 @@ def explain_plan(
         counts,
         _hidden_bytes(model, plan, ranks) * batch * seq_len * size,
         _per_layer(model, found, sent),
+        tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
     )
 
 

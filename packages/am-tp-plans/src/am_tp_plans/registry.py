@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 from torch.distributed.tensor.parallel import ParallelStyle
 
@@ -16,20 +16,36 @@ from am_tp_plans.families.qwen3_moe import _parallelize_qwen3_moe
 PlanFunction = Callable[..., dict[str, ParallelStyle]]
 
 
-class PlanRegistry(Mapping[str, PlanFunction]):
-    """Plan functions by qualified class name. A class works as a key too: its own name, then its bases'."""
+class PlanRegistry(MutableMapping[str, PlanFunction]):
+    """Plan functions by qualified class name, to add to, copy, update and remove from like a dict.
 
-    def __init__(self, functions: dict[str, PlanFunction]) -> None:
-        self._functions = functions
+    A class works as a key too: looked up by its own name, then its bases'; added and removed by its own name.
+    """
+
+    def __init__(self, functions: Mapping[str | type, PlanFunction]) -> None:
+        self._functions: dict[str, PlanFunction] = {}
+        self.update(functions)  # type: ignore[arg-type]
+
+    def copy(self) -> PlanRegistry:
+        """A registry of its own with the same functions."""
+        return PlanRegistry(self._functions)  # type: ignore[arg-type]
 
     def __getitem__(self, key: str | type) -> PlanFunction:
         if isinstance(key, str):
             return self._functions[key]
         for cls in key.__mro__:
-            function = self._functions.get(f"{cls.__module__}.{cls.__qualname__}")
+            function = self._functions.get(_name(cls))
             if function is not None:
                 return function
         raise KeyError(key)
+
+    def __setitem__(self, key: str | type, function: PlanFunction) -> None:
+        if not callable(function):
+            raise TypeError(f"{_name(key)} wants a function of (model, sequence_parallel), got {function!r}")
+        self._functions[_name(key)] = function
+
+    def __delitem__(self, key: str | type) -> None:
+        del self._functions[_name(key)]
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -43,6 +59,12 @@ class PlanRegistry(Mapping[str, PlanFunction]):
 
     def __len__(self) -> int:
         return len(self._functions)
+
+
+def _name(key: str | type) -> str:
+    if not isinstance(key, (str, type)):
+        raise TypeError(f"a plan function belongs to a class or its qualified name, got {key!r}")
+    return key if isinstance(key, str) else f"{key.__module__}.{key.__qualname__}"
 
 
 PARALLELIZE_FUNCTIONS = PlanRegistry(

@@ -1,11 +1,11 @@
 """Run a model's own forward on one rank's share, without devices, and see what a plan lacks or would get wrong.
 
-The modules that a plan shards are replaced, in a weightless copy of the model, by stand-ins that return what a rank
-would have: its share of the features after a colwise layer, its share of the tokens where the sequence is sharded,
-everything after a sum. The forward in between is the model's own, and every operator in it is watched (`watch.py`). A
-whole parameter that meets a rank's share gets only a part of its gradient on each rank; a reduction over sharded
-features would be taken over a part of them; a share that reaches something that wants it all, or the end of the model,
-is a gap in the plan.
+The modules that a plan shards are replaced, in two weightless copies of the model, by stand-ins: in one they return
+what the whole model has, in the other what a rank has, its share of the features after a colwise layer, its share of
+the tokens where the sequence is sharded, everything after a sum. The forward in between is the model's own. The whole
+runs first, and a rule for every operator (`shares.py`) says where its share would be; the rank's run must then be the
+same, operator by operator (`watch.py`). A whole parameter that meets a rank's share gets only a part of its gradient on
+each rank; a share that reaches something that wants it all, or the end of the model, is a gap in the plan.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.local import MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.shares import WrongError
 from am_tp_plans.stand_ins import stand_in
 from am_tp_plans.styles import each
-from am_tp_plans.watch import Collective, ReadDirectlyError, Watch, WrongError, tensors
+from am_tp_plans.watch import Collective, ReadDirectlyError, Step, Watch, tensors
 
 _TOKENS = 8
 
@@ -38,6 +39,7 @@ class Findings:
             gradients.
         modified: modules with a style whose output the model modifies in place.
         ran: modules with a style that ran at all.
+        random: modules that draw random numbers for a rank's share.
         traffic: the collectives of a training step with two sequences of `tokens` tokens.
         tokens: the length of a sequence in the rehearsal.
     """
@@ -45,6 +47,7 @@ class Findings:
     partial: frozenset[str]
     modified: frozenset[str]
     ran: frozenset[str]
+    random: tuple[str, ...]
     traffic: tuple[Collective, ...]
     tokens: int
 
@@ -61,12 +64,14 @@ def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> Fi
         ValueError: the plan would give wrong results, and where.
     """
     tokens = -(-_TOKENS // ranks) * ranks
-    share, whole = _run(model, plan, ranks, tokens), _run(model, plan, 1, tokens)
-    _compare(type(model).__name__, share, whole, ranks)
+    whole = _run(model, plan, ranks, tokens, None)
+    share = _run(model, plan, ranks, tokens, whole.steps)
     covers = {name for name, styles in plan.items() if any(isinstance(style, _COVERS) for style in each(styles))}
     partial = {name for name in share.partial if not any(name.startswith(f"{owner}.") for owner in covers)}
     traffic = tuple(share.traffic)
-    return Findings(frozenset(partial), frozenset(share.modified), frozenset(share.ran), traffic, tokens)
+    return Findings(
+        frozenset(partial), frozenset(share.modified), frozenset(share.ran), tuple(share.random), traffic, tokens
+    )
 
 
 # Styles that take care of the gradients of the parameters under their module.
@@ -82,49 +87,46 @@ _COVERS = (
 )
 
 
-def _run(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, tokens: int) -> Watch:
+def _run(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, tokens: int, whole: list[Step] | None) -> Watch:
+    """The whole model's run, or one rank's if it is given the whole's."""
     twin = _weightless(model)
-    watch = Watch(dict(twin.named_parameters()))
+    watch = Watch(dict(twin.named_parameters()), ranks, whole)
     for name, module in list(twin.named_modules()):
-        stand_in(watch, name, module, plan.get(name), ranks)
+        _name_where(watch, name, module)
+        stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
     modules = list(twin.modules())
     settings = {"use_cache": False} if "use_cache" in inspect.signature(twin.forward).parameters else {}
     no_fit = f"the plan does not fit {type(model).__name__}"
     try:
         with torch.no_grad(), watch:
-            ids = torch.ones(2, tokens, dtype=torch.int64)
-            watch.active[ids] = True
+            ids = watch.note(torch.ones(2, tokens, dtype=torch.int64), active=True, alike=frozenset())
             output = twin(ids, **settings)
     except (WrongError, ReadDirectlyError) as why:
         raise ValueError(f"{no_fit}: {why}") from why
     except Exception as error:  # whatever the model's own code raises on a rank's share
-        raise ValueError(
-            f"{no_fit}: on one rank's share its forward fails with {type(error).__name__}: {error}"
-        ) from error
+        of = "on one rank's share" if whole is not None else "whole"
+        where = f" in {watch.modules[-1]}" if watch.modules and watch.modules[-1] else ""
+        raise ValueError(f"{no_fit}: {of} its forward fails{where} with {type(error).__name__}: {error}") from error
     if any(now is not before for now, before in zip(twin.modules(), modules, strict=False)):
         raise ValueError(f"{no_fit}: its forward replaces modules, and what a plan did to them is lost")
-    for tensor in tensors(output):
-        if watch.is_sharded(tensor) or tensor in watch.tokens:
-            raise ValueError(f"{no_fit}: its output would be one rank's share")
+    if any(watch.share(tensor) for tensor in tensors(output)):
+        raise ValueError(f"{no_fit}: its output would be one rank's share")
+    if whole is not None and len(watch.steps) != len(whole):
+        raise ValueError(f"{no_fit}: on one rank's share it ends before {whole[len(watch.steps)].name}")
     return watch
 
 
-def _compare(kind: str, share: Watch, whole: Watch, ranks: int) -> None:
-    """What a rank does with its share, against what one process does with all of it."""
-    no_fit = f"the plan does not fit {kind}"
-    for (had, has), (had_whole, has_whole) in zip(share.reshaped, whole.reshaped, strict=False):
-        if has != has_whole and (had, had_whole) != (has, has_whole):
-            raise ValueError(f"{no_fit}: on one rank's share it would cut heads of {has_whole} features into {has}")
-    for pieces, pieces_whole in zip(share.pieces, whole.pieces, strict=False):
-        if [piece * ranks for piece in pieces] != pieces_whole:
-            raise ValueError(f"{no_fit}: it takes fused features apart into {pieces_whole}, of a share into {pieces}")
-    if len(share.met) != len(whole.met):
-        raise ValueError(f"{no_fit}: what it computes with one rank's share differs from what it computes with all")
-    for (name, has), (_, has_whole) in zip(share.met, whole.met, strict=True):
-        if has != has_whole:
-            raise ValueError(
-                f"{no_fit}: it computes {name} of all features and {has_whole}, but of one rank's share and {has}"
-            )
+def _name_where(watch: Watch, name: str, module: nn.Module) -> None:
+    """Keep the names of the modules that run; those of an operator that fails stay for the message."""
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        watch.modules.append(name)
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        watch.modules.pop()
+
+    module.register_forward_pre_hook(enter, prepend=True)
+    module.register_forward_hook(leave)
 
 
 def _weightless(model: nn.Module) -> nn.Module:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from am_tp_plans.infer import infer_plan
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
-from am_tp_plans.sequence import add_sequence_parallelism
+from am_tp_plans.sequence import add_sequence_parallelism, unsharded_stack
 from am_tp_plans.translate import get_hf_tp_shard_plan
 
 
 def resolve_plan(
-    model: nn.Module, plan: dict[str, ParallelStyle] | str | None = None, *, sequence_parallel: bool = False
+    model: nn.Module,
+    plan: dict[str, ParallelStyle] | str | None = None,
+    *,
+    sequence_parallel: bool = False,
+    infer: bool = False,
 ) -> dict[str, ParallelStyle]:
     """The tensor-parallel plan for a model, as a dict from module names (with `*` for one level) to styles.
 
     In this order: `plan` itself if it is a dict; what the import path `plan` names, a dict or a function of
-    `(model, sequence_parallel)`; the function that `PARALLELIZE_FUNCTIONS` has for the model's class; the plan that
-    the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. A plan is never inferred here:
-    see `infer_plan`.
+    `(model, sequence_parallel)`, of the model, or of nothing; the function that `PARALLELIZE_FUNCTIONS` has for the
+    model's class; the plan that the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. With
+    `infer`, what `infer_plan` finds takes the place of a plan that there is none of, or that shards no layer.
 
     Raises:
         ValueError: the path does not lead to a plan, or the model's class has none; names what there is.
@@ -32,17 +39,37 @@ def resolve_plan(
         return _checked(_from_path(plan, model, sequence_parallel), plan)
     if plan is not None:
         raise TypeError(f"plan must be a dict, an import path or None, got {type(plan).__name__}")
-    if type(model) not in PARALLELIZE_FUNCTIONS and getattr(model, "_tp_plan", None):
-        brought = get_hf_tp_shard_plan(model)
-        return add_sequence_parallelism(model, brought) if sequence_parallel else brought
-    if type(model) not in PARALLELIZE_FUNCTIONS:
+    if type(model) in PARALLELIZE_FUNCTIONS:
+        return PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
+    derived = _derived(model, infer)
+    if derived is None:
         kind = "sequence-parallel" if sequence_parallel else "tensor-parallel"
         known = "\n  ".join(PARALLELIZE_FUNCTIONS)
         raise ValueError(
             f"there is no {kind} plan for {type(model).__module__}.{type(model).__qualname__}; "
-            f"pass one as a dict or an import path (infer_plan may find one). Known are\n  {known}"
+            f"pass one as a dict or an import path, or infer=True (infer_plan may find one). Known are\n  {known}"
         )
-    return PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
+    return add_sequence_parallelism(model, derived) if sequence_parallel else derived
+
+
+def _derived(model: nn.Module, infer: bool) -> dict[str, ParallelStyle] | None:
+    """The plan that the model brings if it shards the layers, else the inferred one if that is asked for."""
+    brought = get_hf_tp_shard_plan(model) if getattr(model, "_tp_plan", None) else None
+    if brought is not None and not (left := unsharded_stack(model, brought)):
+        return brought
+    if infer:
+        return infer_plan(model)
+    if brought is None:
+        return None
+    try:
+        inner = sorted(key for key in infer_plan(model) if key.startswith(f"{left}."))
+        found = f"infer_plan finds {inner}" if inner else "infer_plan finds nothing in it either"
+    except ValueError:
+        found = "infer_plan finds nothing either"
+    raise ValueError(
+        f"the plan that {type(model).__name__} brings shards {sorted(brought)}, but nothing of {left}, its largest "
+        f"stack of layers; {found}. Pass a plan of your own, or infer=True"
+    )
 
 
 def _from_path(path: str, model: nn.Module, sequence_parallel: bool) -> object:
@@ -51,7 +78,18 @@ def _from_path(path: str, model: nn.Module, sequence_parallel: bool) -> object:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ValueError(f"the plan {path!r} cannot be imported: {error}") from error
-    return found(model, sequence_parallel) if callable(found) else found
+    return _called(found, model, sequence_parallel) if callable(found) else found
+
+
+def _called(function: Any, *arguments: Any) -> object:
+    """What a function returns for as many of the arguments as it takes."""
+    for count in range(len(arguments), -1, -1):
+        try:
+            inspect.signature(function).bind(*arguments[:count])
+        except TypeError:
+            continue
+        return function(*arguments[:count])
+    raise TypeError(f"{function!r} must take (model, sequence_parallel), the model, or nothing")
 
 
 def _checked(plan: object, label: str) -> dict[str, ParallelStyle]:

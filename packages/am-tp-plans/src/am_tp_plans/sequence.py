@@ -82,6 +82,19 @@ def _stack(model: nn.Module, concrete: Plan) -> tuple[str, int]:
     return stacks[0], len(model.get_submodule(stacks[0]))  # type: ignore[arg-type]
 
 
+def unsharded_stack(model: nn.Module, plan: Plan) -> str | None:
+    """The name of the list of layers with the most parameters, if the plan shards nothing in it."""
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    largest = max(sizes, key=lambda name: (sizes[name], -name.count(".")), default=None)
+    if largest is None or any(name.startswith(f"{largest}.") for name in expand_plan(model, plan)):
+        return None
+    return largest
+
+
 def _blocks(model: nn.Module, stack: str, plan: Plan) -> dict[str, Plan]:
     """The modules directly in the layers, by wildcard name, and what the plan says of each and inside it."""
     names: dict[str, None] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Pr
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, plan_exchange
 from am_tp_plans.local import LocalShards, MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.shares import FEATURES, TOKENS, Share, WrongError
 from am_tp_plans.styles import (
     SequenceGatherInput,
     SequenceGatherOutput,
@@ -24,7 +26,7 @@ from am_tp_plans.styles import (
     SharedInput,
     each,
 )
-from am_tp_plans.watch import Collective, Watch, WrongError, tensors
+from am_tp_plans.watch import Collective, Watch, tensors
 from am_tp_styles import SequenceParallelLora
 
 
@@ -53,18 +55,16 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
     elif isinstance(style, ColwiseParallel):
         whole = style.output_layouts[0] == Replicate()
         width = module.embedding_dim if isinstance(module, nn.Embedding) else module.out_features
-        widths = [width if whole else width // ranks]
-        module.forward = _shares(watch, name, widths, style.input_layouts[0], ranks, whole)
+        module.forward = _shares(watch, name, [width], style.input_layouts[0], ranks, whole)
     elif isinstance(style, PackedColwiseParallel):
-        widths = [width // ranks for width in style.widths(features(module)[1])]  # type: ignore[index]
+        widths = style.widths(features(module)[1])  # type: ignore[index]
         if len(widths) > 1:
-            whole = style.widths(features(module)[1])  # type: ignore[index]
             sent = max(
-                len(order) - sends[r] for r in range(ranks) for order, sends, _ in [plan_exchange(whole, ranks, r)]
+                len(order) - sends[r] for r in range(ranks) for order, sends, _ in [plan_exchange(widths, ranks, r)]
             )
             for parameter in module.parameters():
                 for phase in ("forward", "backward"):
-                    watch.sends(name, phase, "all-to-all", sent * parameter.numel() // sum(whole), of_tokens=False)
+                    watch.sends(name, phase, "all-to-all", sent * parameter.numel() // sum(widths), of_tokens=False)
         module.forward = _shares(watch, name, widths, style.input_layouts, ranks, whole=False)
     elif isinstance(style, ExpertsOverTensorAxis):
         _whole(watch, name, module, sums_inputs=True, sums_output=True)
@@ -82,6 +82,7 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
         _summed_in_backward(watch, name, module, style.rope_dim or 0)
     elif isinstance(style, HeadsPerRank):
         watch.ran.add(name)
+        style.divide(copy.copy(module), watch.ranks)  # the whole's run says as well what does not divide
         style.divide(module, ranks)
     elif isinstance(style, SharedInput):
         if style.input_layouts == Shard(1):
@@ -109,24 +110,24 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
 def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int, whole: bool) -> Callable:
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         watch.ran.add(name)
-        if watch.is_sharded(hidden):
+        if watch.has(hidden, FEATURES):
             raise WrongError(f"{name} wants all features, but gets one rank's share")
         rows = _rows(watch, name, hidden, layout, ranks)
-        output = torch.ones(*rows, sum(widths), dtype=hidden.dtype if hidden.is_floating_point() else None)
+        width = sum(widths) if whole else sum(widths) // ranks
+        output = torch.ones(*rows, width, dtype=hidden.dtype if hidden.is_floating_point() else None)
+        facts = watch.facts(hidden)
         if layout == Shard(1):
             watch.sends(name, "forward", "all-gather", hidden.numel() * ranks)
             watch.sends(name, "backward", "reduce-scatter", hidden.numel() * ranks)
-        elif isinstance(watch.placed.get(hidden), Collective):
-            if watch.placed[hidden] not in watch.traffic:
-                watch.traffic.append(watch.placed[hidden])
-        elif hidden.is_floating_point() and hidden not in watch.shared and hidden not in watch.placed:
+        elif isinstance(facts.gathered, Collective):
+            if facts.gathered not in watch.traffic:
+                watch.traffic.append(facts.gathered)
+        elif hidden.is_floating_point() and not facts.shared_by and not facts.gathered:
             watch.sends(name, "backward", "all-reduce", hidden.numel())
         if whole:
             watch.sends(name, "forward", "all-gather", output.numel())
             return watch.activate(output)
-        if len(widths) > 1:
-            watch.packed[output] = widths
-        return watch.mark(output)
+        return watch.features(output, widths)
 
     return forward
 
@@ -134,12 +135,19 @@ def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int,
 def _rows(watch: Watch, name: str, hidden: torch.Tensor, layout: Any, ranks: int) -> list[int]:
     """The shape before the features, after what a colwise layer does to its input's layout."""
     rows = list(hidden.shape[:-1]) if hidden.is_floating_point() else list(hidden.shape)
-    if (hidden in watch.tokens) != (layout == Shard(1)):
-        has = "one rank's tokens" if hidden in watch.tokens else "all tokens"
+    if watch.has(hidden, TOKENS) != (layout == Shard(1)):
+        has = "one rank's tokens" if watch.has(hidden, TOKENS) else "all tokens"
         raise WrongError(f"{name} gets {has}, but its input layout is {layout}")
     if layout == Shard(1):
-        rows[watch.tokens[hidden]] *= ranks
+        rows[_sequence_dim(watch, name, hidden)] *= ranks
     return rows
+
+
+def _sequence_dim(watch: Watch, name: str, hidden: torch.Tensor) -> int:
+    share = watch.share(hidden)
+    if share is None or share.kind != TOKENS or share.dim != 1 or len(share.parts) > 1 or hidden.dim() < 3:
+        raise WrongError(f"{name} gathers the sequence, but gets {tuple(hidden.shape)}, which is no part of one")
+    return share.dim
 
 
 def _summed(watch: Watch, name: str, width: int, wants: tuple[int, bool] | None, layout: Any, ranks: int) -> Callable:
@@ -148,11 +156,13 @@ def _summed(watch: Watch, name: str, width: int, wants: tuple[int, bool] | None,
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         watch.ran.add(name)
         rows = list(hidden.shape) if wants is None else list(hidden.shape[:-1])
-        if wants is not None and (wants[1] == watch.is_sharded(hidden) or hidden.shape[-1] != wants[0]):
-            has = "one rank's share" if watch.is_sharded(hidden) else "all features"
-            raise WrongError(f"{name} gets {has} in {hidden.shape[-1]} columns, but wants {wants[0]}")
-        if hidden in watch.tokens:
+        share = watch.share(hidden)
+        if share and share.kind == TOKENS:
             raise WrongError(f"{name} gets one rank's tokens and would sum different ones")
+        if wants is not None:
+            _check_rowwise(name, hidden, share, wants)
+        elif share:
+            raise WrongError(f"{name} gets one rank's share of ids")
         dtype = hidden.dtype if hidden.is_floating_point() else None
         elements = math.prod(rows) * width
         watch.sends(name, "forward", "reduce-scatter" if layout == Shard(1) else "all-reduce", elements)
@@ -161,21 +171,37 @@ def _summed(watch: Watch, name: str, width: int, wants: tuple[int, bool] | None,
         if wants is not None and wants[1]:  # a whole input, of which each rank takes its part
             watch.sends(name, "backward", "all-gather", hidden.numel())
         if layout != Shard(1):
-            return watch.activate(torch.ones(*rows, width, dtype=dtype), name)
+            return watch.note(watch.activate(torch.ones(*rows, width, dtype=dtype)), output_of=name)
         if len(rows) != 2:
             raise WrongError(f"{name} would split dim 1 of {(*rows, width)}, which is not the sequence")
-        rows[1] //= ranks
-        output = watch.part(torch.ones(*rows, width, dtype=dtype))
-        watch.outputs[output] = name
-        return output
+        length, rows[1] = rows[1], rows[1] // ranks
+        return watch.note(watch.tokens(torch.ones(*rows, width, dtype=dtype), length), output_of=name)
 
     return forward
+
+
+def _check_rowwise(name: str, hidden: torch.Tensor, share: Share | None, wants: tuple[int, bool]) -> None:
+    """Whether a rowwise layer gets the whole input, or the rank's contiguous part of the columns, as it wants."""
+    wanted, whole = wants
+    if share and len(share.parts) > 1:
+        raise WrongError(f"{name} wants one rank's contiguous columns, but gets {share.what}")
+    if share and share.dim != hidden.dim() - 1:
+        raise WrongError(f"{name} gets {tuple(hidden.shape)}, of which a rank has a share in another dim")
+    if whole == bool(share) or hidden.shape[-1] != wanted:
+        has = "one rank's share" if share else "all features"
+        raise WrongError(f"{name} gets {has} in {hidden.shape[-1]} columns, but wants {wanted} of {_whose(whole)}")
+
+
+def _whose(whole: bool) -> str:
+    return "all" if whole else "one rank's share"
 
 
 def _around(module: Any, before: Callable | None, after: Callable | None = None) -> None:
     forward = module.forward
 
     def around(*args: Any, **kwargs: Any) -> Any:
+        if before and not isinstance(args[0] if args else kwargs.get("hidden_states"), torch.Tensor):
+            raise WrongError(f"{type(module).__name__} is called without a hidden state of its own")
         if before and args:
             args = (before(args[0]), *args[1:])
         elif before:
@@ -189,37 +215,36 @@ def _around(module: Any, before: Callable | None, after: Callable | None = None)
 
 
 def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backward: str | None = None) -> torch.Tensor:
-    if watch.tokens.get(hidden) != 1 or hidden.dim() < 3:
-        raise WrongError(f"a block that gathers the sequence gets {tuple(hidden.shape)}, which is no part of one")
-    whole = torch.ones(hidden.shape[0], hidden.shape[1] * ranks, *hidden.shape[2:], dtype=hidden.dtype)
+    dim = _sequence_dim(watch, name, hidden)
+    whole = torch.ones(*hidden.shape[:dim], hidden.shape[dim] * ranks, *hidden.shape[dim + 1 :], dtype=hidden.dtype)
     watch.sends(name, "forward", "all-gather", whole.numel())
     if backward:
         watch.sends(name, "backward", backward, whole.numel())
-        watch.placed[whole] = True
-    return watch.activate(whole)
+    return watch.note(watch.activate(whole), gathered=backward is not None)
 
 
 def _gathered_for_readers(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
     """A gathered sequence, whose gradient is reduce-scattered once if a colwise layer reads it."""
     whole = _gathered(watch, name, hidden, ranks)
-    watch.placed[whole] = Collective(name, "backward", "reduce-scatter", whole.numel(), of_tokens=True)
-    return whole
+    summed = Collective(name, "backward", "reduce-scatter", whole.numel(), of_tokens=True)
+    return watch.note(whole, gathered=summed)
 
 
 def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
-    if hidden in watch.tokens or watch.is_sharded(hidden) or hidden.dim() < 3 or hidden.shape[1] % ranks:
+    if watch.share(hidden) or hidden.dim() < 3 or hidden.shape[1] % ranks:
         raise WrongError(f"{name} would split {tuple(hidden.shape)}, which is no whole sequence, along dim 1")
     watch.sends(name, "backward", "all-gather", hidden.numel())
-    return watch.part(torch.ones(hidden.shape[0], hidden.shape[1] // ranks, *hidden.shape[2:], dtype=hidden.dtype))
+    length = hidden.shape[1]
+    part = torch.ones(hidden.shape[0], length // ranks, *hidden.shape[2:], dtype=hidden.dtype)
+    return watch.tokens(part, length)
 
 
 def _share(watch: Watch, name: str, hidden: torch.Tensor, sums: bool = False) -> torch.Tensor:
-    if watch.is_sharded(hidden) or hidden in watch.tokens:
+    if watch.share(hidden):
         raise WrongError(f"{name} wants all features and tokens, but gets one rank's share")
     if sums:
         watch.sends(name, "backward", "all-reduce", hidden.numel())
-    watch.shared[hidden] = name
-    return hidden
+    return watch.note(hidden, shared_by=name)
 
 
 def _whole(watch: Watch, name: str, module: nn.Module, sums_inputs: bool = False, sums_output: bool = False) -> None:
@@ -227,12 +252,12 @@ def _whole(watch: Watch, name: str, module: nn.Module, sums_inputs: bool = False
 
     def same(*args: Any, **kwargs: Any) -> Any:
         inputs = list(tensors((args, kwargs)))
-        if any(watch.is_sharded(tensor) or tensor in watch.tokens for tensor in inputs):
+        if any(watch.share(tensor) for tensor in inputs):
             raise WrongError(f"{name} wants all features and tokens, but gets one rank's share")
         if sums_output:
             watch.sends(name, "forward", "all-reduce", inputs[0].numel())
         for tensor in inputs if sums_inputs else ():
-            if tensor.is_floating_point() and tensor in watch.trained:
+            if tensor.is_floating_point() and watch.facts(tensor).trained:
                 watch.sends(name, "backward", "all-reduce", tensor.numel())
         return inputs[0] * 1
 
@@ -247,6 +272,7 @@ def _local(watch: Watch, name: str, module: Any, style: LocalShards, ranks: int)
         dim = placement.dim % parameter.dim()  # type: ignore[attr-defined]
         local = nn.Parameter(parameter.narrow(dim, 0, parameter.shape[dim] // ranks).clone(), requires_grad=False)
         module.register_parameter(leaf, local)
+        watch.note(local, share=Share(dim, FEATURES, (parameter.shape[dim],)))
     for leaf in style.partial:
         if (parameter := module._parameters.get(leaf)) is not None:
             watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
@@ -255,31 +281,31 @@ def _local(watch: Watch, name: str, module: Any, style: LocalShards, ranks: int)
 
 
 def _plain(watch: Watch, name: str, module: Any) -> None:
-    """A linear without a style computes nothing either, unless a rank's features reach it."""
-    forward, (_, out_features) = module.forward, features(module)  # type: ignore[misc]
+    """A linear without a style computes nothing either; a rank's share goes through it in any dim but the last."""
+    _, out_features = features(module)  # type: ignore[misc]
 
-    def whole(hidden: torch.Tensor) -> torch.Tensor:
-        if watch.is_sharded(hidden):
-            return forward(hidden)
-        if hidden in watch.shared:
-            raise WrongError(f"{name} reads the input that the projections of {watch.shared[hidden]} share")
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        facts = watch.facts(hidden)
+        if facts.shared_by:
+            raise WrongError(f"{name} reads the input that the projections of {facts.shared_by} share")
         output = watch.activate(torch.ones(*hidden.shape[:-1], out_features, dtype=hidden.dtype))
-        if hidden in watch.tokens:
-            watch.partial |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
-            watch.part(output, watch.tokens[hidden])
-        return output
+        if facts.share is None:
+            return output
+        if facts.share.dim == hidden.dim() - 1:
+            raise WrongError(f"{name} sums over {facts.share.what} of which each rank has a share")
+        watch.partial |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        return watch.note(output, share=facts.share)
 
-    module.forward = whole
+    module.forward = forward
 
 
 def _summed_in_backward(watch: Watch, name: str, module: Any, rope_dim: int) -> None:
     def whole(hidden: torch.Tensor) -> torch.Tensor:
-        if hidden in watch.tokens or hidden in watch.shared:
+        if watch.share(hidden) or watch.facts(hidden).shared_by:
             raise WrongError("the rotary part of latent attention wants all tokens, and a gradient of its own")
         output = torch.ones(*hidden.shape[:-1], module.out_features, dtype=hidden.dtype)
         watch.sends(name, "backward", "all-reduce", output[..., :rope_dim].numel())
-        watch.active[output] = True  # but not trained: the style takes care of its gradient
-        return output
+        return watch.note(output, active=True, alike=frozenset())  # not trained: the style sums its gradient
 
     module.forward = whole
 

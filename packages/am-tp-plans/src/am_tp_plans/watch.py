@@ -1,16 +1,14 @@
-"""Watch the operators of a model's forward on one rank's share, and say what would be wrong on the ranks together.
+"""Run a model's operators twice, whole and on one rank's share, and compare them one by one.
 
-Two kinds of share are followed through the operators. A tensor with a rank's *features* came out of a colwise layer:
-its last dim is the sharded one until a change of shape hides it. A tensor with a rank's *tokens* holds its part of the
-sequence: only what treats every token alike may touch it.
+The first run is the whole model: after each operator the rules (`shares.py`) say which dim of the output would be a
+rank's share. The second is one rank's: the same operators must come in the same order, with the same numbers, and every
+dim of every tensor must have the whole's size, but the dim that the rules call a share, which has its n-th part.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,16 +16,26 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-_REDUCTIONS = ("mean", "sum", "var", "std", "amax", "amin", "max", "min", "_softmax", "norm", "topk", "sort", "cumsum")
-_RESHAPES = ("view", "reshape", "_unsafe_view")
-# The position of the dim among the arguments of operators that split a tensor.
-_TAKES_APART = {"split": 2, "split_with_sizes": 2, "chunk": 2, "slice": 1, "select": 1, "unbind": 1}
-_LOSES_PLACES = (*_RESHAPES, "permute", "transpose", "t", "mm", "bmm", "addmm", "unflatten")
-_NORMS = ("native_layer_norm", "_fused_rms_norm")
-_KEEPS_SHAPE = ("alias", "detach", "clone", "_to_copy", "dropout", "native_dropout")
+from am_tp_plans.shares import (
+    CONSTANTS,
+    FEATURES,
+    MOVES,
+    RANDOM,
+    TOKENS,
+    Call,
+    Share,
+    WrongError,
+    alike_after,
+    shares_after,
+)
+
 # The positions of the factors among the arguments of matrix products.
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
-_FRESH = ("empty_like", "zeros_like", "ones_like", "full_like", "sym_size", "sym_stride", "new_zeros", "new_ones")
+# Whether these run depends on how a tensor lies in memory; what they return is what they took.
+_COPIES = ("clone", "alias", "detach", "contiguous")
+_SAME = {"reshape": "view", "_unsafe_view": "view", "_reshape_alias": "view", "lift_fresh_copy": "lift_fresh"}
+# Arguments that are sizes of the output, which is compared itself.
+_SIZES = ("size", "stride", "split_size", "split_sizes")
 
 
 @dataclass(frozen=True)
@@ -53,211 +61,317 @@ class ReadDirectlyError(Exception):
         self.parameter = parameter
 
 
-class WrongError(Exception):
-    """What the ranks would compute is not what one process computes."""
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a tensor.
+
+    Attributes:
+        share: the dim of which a rank has a part.
+        alike: dims along which all values are the same, so that a part of them may stand for any other.
+        active: it depends on the batch.
+        trained: a gradient goes through it.
+        parameters: the names of those that it is made of, with constants only.
+        shared_by: the block whose colwise projections alone may read it.
+        gathered: its gradient is summed where it was gathered, by that collective if only for colwise readers.
+        output_of: the module whose sum over the ranks it is.
+    """
+
+    share: Share | None = None
+    alike: frozenset[int] = frozenset()
+    active: bool = False
+    trained: bool = False
+    parameters: frozenset[str] = frozenset()
+    shared_by: str = ""
+    gathered: bool | Collective = False
+    output_of: str = ""
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the whole run."""
+
+    shape: tuple[int, ...]
+    share: Share | None
+    alike: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator of the whole run."""
+
+    name: str
+    module: str
+    numbers: list[tuple[str, Any]]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    values: list[int]  # of the constants that the model made of Python's numbers
+    moves: bool  # whether it leaves values alike that are alike
+
+
+@dataclass(eq=False)
 class Watch(TorchDispatchMode):
-    """Which tensors hold a rank's share, and which parameters were computed with them."""
+    """Which tensors hold a rank's share, and which parameters were computed with them.
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+    Args:
+        parameters: of the twin, by name; held, so that no other tensor gets the identity of one.
+        ranks: size of the axis.
+        whole: the steps of the whole run, which this one must repeat; None for the whole run itself.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    ranks: int
+    whole: list[Step] | None = None
+    steps: list[Step] = field(default_factory=list)
+    sharded: set[str] = field(default_factory=set)  # parameters that a style shards: only their own module reads them
+    summed: set[str] = field(default_factory=set)  # parameters whose gradients a style sums
+    partial: set[str] = field(default_factory=set)  # parameters that met a share
+    ran: set[str] = field(default_factory=set)  # modules with a style that ran
+    modified: set[str] = field(default_factory=set)  # modules with a style whose output is modified in place
+    random: dict[str, None] = field(default_factory=dict)  # modules that draw random numbers for a share
+    traffic: list[Collective] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)  # those that run, the innermost last
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.parameters = parameters  # held, so that no other tensor gets the identity of one
-        self.names = {id(parameter): name for name, parameter in parameters.items()}
-        self.active: Any = WeakIdKeyDictionary()  # tensors that depend on the batch
-        self.trained: Any = WeakIdKeyDictionary()  # tensors that a gradient goes through
-        self.marks: Any = WeakIdKeyDictionary()  # a rank's features -> their number, 0 after a change of shape
-        self.packed: Any = WeakIdKeyDictionary()  # fused features -> a rank's widths of the projections in them
-        self.tokens: Any = WeakIdKeyDictionary()  # a rank's tokens -> their dim
-        self.shared: Any = WeakIdKeyDictionary()  # what only colwise projections may read -> the block's name
-        self.placed: Any = WeakIdKeyDictionary()  # whole activations whose gradient is summed where they were gathered
-        self.outputs: Any = WeakIdKeyDictionary()  # what a sum over the ranks returned -> the module's name
-        self.sources: Any = WeakIdKeyDictionary()  # a tensor made of parameters and constants -> the parameters' names
-        self.sharded: set[str] = set()  # parameters that a style shards: only their own module may read them
-        self.summed: set[str] = set()  # parameters whose gradients a style sums
-        self.partial: set[str] = set()  # parameters that met a share
-        self.ran: set[str] = set()  # modules with a style that ran
-        self.modified: set[str] = set()  # modules with a style whose output is modified in place
-        self.reshaped: list[tuple[int, int]] = []  # last dims of sharded features before and after a change of shape
-        self.pieces: list[list[int]] = []  # what fused features were taken apart into
-        self.traffic: list[Collective] = []
-        self.met: list[tuple[str, Any]] = []  # numbers and constants that elementwise operators met a share with
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self._facts: Any = WeakIdKeyDictionary()
+        self._bases: Any = WeakIdKeyDictionary()  # slices of constants -> the constant
+        self._written: dict[int, tuple[torch.UntypedStorage, bool]] = {}  # memory that was written: is it trained?
 
-    def is_sharded(self, tensor: torch.Tensor) -> bool:
-        return tensor in self.marks
+    def facts(self, tensor: torch.Tensor) -> Facts:
+        """What is known of a tensor."""
+        if (name := self._names.get(id(tensor))) is not None:
+            return Facts(parameters=frozenset([name]))
+        facts = self._facts.get(tensor) or Facts()
+        if self._written and (written := self._written.get(tensor.untyped_storage().data_ptr())):
+            facts = replace(facts, alike=frozenset(), trained=facts.trained or written[1])
+        return facts
 
-    def mark(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.marks[tensor] = tensor.shape[-1]
-        return self.activate(tensor)
-
-    def activate(self, tensor: torch.Tensor, name: str = "") -> torch.Tensor:
-        self.active[tensor] = True
-        self.trained[tensor] = True
-        if name:
-            self.outputs[tensor] = name
+    def note(self, tensor: torch.Tensor, **facts: Any) -> torch.Tensor:
+        """Add to what is known of a tensor."""
+        self._facts[tensor] = replace(self.facts(tensor), **facts)
         return tensor
+
+    def share(self, tensor: torch.Tensor) -> Share | None:
+        return self.facts(tensor).share
+
+    def has(self, tensor: torch.Tensor, kind: str) -> bool:
+        """Whether a tensor is a rank's share of features or of tokens."""
+        share = self.share(tensor)
+        return share is not None and share.kind == kind
+
+    def features(self, tensor: torch.Tensor, parts: list[int]) -> torch.Tensor:
+        """Note that the last dim is a rank's part of these widths."""
+        return self.activate(self.note(tensor, share=Share(tensor.dim() - 1, FEATURES, tuple(parts))))
+
+    def tokens(self, tensor: torch.Tensor, length: int, dim: int = 1) -> torch.Tensor:
+        """Note that a dim is a rank's part of a sequence of `length` tokens."""
+        return self.activate(self.note(tensor, share=Share(dim, TOKENS, (length,))))
+
+    def activate(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.note(tensor, active=True, trained=True, alike=frozenset())
 
     def sends(self, module: str, phase: str, kind: str, elements: int, of_tokens: bool = True) -> None:
         self.traffic.append(Collective(module, phase, kind, elements, of_tokens))
 
-    def part(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        self.tokens[tensor] = dim
-        return self.activate(tensor)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func._schema.is_mutable and args and id(args[0]) in self.names:
+        if not isinstance(func, torch._ops.OpOverload):
+            raise WrongError(f"it runs {func}{self._where()}, which has no rule")
+        if func._schema.is_mutable and args and id(args[0]) in self._names:
             return args[0]  # a model that rescales its own weights; here they share one number
-        function, name = func, func._schema.name.removeprefix("aten::")
+        name = func._schema.name.removeprefix("aten::")
+        name = _SAME.get(name, name)
         output = _product(name, args) if name in _PRODUCTS else None
         if output is None:
             output = func(*args, **(kwargs or {}))
-        inputs = list(tensors((args, kwargs or {})))
-        names = set().union(*(self._sources(tensor) for tensor in inputs)) if inputs else set()
+        inputs, outputs = list(tensors((args, kwargs or {}))), list(tensors(output))
+        known = [self.facts(tensor) for tensor in inputs]
+        names = set().union(*(facts.parameters for facts in known))
         if read := sorted(names & self.sharded):
             raise ReadDirectlyError(read[0])
-        if read := [self.shared[tensor] for tensor in inputs if tensor in self.shared]:
+        if read := [facts.shared_by for facts in known if facts.shared_by]:
             raise WrongError(f"{read[0]} computes {name} of the input that its projections share")
-        marked = [tensor for tensor in inputs if tensor in self.marks]
-        parts = [tensor for tensor in inputs if tensor in self.tokens]
-        if function._schema.is_mutable and inputs and inputs[0] in self.outputs:
-            self.modified.add(self.outputs[inputs[0]])
-        if marked or parts:
+        if name in _COPIES:
+            self._facts[outputs[0]] = replace(known[0], output_of="")
+            return output
+        pointwise = torch.Tag.pointwise in func.tags
+        call = Call(
+            name,
+            _by_name(func, args, kwargs or {}),
+            inputs,
+            outputs,
+            self.ranks,
+            self.share,
+            lambda t: self.facts(t).alike,
+        )
+        try:
+            step = self._step(call, pointwise)
+            self._refuse_company(name, inputs, known, outputs)
+        except WrongError as why:
+            raise WrongError(f"{why}{self._where()}") from why
+        if any(facts.share for facts in known):
             self.partial |= names
-            self._refuse_company(name, inputs, marked, parts)
-            self._note_company(function, name, args, inputs)
-        if marked:
-            self._refuse_reduction(name, args, marked[0])
-            if marked[0] in self.packed:
-                self._take_apart(name, args, marked[0], output)
-            else:
-                self._refuse_taking_apart(name, args, marked[0])
-            if self.marks[marked[0]] and name in _RESHAPES:
-                self.reshaped.append((marked[0].shape[-1], output.shape[-1]))
-        if parts and name not in _FRESH:
-            self._follow_tokens(function, name, args, parts, output)
-        trained = bool(names - self.summed) or any(tensor in self.trained for tensor in inputs)
-        widths = {self.marks[tensor] for tensor in marked}
-        depends = marked or any(tensor in self.active for tensor in inputs)
-        for tensor in tensors(output):
-            if inputs and inputs[0] in self.placed:
-                self.placed[tensor] = self.placed[inputs[0]]
-            if marked:
-                kept = tensor.dim() > 0 and tensor.shape[-1] in widths and name not in _LOSES_PLACES
-                self.marks[tensor] = tensor.shape[-1] if kept else 0
-            if depends:
-                self.active[tensor] = True
-                if trained and tensor.is_floating_point():
-                    self.trained[tensor] = True
-            elif names:
-                self.sources[tensor] = names
+            if name in RANDOM:
+                self.random[self.modules[-1] if self.modules else ""] = None
+        self._note_outputs(func, name, inputs, known, outputs, step, names)
         return output
 
-    def _refuse_company(self, name: str, inputs: list, marked: list, parts: list) -> None:
-        if marked and parts:
-            raise WrongError(f"it computes {name} of one rank's features and one rank's tokens")
-        if whole := [t for t in inputs if t not in self.marks and t not in self.tokens and t in self.trained]:
-            whole = [t for t in whole if t.is_floating_point()]
-        if whole:
-            what = "one rank's share" if marked else "one rank's tokens"
+    def _where(self) -> str:
+        return f", in {self.modules[-1]}" if self.modules and self.modules[-1] else ""
+
+    def _step(self, call: Call, pointwise: bool) -> Step:
+        """What the rules say of the whole's operator, or the whole's step that this one repeats."""
+        if self.whole is not None:
+            step = self.whole[len(self.steps)] if len(self.steps) < len(self.whole) else None
+            self.steps.append(self._repeated(call, step))
+            return self.steps[-1]
+        shares: list[Share | None] = [None] * len(call.outputs)
+        if any(call.share(tensor) for tensor in call.inputs):
+            shares = shares_after(call, pointwise)
+        alike = alike_after(call, pointwise) if call.outputs else frozenset()
+        step = Step(
+            call.name,
+            self.modules[-1] if self.modules else "",
+            _numbers(call),
+            [Tensor(tuple(t.shape), call.share(t), call.alike(t)) for t in call.inputs],
+            [
+                Tensor(tuple(t.shape), share, alike if n == 0 else frozenset())
+                for n, (t, share) in enumerate(zip(call.outputs, shares, strict=True))
+            ],
+            self._values(call),
+            pointwise or call.name in MOVES or call.name in CONSTANTS or call.name in ("where", "_to_copy", "cat"),
+        )
+        self.steps.append(step)
+        return step
+
+    def _repeated(self, call: Call, step: Step | None) -> Step:
+        """The whole's step, if this one is the same on a rank's share."""
+        if step is None or step.name != call.name:
+            runs = f"{step.name} in {step.module or 'its forward'}" if step else "nothing more"
+            raise WrongError(f"on one rank's share it runs {call.name} where one process runs {runs}")
+        for (argument, number), (_, wanted) in zip(_numbers(call), step.numbers, strict=True):
+            scaled = argument == "start" and step.outputs[0].share and _cuts_share(call, step)
+            if number != wanted and not (scaled and number * self.ranks == wanted):
+                raise WrongError(
+                    f"it computes {call.name} of all {_kind(step)} and {wanted}, but of one rank's share and {number}"
+                )
+        if self._values(call) != step.values:
+            raise WrongError(f"it computes {call.name} of other constants on one rank's share than of all features")
+        moves = step.moves or any(tensor.share for tensor in step.inputs)
+        for which, mine, theirs in (("of", call.inputs, step.inputs), ("to", call.outputs, step.outputs)):
+            for tensor, whole in zip(mine, theirs, strict=True):
+                self._compare(call.name, which, tuple(tensor.shape), whole, moves)
+        return step
+
+    def _compare(self, name: str, which: str, shape: tuple[int, ...], whole: Tensor, moves: bool) -> None:
+        """Whether a shape is the whole's, with its part of what is a share."""
+        wanted = list(whole.shape)
+        if whole.share:
+            wanted[whole.share.dim] //= self.ranks
+        for dim in whole.alike if moves else ():
+            if len(shape) == len(wanted) and shape[dim] * self.ranks == whole.shape[dim]:
+                wanted[dim] = shape[dim]
+        if shape != tuple(wanted):
+            what = f"one rank's {whole.share.what}" if whole.share else "the whole"
             raise WrongError(
-                f"it computes {name} of {what} and a whole activation of shape {tuple(whole[0].shape)}, whose "
-                "gradient would be a part of a sum"
+                f"it computes {name} {which} {shape} on one rank's share, where {what} of {whole.shape} would be "
+                f"{tuple(wanted)}"
             )
 
-    def _note_company(self, function: Any, name: str, args: tuple, inputs: list[torch.Tensor]) -> None:
-        """A constant per head or token, or a number made of how many there are, would be another one on each rank."""
-        if torch.Tag.pointwise not in function.tags or name in ("clone", "_to_copy"):
-            return
-        met: list[Any] = [arg for arg in args if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
-        for tensor in inputs:
-            if tensor in self.marks or tensor in self.tokens or tensor in self.active or id(tensor) in self.names:
-                continue
-            same = tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
-            met.append("a constant" if same else tuple(tensor.shape))
-        self.met.append((name, met))
+    def _values(self, call: Call) -> list[int]:
+        """Of constants that are met for the first time: made of Python's numbers, or the model's buffers."""
+        new = [t for t in call.inputs if t not in self._facts and id(t) not in self._names]
+        for tensor in new:
+            self._facts[tensor] = Facts()
+        return [_digest(tensor) for tensor in new]
 
-    def _refuse_reduction(self, name: str, args: tuple, tensor: torch.Tensor) -> None:
-        if name not in _REDUCTIONS or not self.marks[tensor] or args[0] is not tensor:
+    def _refuse_company(self, name: str, inputs: list, known: list[Facts], outputs: list) -> None:
+        """A whole activation that meets a share gets a part of its gradient on each rank."""
+        share = next((facts.share for facts in known if facts.share), None)
+        if share is None or not any(output.is_floating_point() or output.is_complex() for output in outputs):
             return
-        dims = _dims(args, tensor)
-        if dims is None or tensor.dim() - 1 in dims:
-            raise WrongError(
-                f"it takes the {name} over features of which each rank has a share ({tuple(tensor.shape)})"
+        for tensor, facts in zip(inputs, known, strict=True):
+            if facts.share is None and facts.trained and tensor.is_floating_point():
+                raise WrongError(
+                    f"it computes {name} of one rank's {share.what} and a whole activation of shape "
+                    f"{tuple(tensor.shape)}, whose gradient would be a part of a sum"
+                )
+
+    def _note_outputs(
+        self, func: Any, name: str, inputs: list, known: list[Facts], outputs: list, step: Step, names: set[str]
+    ) -> None:
+        active = any(facts.active or facts.share for facts in known)
+        trained = active and (bool(names - self.summed) or any(facts.trained for facts in known))
+        if func._schema.is_mutable and inputs:
+            self._note_write(name, inputs[0], known, step, trained)
+        elif name == "slice" and (known[0].alike or inputs[0] in self._bases):
+            self._bases[outputs[0]] = self._bases.get(inputs[0], inputs[0])
+        if name in CONSTANTS:
+            active = trained = False
+            names = set()
+        for tensor, whole in zip(outputs, step.outputs, strict=True):
+            self._facts[tensor] = Facts(
+                share=whole.share,
+                alike=whole.alike,
+                active=active,
+                trained=trained and (tensor.is_floating_point() or tensor.is_complex()),
+                parameters=frozenset() if active else frozenset(names),
+                gathered=known[0].gathered if known else False,
             )
 
-    def _refuse_taking_apart(self, name: str, args: tuple, tensor: torch.Tensor) -> None:
-        """A rank's share of fused features is not the same share of each of them."""
-        if name not in _TAKES_APART or not self.marks[tensor] or args[0] is not tensor:
-            return
-        dim = args[_TAKES_APART[name]] if len(args) > _TAKES_APART[name] else 0
-        if dim % tensor.dim() == tensor.dim() - 1 and not (name == "slice" and _takes_all(args, tensor)):
-            raise WrongError(f"it takes apart ({name}) features of which each rank has a share {tuple(tensor.shape)}")
-
-    def _take_apart(self, name: str, args: tuple, tensor: torch.Tensor, output: Any) -> None:
-        """Fused features may be split into their projections; what does not split them leaves them fused."""
-        widths, width = self.packed[tensor], tensor.shape[-1]
-        pieces = list(tensors(output))
-        if name in _TAKES_APART and pieces[0].shape[:-1] == tensor.shape[:-1]:
-            start = args[2] if name == "slice" and len(args) > 2 and args[2] else 0
-            sizes = [piece.shape[-1] for piece in pieces]
-            self.pieces.append([start % width, *sizes])
-            bounds = list(accumulate(widths, initial=0))
-            edges = list(accumulate(sizes, initial=start % width))
-            if not set(edges) <= set(bounds):
-                raise WrongError(f"it takes fused features {widths} apart at {edges}")
-            for piece, begin, end in zip(pieces, edges, edges[1:], strict=False):
-                inside = widths[bounds.index(begin) : bounds.index(end)]
-                if len(inside) > 1:
-                    self.packed[piece] = inside
-        elif name in _RESHAPES and pieces[0].shape[: tensor.dim()] == (*tensor.shape[:-1], len(widths)):
-            if len(set(widths)) > 1:
-                raise WrongError(f"it reshapes fused features {widths} to {tuple(pieces[0].shape)}")
-        elif all(piece.shape == tensor.shape for piece in pieces):
-            for piece in pieces:
-                self.packed[piece] = widths
-        else:
-            raise WrongError(f"it computes {name} of fused features {widths}")
-
-    def _follow_tokens(self, function: Any, name: str, args: tuple, parts: list, output: Any) -> None:
-        """Where the tokens are in the output, for operators that treat every token alike; the others are refused."""
-        tensor, pieces = parts[0], list(tensors(output))
-        places = {part.dim() - self.tokens[part] for part in parts}
-        if (torch.Tag.pointwise in function.tags or name in _KEEPS_SHAPE) and len(places) == 1:
-            follows = pieces[0].dim() - places.pop()
-        else:
-            follows = _place_after(name, args, parts, self.tokens[tensor], pieces)
-        if follows is None:
-            raise WrongError(f"it computes {name} of one rank's tokens {tuple(tensor.shape)}")
-        for piece in pieces:
-            if piece.dim() > follows:
-                self.tokens[piece] = follows
-
-    def _sources(self, tensor: torch.Tensor) -> set[str]:
-        return {self.names[id(tensor)]} if id(tensor) in self.names else self.sources.get(tensor, set())
+    def _note_write(self, name: str, target: torch.Tensor, known: list[Facts], step: Step, trained: bool) -> None:
+        if known[0].output_of:
+            self.modified.add(known[0].output_of)
+        share = step.outputs[0].share
+        if known[0].share != share:  # into a constant: all of it is then a rank's share of what is written
+            base = self._bases.get(target, target)
+            dim = share.dim if share and base.dim() == target.dim() else 0
+            if not share or base.stride() != target.stride() or base.shape[dim] != target.shape[dim]:
+                raise WrongError(f"it writes ({name}) one rank's share into a whole tensor{self._where()}")
+            self._facts[base] = Facts(share=share, active=True, trained=trained)
+        storage = target.untyped_storage()
+        before = self._written.get(storage.data_ptr(), (storage, False))
+        self._written[storage.data_ptr()] = (storage, before[1] or trained)
 
 
-def _place_after(name: str, args: tuple, parts: list, dim: int, pieces: list) -> int | None:
-    """The dim of the tokens after an operator that is not elementwise, None if it may mix them."""
-    tensor, shape = parts[0], parts[0].shape
-    out = pieces[0].shape if pieces else torch.Size()
-    before = out[: dim + 1] == shape[: dim + 1]
-    if name in _RESHAPES and not before:
-        flattened = len(out) > 0 and out[0] == math.prod(shape[: dim + 1]) and out[1:] == shape[dim + 1 :]
-        restored = dim == 0 and len(out) > 2 and math.prod(out[:2]) == shape[0]
-        return 0 if flattened else 1 if restored else None
-    if name in ("mm", "addmm"):
-        return 0 if dim == 0 and args[int(name == "addmm")] is tensor and len(parts) == 1 else None
-    if name in _NORMS:
-        return dim if dim < len(shape) - len(args[1]) else None
-    if name in _REDUCTIONS:
-        dims = _dims(args, tensor)
-        return dim if dims and min(dims) > dim else None
-    if name in _TAKES_APART:
-        along = args[_TAKES_APART[name]] if len(args) > _TAKES_APART[name] else 0
-        return dim if along % len(shape) > dim or out == shape else None
-    if name == "cat" and len(parts) != len(args[0]):
-        return None
-    return dim if before and name in (*_RESHAPES, "unsqueeze", "squeeze", "expand", "cat") else None
+def _kind(step: Step) -> str:
+    return next((t.share.kind for t in (*step.inputs, *step.outputs) if t.share), FEATURES)
+
+
+def _cuts_share(call: Call, step: Step) -> bool:
+    share = step.inputs[0].share
+    return share is not None and call.arguments.get("dim", 0) % len(step.inputs[0].shape) == share.dim
+
+
+def _by_name(func: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator by its own names for them."""
+    bound = {}
+    for position, argument in enumerate(func._schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def _numbers(call: Call) -> list[tuple[str, Any]]:
+    """The numbers among the arguments, but those that are sizes or ends of what is returned."""
+    found: list[tuple[str, Any]] = []
+    for name, value in call.arguments.items():
+        if name in _SIZES or (name == "end" and call.name == "slice"):
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found += [(name, v if v == v else "nan") for v in values if isinstance(v, (int, float, complex))]
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> int:
+    """A number that stands for the values of a constant."""
+    if tensor.numel() and (0 in tensor.stride() or tensor.numel() > 2**22):
+        return hash((tuple(tensor.shape), tensor.flatten()[0].item()))
+    return hash(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else 0
 
 
 def _product(name: str, args: tuple) -> torch.Tensor | None:
@@ -279,16 +393,3 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors(item)
     elif isinstance(value, dict):
         yield from tensors(list(value.values()))
-
-
-def _dims(args: tuple, tensor: torch.Tensor) -> list[int] | None:
-    """The dims that a reduction goes over, None for all of them."""
-    dims = args[1] if len(args) > 1 else None
-    dims = [dims] if isinstance(dims, int) else dims
-    return [dim % tensor.dim() for dim in dims] if isinstance(dims, (list, tuple)) and dims else None
-
-
-def _takes_all(args: tuple, tensor: torch.Tensor) -> bool:
-    start = args[2] if len(args) > 2 and args[2] is not None else 0
-    end = args[3] if len(args) > 3 and args[3] is not None else tensor.shape[-1]
-    return start == 0 and end >= tensor.shape[-1] and (len(args) < 5 or args[4] == 1)
