@@ -93,6 +93,8 @@ class Ledger(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if name in _KINDS and namespace in ("c10d", "_c10d_functional"):
             self._book(name, args, output)
+        if name == "wait_tensor":
+            output = args[0]  # as it is on real ranks; without memory torch makes a new tensor
         outputs = list(_tensors((kwargs or {}).get("out")))  # FSDP2 frees and makes again the storages of these
         for tensor in outputs:
             self._resized.add(id(tensor.untyped_storage()))
