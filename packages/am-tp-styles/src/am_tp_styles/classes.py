@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -50,7 +52,19 @@ def restore_classes(module: M) -> M:
 def _combined(cls: type, behaviour: type, over: bool) -> type:
     bases = (behaviour, cls) if over else ((behaviour,) if issubclass(behaviour, cls) else (cls, behaviour))
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    if over and "forward" in vars(behaviour):
+        names["forward"] = _as_if_of(cls, behaviour)
     return type(cls.__name__, bases, {**names, _FROM: cls, _HOW: (behaviour, over), "__reduce_ex__": _reduce})
+
+
+def _as_if_of(cls: Any, behaviour: Any) -> Any:
+    """The behaviour's forward with the signature of the module's own, for whoever looks at that."""
+    given = behaviour.forward
+    forward = types.FunctionType(
+        given.__code__, given.__globals__, given.__name__, given.__defaults__, given.__closure__
+    )
+    forward.__kwdefaults__ = given.__kwdefaults__
+    return functools.update_wrapper(forward, cls.forward)
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple:

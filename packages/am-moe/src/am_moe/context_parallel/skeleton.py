@@ -9,6 +9,8 @@ from torch import nn
 
 # What is left behind: forwards and compiled calls that were put on an instance, and that transformers has its hooks.
 _LEFT = {"forward", "_compiled_call_impl", "_output_capturing_hooks_installed"}
+# Where a class that am-tp-styles put over a module's own keeps that one.
+_OWN_CLASS = "_am_tp_styles_exchanged_from"
 
 
 def skeleton_of(model: nn.Module, fake: Any) -> nn.Module:
@@ -22,7 +24,7 @@ def skeleton_of(model: nn.Module, fake: Any) -> nn.Module:
 def _copied(module: nn.Module, fake: Any, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]
-    copy = object.__new__(type(module))
+    copy = object.__new__(_own_class(type(module)))
     nn.Module.__init__(copy)
     own = set(vars(copy)) - {"training"} | _LEFT
     vars(copy).update({key: value for key, value in vars(module).items() if key not in own})
@@ -36,6 +38,14 @@ def _copied(module: nn.Module, fake: Any, memo: dict[int, Any]) -> nn.Module:
     for name, buffer in module._buffers.items():
         copy._buffers[name] = None if buffer is None else memo.setdefault(id(buffer), _content(buffer, fake))
     return copy
+
+
+def _own_class(kind: type) -> type:
+    """The class that a module had before a layout was put over it, by its class."""
+    for base in kind.__mro__:
+        if _OWN_CLASS in vars(base):
+            return _own_class(vars(base)[_OWN_CLASS])
+    return kind
 
 
 def _empty(tensor: torch.Tensor, fake: Any) -> Any:
