@@ -2421,3 +2421,34 @@ class HookOnAGradientFunction(Decoder):
             if x.grad_fn is not None:
                 x.grad_fn.register_prehook(lambda gradients: tuple(g * 0.5 for g in gradients))
         return x
+
+
+class Reversed(torch.autograd.Function):
+    """All layers in one function that runs them again in its backward."""
+
+    @staticmethod
+    def forward(ctx, x, layers):
+        ctx.save_for_backward(x)
+        ctx.layers = layers
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = y = x.detach().requires_grad_()
+            for layer in ctx.layers:
+                y = layer(y)
+            y.backward(gradients[0])
+        return x.grad, None
+
+
+class LayersInsideAFunctionOfTheirOwn(Decoder):
+    """As Reformer's reversible layers: outside, the values between them never had a gradient."""
+
+    expect, words = REFUSED, "crosses the cut inside a custom autograd function"
+
+    def run(self, x):
+        return Reversed.apply(x, self.layers)

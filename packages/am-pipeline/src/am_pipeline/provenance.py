@@ -122,6 +122,7 @@ class Call:
         returns: what it returned, with a `Leaf` or an `Argument` for every tensor.
         random: whether it drew random numbers.
         keeps: name of a parameter or buffer that it wrote into.
+        hidden: whether it ran inside a custom autograd function, which does not show autograd what it calls.
     """
 
     unit: str
@@ -132,6 +133,7 @@ class Call:
     returns: Any = None
     random: bool = False
     keeps: str = ""
+    hidden: bool = False
 
     @property
     def leaves(self) -> list[Leaf]:
@@ -502,6 +504,7 @@ class Tracer(TorchDispatchMode):
         """What the unit returned, made a source: every tensor that it made or wrote is a value of this call."""
         values: dict[int, Value] = {}
         template: list[Any] = []
+        call.hidden = not torch.is_grad_enabled() and _in_autograd_function()
 
         def export(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
@@ -674,6 +677,15 @@ def _static(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(map(_static, value))
     return (type(value).__name__, value) if _is_plain(value) and not isinstance(value, torch.Size) else str(type(value))
+
+
+def _in_autograd_function() -> bool:
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_code.co_name == "apply":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _is_of_the_model() -> bool:

@@ -265,6 +265,10 @@ class Reading:
             next(leaf for leaf in trace.call(value.unit, value.call).leaves if leaf.value == value)
             for trace in (self.small, self.large)
         )
+        if self.small.call(value.unit, value.call).hidden and not small.requires_grad:
+            raise CannotCutError(
+                f"{value} crosses the cut inside a custom autograd function, which hides it from the backward"
+            )
         shape = self._shape(value, small.shape, large.shape)
         if shape is None:
             one, other = self.form.sizes
