@@ -680,28 +680,27 @@ def _static(value: Any) -> Any:
 
 
 def _in_autograd_function() -> bool:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.autograd.function" and frame.f_code.co_name == "apply":
-            return True
-        frame = frame.f_back
-    return False
+    """Whether a custom autograd function is running, of which autograd sees the ends alone."""
+    return any(module == "torch.autograd.function" and frame.f_code.co_name == "apply" for module, frame in _frames())
 
 
 def _is_of_the_model() -> bool:
     """Whether the code that calls is neither torch's nor ours."""
-    frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("am_pipeline."):
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] != "torch"
+    caller = next((module for module, _ in _frames() if not module.startswith("am_pipeline.")), "torch")
+    return caller.partition(".")[0] != "torch"
 
 
 def _place() -> str:
     """The line of the model's code that is running."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
+    for module, frame in _frames():
         if not module.startswith(("torch.", "am_pipeline.")) and module != "torch":
             return f"{module}:{frame.f_lineno} ({frame.f_code.co_name})"
-        frame = frame.f_back
     return "the model's forward"
+
+
+def _frames() -> Iterator[tuple[str, Any]]:
+    """What is running, innermost first, with the names of its modules."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_globals.get("__name__", ""), frame
+        frame = frame.f_back
