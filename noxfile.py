@@ -31,6 +31,14 @@ CONSTRAINTS = os.environ.get("AM_CONSTRAINTS", str(ROOT / ".ci" / "constraints.t
 RELEASE_TOOLS = ("build", "hatchling", "twine", "packaging")
 JUNIT = ROOT / "build" / "junit"
 DIST = ROOT / "dist"
+# The suites whose ranks are forked onto a GPU, too: each the one that shows what its package is for.
+ON_A_GPU = (
+    "am-fsdp/tests/test_strategy.py",
+    "am-moe/tests/test_parallelize.py",
+    "am-pipeline/tests/test_step.py",
+    "am-tp-plans/tests/test_plans.py",
+    "am-tp-styles/tests/test_wrapped.py",
+)
 TOGETHER = ROOT / ".nox" / "together" / ("Scripts" if sys.platform == "win32" else "bin")
 
 # With bytecode off, every process of every session would compile torch again.
@@ -86,13 +94,17 @@ def integration(session: nox.Session, ranks: int) -> None:
     torchrun(session, ranks, "-m", "pytest", *arguments)
 
 
-@nox.session
+@nox.session(venv_backend="none", requires=["together"])
 def gpu(session: nox.Session) -> None:
-    """What only a GPU can show; without one every test says that it was skipped, and why."""
-    tools = sorted({r for p in PROJECTS for r in test_requirements(p)})
-    install(session, *editable(*PROJECTS), *tools, "numpy")
-    session.env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the parent of forked ranks must not start CUDA itself
-    pytest(session, "gpu", "-rs", *(session.posargs or sorted(map(str, ROOT.glob("packages/*/tests/test_gpu*.py")))))
+    """What only a GPU shows, the compositions, and the packages' tests over ranks, up to four of them on one GPU.
+
+    Without a GPU every test that needs one says so, and the others run on the CPU.
+    """
+    files = [*ROOT.glob("packages/*/tests/test_gpu*.py"), ROOT / "packages" / "am-moe" / "tests" / "test_kernels.py"]
+    files += [ROOT / "tests-integration" / name for name in ("test_train_gpu.py", "test_compositions.py")]
+    files += [ROOT / "packages" / name for name in ON_A_GPU]
+    workers = ("-n", str(max(1, (os.cpu_count() or 1) // 2)), "--max-ranks=4")
+    pytest(session, "gpu", "-rs", *workers, *(session.posargs or map(str, sorted(files))))
 
 
 @nox.session(venv_backend="none", requires=["together"])

@@ -25,6 +25,7 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 import am_fsdp
 import am_moe
 from am_testkit import compositions
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, relative_error, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -123,7 +124,7 @@ def test_what_is_illegal_is_refused_with_what_would_be_legal(model):
 
 @pytest.mark.ranks(2)
 def test_experts_over_an_axis_are_refused_by_a_model_that_has_none():
-    world, experts = am_moe.build_meshes("cpu", dp_shard=2, ep=2)
+    world, experts = am_moe.build_meshes(device_type(), dp_shard=2, ep=2)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
         am_moe.parallelize_model(build("adapters"), world, experts, dp_axis_names=("dp_shard",), ep_axis_name="ep")
 
@@ -204,7 +205,7 @@ def degrees_of(composition):
 
 
 def place(model, degrees) -> tuple[Layout, slice]:
-    meshes = degrees.meshes("cpu")
+    meshes = degrees.meshes(device_type())
     laid_out = lay_out(
         model,
         degrees,
@@ -212,7 +213,7 @@ def place(model, degrees) -> tuple[Layout, slice]:
         schedule="1F1B",
         microbatch=microbatch(degrees),
         local_batch=BATCH // degrees.dp,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
     )
     return laid_out, degrees.rows(meshes[0], BATCH)
 

@@ -25,6 +25,7 @@ import am_fsdp
 from am_testkit import compositions, conditions
 from am_testkit.batches import Batch
 from am_testkit.conditioned import MeanOfAll, autocast, build_model, output_of, tolerance
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.programs import LARGEST_NORM, Loop, OneProcess, program, zeros_of_a_copy
 
@@ -78,7 +79,7 @@ def test_autocast_around_a_whole_step_holds_with_fsdp2_in_the_stages():
     case = conditions.PLAIN | {"numbers": "float32 under autocast to bfloat16", "pp": 2}
     one = OneProcess(case, build_model(case))
     loop = InLayout(case, build_model(case), mp_policy=MixedPrecisionPolicy(), autocast=None)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         loop.say("step")
     one.say("step")
     worst = largest_anywhere(max(compare_gradients(loop, one).values()))
@@ -145,7 +146,7 @@ class InLayout(Loop):
 
     def __init__(self, case, model, **instead):
         degrees = degrees_of(case)
-        meshes = degrees.meshes("cpu")
+        meshes = degrees.meshes(device_type())
         microbatch = conditions.microbatch(case)
         local_batch = conditions.SEQUENCES // degrees.dp
         loss_fn = MeanOfAll(case, local_batch // microbatch * degrees.dp * degrees.cp)
@@ -163,7 +164,7 @@ class InLayout(Loop):
             meshes,
             microbatch=microbatch,
             local_batch=local_batch,
-            device=torch.device("cpu"),
+            device=torch.device(device_type()),
             loss_fn=loss_fn,
             **settings | instead,
         )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import am_moe
 import am_pipeline
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
@@ -45,7 +46,7 @@ def test_experts_in_a_pipeline_train_as_in_one_process(model_type):
     next_token_loss(logits, labels).backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     model.zero_grad()
-    world, experts = am_moe.build_meshes("cpu", pp=2, dp_shard=2, ep=2)
+    world, experts = am_moe.build_meshes(device_type(), pp=2, dp_shard=2, ep=2)
     rank = world["dp_shard"].get_local_rank()
     share = slice(4 * rank, 4 * rank + 4)
     schedule, parts, first, last, _ = am_pipeline.pipeline_model(
@@ -60,7 +61,7 @@ def test_experts_in_a_pipeline_train_as_in_one_process(model_type):
         pipeline_parallel_schedule="1F1B",
         microbatch_size=2,
         local_batch_size=4,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=next_token_loss,
         parallelize_fn=am_moe.parallelize_model,
         scale_grads=True,

@@ -14,6 +14,7 @@ import transformers.models.llama.modeling_llama
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from torch import nn
 
+from am_testkit.device import device_type
 from am_testkit.models import tiny
 
 VERIFY = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "verify.py"
@@ -181,5 +182,5 @@ def verified(*words):
     args = verify.parse_arguments(list(words))
     (condition,) = args.conditions
     store = dist.PrefixStore("verify", dist.distributed_c10d._get_default_store())
-    mine = measure(args, condition, torch.device("cpu"))
+    mine = measure(args, condition, torch.device(device_type()))
     return agree(mine, 0, store, dist.get_rank(), dist.get_world_size())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_fsdp import fsdp2_strategy_parallelize, load_hf_weights, save_hf_weights
+from am_testkit.device import device_type
 from am_testkit.exact import whole
 from am_testkit.models import tiny, token_batch
 
@@ -37,7 +38,7 @@ def adapted(dtype=torch.float32, **settings):
 
 
 def laid_out(model, shape, dtype=torch.float32):
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=AXES[: len(shape)])
+    mesh = init_device_mesh(device_type(), shape, mesh_dim_names=AXES[: len(shape)])
     return fsdp2_strategy_parallelize(model, mesh, dtype)
 
 
@@ -113,7 +114,7 @@ def test_a_base_folder_is_read_into_a_model_with_adapters_on_meta(tmp_path, wrap
             plan = translate_to_lora(resolve_plan(base))
             prefix = "base_model.model." if wrapped else ""
             plan = {prefix + key: style for key, style in plan.items()}
-            mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=AXES)
+            mesh = init_device_mesh(device_type(), (1, 2), mesh_dim_names=AXES)
             fsdp2_strategy_parallelize(part, mesh, torch.float32, tp_shard_plan=plan)
         else:
             laid_out(part, SHAPES[shape])

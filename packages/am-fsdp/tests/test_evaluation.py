@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -22,7 +23,7 @@ AXES = ("data_parallel", "tensor_parallel")
 def laid_out(shape=(2, 1), **settings):
     model = tiny("qwen3")
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type(), shape, mesh_dim_names=AXES)
     return fsdp2_strategy_parallelize(model, mesh, torch.float64, **settings), whole
 
 
@@ -189,7 +190,7 @@ def test_plain_fsdp2_is_refused_when_clipping_too():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     for module in (*model, model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+        fully_shard(module, mesh=init_device_mesh(device_type(), (2,)), reshard_after_forward=False)
     model(torch.ones(2, 4)).sum().backward()
     with torch.no_grad():
         model(torch.ones(2, 4))

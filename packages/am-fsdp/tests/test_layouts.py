@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_fsdp import checkpoint_layers, clip_grad_norm_, fsdp2_strategy_parallelize
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -39,7 +40,7 @@ def step(model, whole, mesh, names, tolerance=1e-10):
 def test_hybrid_shards_are_replicated_over_the_first_axis(tied):
     model = tiny("qwen3", tied=tied)
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("replicas", "shards"))
     fsdp2_strategy_parallelize(model, mesh, torch.float64, dp_mesh_name=("replicas", "shards"))
     assert model.model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32)
     step(model, whole, mesh, ("replicas", "shards"))
@@ -49,7 +50,7 @@ def test_hybrid_shards_are_replicated_over_the_first_axis(tied):
 def test_hybrid_shards_may_be_over_a_flattened_axis():
     model = tiny("llama")
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("copies", "data", "context"))
+    mesh = init_device_mesh(device_type(), (2, 1, 2), mesh_dim_names=("copies", "data", "context"))
     mesh["data", "context"]._flatten("data_context")
     fsdp2_strategy_parallelize(model, mesh, torch.float64, dp_mesh_name=("copies", "data_context"))
     assert model.model.layers[0].mlp.up_proj.weight.to_local().shape == (24, 32)
@@ -60,7 +61,7 @@ def test_hybrid_shards_may_be_over_a_flattened_axis():
 def test_hybrid_shards_beside_a_tensor_axis_under_other_names():
     model = tiny("llama")
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("r", "s", "t"))
+    mesh = init_device_mesh(device_type(), (1, 2, 2), mesh_dim_names=("r", "s", "t"))
     fsdp2_strategy_parallelize(
         model, mesh, torch.float64, dp_mesh_name=("r", "s"), tp_mesh_name="t", sequence_parallel=True
     )
@@ -76,14 +77,14 @@ def test_derived_and_inferred_plans_compose_with_data_parallelism(name):
     whole = copy.deepcopy(model)
     plan = add_sequence_parallelism(model, infer_plan(model)) if name == "gpt2" else None
     plan = plan or resolve_plan(model, sequence_parallel=True)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     fsdp2_strategy_parallelize(model, mesh, torch.float64, tp_shard_plan=plan, activation_checkpointing=True)
     step(model, whole, mesh, "data_parallel", tolerance=1e-6)
 
 
 @pytest.mark.ranks(2)
 def test_embedding_and_head_are_units_unless_they_are_one_parameter():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     for tied in (False, True):
         model = tiny("llama", tied=tied)
         fsdp2_strategy_parallelize(model, mesh, torch.float64)
@@ -102,7 +103,7 @@ def test_a_module_of_another_dtype_is_a_unit_that_keeps_it_and_two_in_one_are_re
     for layer in model.model.layers:
         layer.input_layernorm.float()
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     fsdp2_strategy_parallelize(model, mesh, torch.float64)
     assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
     step(model, whole, mesh, "data_parallel", tolerance=1e-6)
@@ -154,7 +155,7 @@ def test_float32_parts_of_a_bfloat16_model_are_trained_in_float32(which, kept):
             for layer in backbone.layers:
                 layer.input_layernorm.float()
                 layer.input_layernorm = WideNorm(layer.input_layernorm) if is_reference else layer.input_layernorm
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if kept else None
     fsdp2_strategy_parallelize(model, mesh, torch.bfloat16, mp_policy=policy)
     assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in whole.named_parameters()}
@@ -175,7 +176,7 @@ def test_layers_that_share_parameters_stay_with_the_root():
     model = tiny("llama")
     model.model.layers[3].mlp = model.model.layers[1].mlp
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     fsdp2_strategy_parallelize(model, mesh, torch.float64)
     assert [isinstance(layer, FSDPModule) for layer in model.model.layers] == [True, False, True, False]
     step(model, whole, mesh, "data_parallel")
@@ -186,7 +187,7 @@ def test_layers_that_share_parameters_stay_with_the_root():
 def test_gradients_are_accumulated_over_microbatches(communicates):
     model = tiny("qwen3")
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     fsdp2_strategy_parallelize(model, mesh, torch.float64, sequence_parallel=True)
     ids, labels = token_batch(8, 8)
     next_token_loss(whole(ids, use_cache=False).logits, labels).backward()
@@ -227,7 +228,7 @@ def test_what_is_recomputed_gives_the_same_and_is_what_was_asked_for(mode):
     again = counts["recomputed"].matrix - counts["kept"].matrix
     assert again == {True: 32, "full": 32, 2: 16, "selective": 0, "mlp": 8}[mode], "all but a last one of each"
     assert counts["recomputed"].other > counts["kept"].other
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("data_parallel",))
     model.config.use_cache = True
     fsdp2_strategy_parallelize(model, mesh, torch.float64, activation_checkpointing=mode)
     assert model.config.use_cache is False
@@ -254,7 +255,7 @@ def test_layers_that_share_keys_and_values_or_have_no_mlp_are_refused():
 
 @pytest.mark.ranks(4)
 def test_axes_that_are_missing_are_named():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("replicas", "shards"))
     with pytest.raises(ValueError, match=r"no data axis \('replicas', 'parts'\); it has"):
         fsdp2_strategy_parallelize(tiny("llama"), mesh, dp_mesh_name=("replicas", "parts"))
 
@@ -263,7 +264,7 @@ def test_axes_that_are_missing_are_named():
 def test_parameters_are_sharded_over_data_and_context_ranks_together():
     model = tiny("llama")
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data_parallel", "context_parallel"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("data_parallel", "context_parallel"))
     mesh._flatten("dp_cp")
     fsdp2_strategy_parallelize(model, mesh, torch.float64)
     assert model.model.layers[0].mlp.up_proj.weight.to_local().shape == (12, 32)
@@ -274,7 +275,7 @@ def test_parameters_are_sharded_over_data_and_context_ranks_together():
 def test_shards_in_cpu_memory_train_the_same():
     model = tiny("llama")
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     fsdp2_strategy_parallelize(model, mesh, torch.float64, cpu_offload=True)
     step(model, whole, mesh, "data_parallel")
 
@@ -300,7 +301,7 @@ def test_adapters_over_a_frozen_model_share_its_units_and_keep_their_dtype():
         layer.mlp.up_proj = Adapted(layer.mlp.up_proj)
         layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     fsdp2_strategy_parallelize(model, mesh, torch.bfloat16)
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
     assert not any("mlp" in name or "self_attn" in name for name in units)
@@ -322,7 +323,7 @@ def test_a_layer_gathers_the_next_one_before_it_computes():
             return func(*args, **(kwargs or {}))
 
     model = tiny("llama")
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     fsdp2_strategy_parallelize(model, mesh, torch.float64)
     with Order() as order, torch.no_grad():
         model(token_batch(2, 8)[0], use_cache=False)

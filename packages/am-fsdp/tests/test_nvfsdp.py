@@ -18,6 +18,7 @@ import am_fsdp
 from am_fsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
 from am_fsdp.nvfsdp import STRATEGIES, nvfsdp_arguments, sharding_mesh, unit_classes
 from am_fsdp.optimizer_groups import OptimizerGroups, check_gradients_before_step, without_update
+from am_testkit.device import device_type
 from am_testkit.models import tiny
 
 DEFAULTS = {
@@ -119,7 +120,7 @@ except ImportError as error:
 @pytest.mark.ranks(2)
 def test_bad_requests_are_refused_on_every_rank():
     model = tiny("llama")
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     stepped = torch.optim.AdamW(model.parameters())
     model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
     stepped.step()
@@ -144,7 +145,7 @@ def test_bad_requests_are_refused_on_every_rank():
 def test_data_and_context_ranks_share_one_axis_that_megatron_fsdp_finds():
     names = ("pp", "data_parallel", "context_parallel", "tensor_parallel")
     for shape in ((1, 2, 2, 1), (1, 1, 2, 2), (2, 1, 2, 1), (1, 4, 1, 1)):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = init_device_mesh(device_type(), shape, mesh_dim_names=names)
         joined, name = sharding_mesh(mesh, "data_parallel", "context_parallel")
         index = megatron_fsdp.FSDPDistributedIndex(joined, dp_shard_dim=name, tp_dim="tensor_parallel")
         group = index.get_fsdp_group()

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from am_fsdp import fsdp2_strategy_parallelize
 from am_fsdp.__main__ import main
 from am_fsdp.preflight import measure_step, preflight
+from am_testkit.device import device_type
 from am_testkit.models import tiny, token_batch
 from am_testkit.zoo import small
 
@@ -70,7 +71,7 @@ def test_a_preflight_counts_what_four_real_ranks_do(family):
     for name, told in preflights_elsewhere(family).items():
         axes, how = LAYOUTS[name]
         if tuple(axes) not in meshes:
-            meshes[tuple(axes)] = init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
+            meshes[tuple(axes)] = init_device_mesh(device_type(), tuple(axes.values()), mesh_dim_names=tuple(axes))
         mesh = meshes[tuple(axes)]
         model = fsdp2_strategy_parallelize(tiny(family, dtype=torch.float32), mesh, torch.float32, **how)
         ledger, state, peak = measure_step(model, mesh, {"input_ids": ids, "labels": ids})

@@ -10,12 +10,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_fsdp import check_replicas, fsdp2_strategy_parallelize
+from am_testkit.device import device_type
 from am_testkit.models import tiny, token_batch
 
 
 def lay_out(model, shape):
     names = ("replicas", "shards", "tensor")[: len(shape)]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device_type(), shape, mesh_dim_names=names)
     data = ("replicas", "shards")
     fsdp2_strategy_parallelize(model, mesh, torch.float64, dp_mesh_name=data, tp_mesh_name="tensor")
     return mesh[data]
@@ -62,7 +63,7 @@ def test_weights_given_to_a_model_from_meta_are_compared_at_its_first_forward(sh
         with torch.device("meta"):
             model = tiny("qwen3")
         lay_out(model, shape)
-        model.to_empty(device="cpu")
+        model.to_empty(device=device_type())
         torch.manual_seed(0)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):

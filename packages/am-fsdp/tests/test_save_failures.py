@@ -14,12 +14,13 @@ import am_fsdp.hf_folder
 import am_fsdp.save
 from am_fsdp import fsdp2_strategy_parallelize, save_hf_weights
 from am_fsdp.agreement import exchange, together
+from am_testkit.device import device_type
 from am_testkit.exact import whole
 from am_testkit.models import tiny
 
 
 def laid_out():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
     return fsdp2_strategy_parallelize(tiny("llama", layers=2, dtype=torch.float32), mesh, torch.float32)
 
 

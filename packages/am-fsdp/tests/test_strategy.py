@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from am_fsdp import apply_fsdp_sharding_recursively, clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, relative_error
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -24,8 +25,8 @@ AXES = ("data_parallel", "tensor_parallel")
 
 def mesh_of(dp, tp=None):
     if tp is None:
-        return init_device_mesh("cpu", (dp,), mesh_dim_names=AXES[:1])
-    return init_device_mesh("cpu", (dp, tp), mesh_dim_names=AXES)
+        return init_device_mesh(device_type(), (dp,), mesh_dim_names=AXES[:1])
+    return init_device_mesh(device_type(), (dp, tp), mesh_dim_names=AXES)
 
 
 def train_both(model, whole, mesh, *, steps=3, tolerance=1e-10):
@@ -94,7 +95,7 @@ def test_a_model_from_meta_holds_only_its_shards():
     mesh = mesh_of(2)
     fsdp2_strategy_parallelize(model, mesh, torch.float64)
     assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device_type())
     held = sum(p.to_local().numel() for p in model.parameters())
     assert held <= sum(p.numel() for p in whole.parameters()) / 2 + 64
     with torch.no_grad():
@@ -168,8 +169,8 @@ def test_unsharding_is_undone_as_it_was_also_by_an_exception():
 def test_the_norm_counts_every_element_once_over_plain_tensors_and_different_meshes(norm_type):
     torch.manual_seed(0)
     values = [torch.randn(8, 4) for _ in range(4)]
-    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    flat = init_device_mesh("cpu", (4,))
+    world = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("a", "b"))
+    flat = init_device_mesh(device_type(), (4,))
     layouts = [(world, [Shard(0), Shard(1)]), (world["b"], [Shard(1)]), (flat, [Shard(0)]), None]
     parameters = []
     for value, layout in zip(values, layouts, strict=True):
@@ -239,7 +240,7 @@ def two_dtypes(model):
 
 
 def sharded_layer(model):
-    fully_shard(model.model.layers[1], mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model.model.layers[1], mesh=init_device_mesh(device_type(), (2,)))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_a_request_is_refused_before_the_first_parameter_is_touched(settings, da
 
 @pytest.mark.ranks(2)
 def test_a_tensor_axis_that_nothing_would_use_is_refused():
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tp"))
+    mesh = init_device_mesh(device_type(), (1, 2), mesh_dim_names=("data_parallel", "tp"))
     with pytest.raises(ValueError, match=r"a tensor axis 'tp' of 2 ranks, but nothing would use it.*tp_mesh_name='tp'"):
         fsdp2_strategy_parallelize(tiny("llama"), mesh)
 
@@ -281,7 +282,9 @@ def test_a_tensor_axis_that_nothing_would_use_is_refused():
 @pytest.mark.ranks(2)
 def test_experts_that_are_spread_over_the_data_ranks_are_not_sharded_again():
     model = nn.Linear(4, 4)
-    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    model.weight = nn.Parameter(
+        distribute_tensor(model.weight.detach(), init_device_mesh(device_type(), (2,)), [Shard(0)])
+    )
     with pytest.raises(ValueError, match=r"weight is already distributed .* am_moe\.apply_fsdp"):
         fsdp2_strategy_parallelize(model, mesh_of(2))
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
@@ -38,7 +39,9 @@ TYPES = [name for name in model_types() if name not in NOT_BUILT][:: 1 if SWEEP 
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.ranks(2, timeout=120)
 def test_every_model_trains_as_in_one_process_on_two_data_ranks(model_type):
-    measure(model_type, {"fsdp2": (init_device_mesh("cpu", (2,), mesh_dim_names=AXES[:1]), "data_parallel", None)})
+    measure(
+        model_type, {"fsdp2": (init_device_mesh(device_type(), (2,), mesh_dim_names=AXES[:1]), "data_parallel", None)}
+    )
 
 
 if SWEEP:  # four ranks each take a quarter of an hour together
@@ -50,14 +53,14 @@ if SWEEP:  # four ranks each take a quarter of an hour together
 
 
 def on_four_ranks(model_type):
-    hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    hybrid = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("replicas", "shards"))
     layouts = {"hsdp2x2": (hybrid, ("replicas", "shards"), None)}
     model = small(model_type)
     for make in (get_hf_tp_shard_plan, infer_plan):
         try:
             plan = make(model)
             explain_plan(model, plan, 2, seq_len=8)  # refuses what tensor parallelism would
-            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=AXES)
+            mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=AXES)
             layouts["fsdp2 x tp2"] = (mesh, "data_parallel", plan)
             break
         except (ValueError, TypeError):

@@ -25,6 +25,7 @@ from am_fsdp._torch_compat import (
     unit_parameters,
     writes,
 )
+from am_testkit.device import device_type
 
 LAYOUTS = [(Shard(0), Shard(0)), (Shard(0), Replicate()), (Shard(1), Shard(0)), (Replicate(), Shard(1))]
 
@@ -36,7 +37,7 @@ def assert_box_is_local(tensor, values):
 
 @pytest.mark.ranks(4)
 def test_the_box_of_a_shard_holds_the_values_of_the_shard_where_sizes_do_not_divide_either():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "tp"))
     for size in (1, 2, 3, 5, 7, 8, 10):
         values = torch.arange(size * 6.0).view(size, 6)
         for layout in LAYOUTS:
@@ -54,7 +55,7 @@ def test_the_box_of_a_shard_holds_the_values_of_the_shard_where_sizes_do_not_div
 
 @pytest.mark.ranks(2)
 def test_a_shard_in_several_pieces_has_no_box():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     pieces = DTensor.from_local(torch.ones(4, 2), mesh, [_StridedShard(0, split_factor=2)])
     with pytest.raises(ValueError, match="are not in one piece"):
         local_box(pieces)
@@ -75,7 +76,7 @@ def test_hooks_and_writes_are_noticed():
 def test_the_private_state_of_units_is_still_there():
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     model = nn.Sequential(first, second, third)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     fully_shard([first, second], mesh=mesh, reshard_after_forward=False)
     for module in (third, model):
         fully_shard(module, mesh=mesh)
@@ -99,7 +100,7 @@ def test_the_private_state_of_units_is_still_there():
 
 @pytest.mark.ranks(2)
 def test_gathered_parameters_of_any_model_are_known_by_identity():
-    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh(device_type(), (2,)))
     assert not gathered_parameters() & {id(p) for p in model.parameters()}
     undo = stay_gathered_after_forward(model)
     model(torch.ones(1, 4))

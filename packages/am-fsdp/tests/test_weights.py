@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import am_fsdp.hf_folder
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize, load_hf_weights, save_hf_weights
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -39,7 +40,7 @@ def on_meta(model):
 def laid_out(model, mesh, **how):
     hybrid = mesh == "hsdp2x2"
     names = HYBRID if hybrid else AXES[: len(MESHES[mesh])]
-    axes = init_device_mesh("cpu", MESHES[mesh], mesh_dim_names=names)
+    axes = init_device_mesh(device_type(), MESHES[mesh], mesh_dim_names=names)
     return fsdp2_strategy_parallelize(model, axes, model.dtype, dp_mesh_name=HYBRID if hybrid else AXES[0], **how)
 
 
@@ -203,7 +204,7 @@ def test_parameters_offloaded_to_the_cpu_train_after_they_were_read(tmp_path):
     single = tiny("llama")
     folder = saved_by_transformers(single, tmp_path / "hf")
     model = laid_out(on_meta(single), "dp2", cpu_offload=True)
-    load_hf_weights(model, folder, device="cpu")
+    load_hf_weights(model, folder, device=device_type())
     ids, labels = token_batch(2, 8)
     for one, batch in ((single, slice(0, 2)), (model, slice(dist.get_rank(), dist.get_rank() + 1))):
         next_token_loss(one(ids[batch]).logits, labels[batch]).backward()
@@ -235,7 +236,7 @@ def test_a_pipeline_part_reads_its_layers_alone(tmp_path, kept):
 def test_a_rank_reads_the_experts_that_it_owns_and_no_others(tmp_path, monkeypatch):
     single = tiny("qwen3_moe", layers=2)
     folder = saved_by_transformers(single, tmp_path / "hf")
-    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("ep",))
+    mesh = init_device_mesh(device_type(), (4,), mesh_dim_names=("ep",))
     model = on_meta(single)
     for module in model.modules():
         for name in ("gate_up_proj", "down_proj"):
@@ -527,7 +528,7 @@ def test_partial_sums_are_neither_saved_nor_read_into(tmp_path):
     model = Own()
     folder = shared(tmp_path / "own")
     save_hf_weights(model, folder)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     model.one.weight = nn.Parameter(DTensor.from_local(model.one.weight.detach(), mesh, [Partial()]))
     with pytest.raises(ValueError, match=r"partial sums cannot be saved: one.weight"):
         save_hf_weights(model, shared(tmp_path / "other"))
@@ -585,7 +586,7 @@ def part_of(single, kept):
 def test_the_parts_of_a_pipeline_are_written_as_one_folder(tmp_path, family, interleaved):
     single = tiny(family, tied=family == "qwen3", dtype=torch.float32)
     stage = dist.get_rank() // 2
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "data_parallel"))["data_parallel"]
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "data_parallel"))["data_parallel"]
     kept = [[0], [2]] if stage == 0 else [[1], [3]]
     parts = [part_of(single, each) for each in (kept if interleaved else [[0, 1] if stage == 0 else [2, 3]])]
     for part in parts:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_moe import apply_ac, apply_ep, apply_fsdp, find_experts
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -43,7 +44,7 @@ class Products(TorchDispatchMode):
 
 
 def experts_mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 def loss_of(model, share):
@@ -56,7 +57,7 @@ def loss_of(model, share):
 def test_recomputed_blocks_train_like_one_process(ignore_router):
     model = tiny("qwen3_moe")
     one, names = copy.deepcopy(model), list(model.state_dict())
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
     apply_ep(model, experts_mesh())
     apply_ac(model, ignore_router)
     apply_fsdp(model, mesh, ep_enabled=True, ep_shard_enabled=False, reshard_after_forward=True)
@@ -124,8 +125,8 @@ def test_recomputation_takes_the_saved_experts_even_if_the_router_changed_its_mi
 def test_kept_routing_is_exact_where_experts_with_copies_are_gathered_again(model_type):
     model = small(model_type, layers=2)
     one = copy.deepcopy(model)
-    data = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    moe = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ep_shard", "ep"))
+    data = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
+    moe = init_device_mesh(device_type(), (2, 1), mesh_dim_names=("ep_shard", "ep"))
     apply_ep(model, moe["ep"], moe)
     apply_ac(model, ignore_router=True)
     apply_fsdp(model, data, True, True, moe["ep_shard"], reshard_after_forward=True)

@@ -21,6 +21,7 @@ from am_moe.dispatchers.all_gather import _SumOfRanks
 from am_moe.dispatchers.all_to_all import Routes, _Return
 from am_moe.ordering import by_expert
 from am_moe.shared_tokens import share_of, whole_again
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import logits_of, small
@@ -36,7 +37,7 @@ def test_compiled_layers_with_spread_experts_train_as_in_one_process(dispatcher,
     expected = one(ids, use_cache=False).logits
     next_token_loss(expected, labels).backward()
     rank = dist.get_rank()
-    apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)), dispatcher=dispatcher)
+    apply_ep(model, init_device_mesh(device_type(), (2,), mesh_dim_names=("ep",)), dispatcher=dispatcher)
     for layer in model.model.layers:
         layer.compile(backend="eager", dynamic=dynamic)
     mine = slice(2 * rank, 2 * rank + 2)
@@ -60,7 +61,7 @@ def test_compiled_layers_of_a_shared_sequence_train_as_in_one_process(family, ki
     expected = logits_of(one, ids)
     loss = nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
     apply_cp(model, mesh, kind)
     for layer in model.model.layers:
         layer.compile(backend="eager")
@@ -78,7 +79,7 @@ def test_compiled_layers_of_a_shared_sequence_train_as_in_one_process(family, ki
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.ranks(2, timeout=120)
 def test_the_gradient_of_whatever_travels_survives_a_compiler(backend):
-    group, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
+    group, mesh = dist.group.WORLD, init_device_mesh(device_type(), (2,))
     ids, routes = (
         torch.zeros(2, 1, dtype=torch.int32),
         Routes(by_expert(torch.zeros(2, 1), 1, None).rows, [1, 1], [1, 1]),

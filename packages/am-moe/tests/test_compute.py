@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_moe import apply_ep
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import OLDEST, small
@@ -31,7 +32,7 @@ def expert_gradients(model, implementation, share):
 @pytest.mark.ranks(2)
 def test_a_kernel_gives_what_the_loop_gives(implementation, dtype):
     model = tiny("qwen3_moe", layers=2, dtype=dtype)
-    apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))
+    apply_ep(model, init_device_mesh(device_type(), (2,), mesh_dim_names=("ep",)))
     share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     results = []
     for each in ("eager", implementation):
@@ -49,7 +50,7 @@ def test_grouped_products_on_two_ranks_are_those_of_one_whatever_the_layout(mode
         pytest.skip("its experts are not stacked in this transformers")
     model = small(model_type, dtype=torch.float32)
     one = copy.deepcopy(model)
-    apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))
+    apply_ep(model, init_device_mesh(device_type(), (2,), mesh_dim_names=("ep",)))
     share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     logits, mine = expert_gradients(model, "grouped_mm", share)
     expected, wanted = expert_gradients(one, "grouped_mm", slice(None))

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from am_moe import apply_ep
 from am_moe.context_parallel import COMM_TYPES, apply_cp, shard_batch, shard_loss, shard_sequence, unshard_sequence
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, relative_error, whole
 from am_testkit.models import tiny, token_batch
 from am_testkit.zoo import OLDEST, small
@@ -93,8 +94,8 @@ def use_dense_attention(model):
 def mesh_for(kind):
     ranks = dist.get_world_size()
     if kind == "a2a+p2p":
-        return init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("cp_p2p", "cp_a2a"))
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("cp",))
+        return init_device_mesh(device_type(), (ranks // 2, 2), mesh_dim_names=("cp_p2p", "cp_a2a"))
+    return init_device_mesh(device_type(), (ranks,), mesh_dim_names=("cp",))
 
 
 def compare(case, batch, dtype, kinds=COMM_TYPES):
@@ -211,7 +212,7 @@ def test_the_loss_of_transformers_averages_to_that_of_one_process_and_recomputin
 @pytest.mark.parametrize("kind", ["p2p", "a2a"])
 @pytest.mark.ranks(4, timeout=120)
 def test_fsdp_over_the_flattened_data_and_context_axis_trains_like_one_process(kind):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "cp"))
     flat = mesh[("dp", "cp")]._flatten("dp_cp")
     model = build("qwen3_moe", torch.float64)
     one = copy.deepcopy(model)
@@ -241,11 +242,11 @@ def test_fsdp_over_the_flattened_data_and_context_axis_trains_like_one_process(k
 
 @pytest.mark.ranks(4, timeout=120)
 def test_experts_spread_over_data_and_context_ranks_are_exact():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "cp"))
     model = build("qwen3_moe", torch.float64)
     one = copy.deepcopy(model)
     use_dense_attention(one)
-    apply_ep(model, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+    apply_ep(model, init_device_mesh(device_type(), (4,), mesh_dim_names=("ep",)))
     apply_cp(model, mesh["cp"], "a2a")
     ids, _ = token_batch(2, TOKENS)
     row = slice(mesh["dp"].get_local_rank(), mesh["dp"].get_local_rank() + 1)
@@ -337,15 +338,15 @@ def bad_batches():
 
 @pytest.mark.ranks(2)
 def test_bad_requests_are_refused_with_what_would_do():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
-    plane = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "cp"))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
+    plane = init_device_mesh(device_type(), (2, 1), mesh_dim_names=("dp", "cp"))
     for batch, message in bad_batches():
         with pytest.raises(ValueError, match=message):
             shard_batch(batch, mesh)
     for arguments, message in (
         ((mesh, "ring"), "cp_comm_type must be one of p2p, all_gather, a2a, a2a.p2p; got 'ring'"),
         ((plane, "p2p"), r"needs a cp_mesh of 1 axes, got 2; pass an axis of it such as mesh\['cp'\]"),
-        ((DeviceMesh("cpu", [1, 0]), "p2p"), "ascending order.*1, 0"),
+        ((DeviceMesh(device_type(), [1, 0]), "p2p"), "ascending order.*1, 0"),
         ((mesh, "a2a+p2p"), "needs a cp_mesh of 2 axes, got 1; pass init_device_mesh"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto import modeling_auto
 
 from am_moe.context_parallel import apply_cp, shard_batch, unshard_sequence
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.zoo import small, small_config
 
@@ -118,7 +119,7 @@ def assert_exact(errors, tolerance=1e-5):
 
 
 def cp_mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("cp",))["cp"]
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("cp",))["cp"]
 
 
 @pytest.mark.parametrize(("head", "model_type"), TYPES)
@@ -294,7 +295,7 @@ def test_every_type_computes_attention_in_the_dtype_of_autocast():
         one, mesh = small("llama", 2, dtype=torch.float32, attention="sdpa"), cp_mesh()
         model = apply_cp(copy.deepcopy(one), mesh, kind)
         exact = one(input_ids=ids, labels=ids, use_cache=False).loss.detach()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device_type(), torch.bfloat16):
             expected = one(input_ids=ids, labels=ids, use_cache=False).loss
             loss = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss
         expected.backward()

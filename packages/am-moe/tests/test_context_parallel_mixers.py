@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from am_moe import apply_ac
 from am_moe.context_parallel import COMM_TYPES, apply_cp, shard_batch, shard_loss, unshard_sequence
 from am_moe.context_parallel.mixers import Running, _Collect, _Gather, _Spread, run_on_whole_sequences
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.zoo import logits_of, small
 
@@ -33,7 +34,7 @@ def compare(family, rows, kind="p2p", padding=None, change=lambda model: None):
     """Logits and gradients of a sharded model against one process; `padding` is a mask `(rows, TOKENS)`."""
     ranks = dist.get_world_size()
     axes = (ranks // 2, 2) if kind == "a2a+p2p" else (ranks,)
-    mesh = init_device_mesh("cpu", axes, mesh_dim_names=("cp_p2p", "cp_a2a")[-len(axes) :])
+    mesh = init_device_mesh(device_type(), axes, mesh_dim_names=("cp_p2p", "cp_a2a")[-len(axes) :])
     one = small(family, dtype=torch.float64, attention="sdpa").train()
     model = copy.deepcopy(one)
     ids = torch.randint(3, 60, (rows, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -141,7 +142,7 @@ def test_each_exchange_is_the_inverse_or_the_transpose_of_another():
 
 @pytest.mark.ranks(2)
 def test_what_convolves_inside_attention_or_mixes_in_an_unknown_way_is_refused():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
     model = small("llama")
     model.model.layers[1].self_attn.shift = nn.Conv1d(4, 4, 3)
     with pytest.raises(ValueError, match=r"layers.1.self_attn.shift \(Conv1d\) is a convolution, .* in attention"):
@@ -155,7 +156,7 @@ def test_what_convolves_inside_attention_or_mixes_in_an_unknown_way_is_refused()
 
 @pytest.mark.ranks(2)
 def test_a_part_of_a_pipeline_may_hold_mixers_alone():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
     part = small("qwen3_next")
     part.model.layers = nn.ModuleList(layer for layer in part.model.layers if hasattr(layer, "linear_attn"))
     assert 0 < len(part.model.layers) < 4
@@ -175,7 +176,7 @@ class Smoothing(nn.Module):
 
 @pytest.mark.ranks(2)
 def test_a_mask_of_numbers_on_one_rank_is_refused_on_every_rank():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
     mixer = Smoothing()
     run_on_whole_sequences(mixer, "mixer", mesh, lambda: Running(2, 4, padded=True))
     mask = torch.zeros(2, 4) if dist.get_rank() else None

@@ -12,6 +12,7 @@ from am_moe.context_parallel import Block, Kind, Plan, Rule, head_tail, kernel
 from am_moe.context_parallel.heads import repeated_for
 from am_moe.context_parallel.kernel import Scores, block_backward, block_forward, merge
 from am_moe.context_parallel.masks import describe, recognise
+from am_testkit.device import device_type
 
 
 @st.composite
@@ -268,7 +269,7 @@ def test_joining_with_nothing_changes_nothing():
 def test_masks_of_transformers_are_recognised_and_others_refused():
     from transformers import masking_utils as hf
 
-    here = torch.device("cpu")
+    here = torch.device(device_type())
     assert recognise(hf.causal_mask_function, None, here) == (None, 0)
     assert recognise(hf.bidirectional_mask_function, None, here) == (None, None)
     assert recognise(hf.sliding_window_causal_mask_function(7), 7, here) == (6, 0)

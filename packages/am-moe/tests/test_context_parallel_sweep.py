@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_moe.context_parallel import apply_cp, shard_batch, shard_loss, unshard_sequence
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
@@ -46,7 +47,7 @@ REFUSED = {
 def test_every_model_is_exact_on_two_context_ranks_or_refused(model_type):
     reference, dtype = runnable(model_type)
     model = small(model_type, dtype=dtype)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
     results = {"dtype": str(dtype).removeprefix("torch."), "kind": type(reference).__name__}
     ids = torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(1))
     shard = shard_batch({"input_ids": ids, "labels": ids}, mesh)

@@ -15,6 +15,7 @@ from am_moe import ExpertParallel, apply_ep
 from am_moe.dispatch import get_dispatcher
 from am_moe.dispatchers.all_to_all import AllToAll
 from am_moe.ordering import by_expert
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, whole
 
 DISPATCHERS = ["all_to_all", "all_gather"]
@@ -52,7 +53,7 @@ class Counted(TorchDispatchMode):
 
 
 def experts_mesh(size=None):
-    return init_device_mesh("cpu", (size or dist.get_world_size(),), mesh_dim_names=("ep",))
+    return init_device_mesh(device_type(), (size or dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 def routed(tokens, ids, seed):
@@ -165,7 +166,7 @@ def test_the_same_inputs_give_the_same_bits(dispatcher):
 def test_ranks_with_the_same_tokens_share_the_work():
     torch.manual_seed(0)
     one = Experts(8, 4)
-    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    both = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "tp"))
     model = nn.ModuleDict({"experts": copy.deepcopy(one)})
     apply_ep(model, experts_mesh(), tp_mesh=both["tp"])
     inputs = [routed(5, torch.stack([torch.randperm(8)[:3] for _ in range(5)]), seed=r) for r in range(2)]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from am_moe import build_meshes, parallelize_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -33,7 +34,7 @@ def test_evaluations_between_the_parts_of_a_step_change_nothing(layout, mode):
     family, degrees, settings = LAYOUTS[layout]
     model = tiny(family, layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", **degrees)
+    world, moe = build_meshes(device_type(), **degrees)
     names = {"ep_axis_name": "ep", "ep_shard_axis_names": ("ep_shard",)} if "ep" in degrees else {}
     parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), **names, **settings)
 
@@ -63,7 +64,7 @@ def test_evaluations_between_the_parts_of_a_step_change_nothing(layout, mode):
 def test_what_a_forward_with_a_graph_left_gathered_is_not_used_stale_and_not_edited():
     model = tiny("qwen3", layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", dp_shard=2)
+    world, moe = build_meshes(device_type(), dp_shard=2)
     parallelize_model(model, world, moe, dp_axis_names=("dp_shard",))
     with pytest.raises(RuntimeError, match=r"call save_hf_weights\(model, folder\) of am-fsdp"):
         model.save_pretrained("anywhere")

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from am_moe import apply_ep, apply_fsdp, find_experts
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -22,7 +23,7 @@ FAMILIES = ["qwen3_moe", "mixtral"]
 
 
 def experts_mesh(size=None):
-    return init_device_mesh("cpu", (size or dist.get_world_size(),), mesh_dim_names=("ep",))
+    return init_device_mesh(device_type(), (size or dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 def train_both(model, one, *, steps=2):
@@ -68,7 +69,7 @@ def test_expert_gradients_are_averages_over_the_axis_when_backward_returns(famil
 def test_experts_over_the_data_ranks_and_fsdp_train_like_one_process(family):
     model = tiny(family)
     one = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
     apply_ep(model, experts_mesh())
     apply_fsdp(model, mesh, ep_enabled=True, ep_shard_enabled=False)
     train_both(model, one)
@@ -80,8 +81,8 @@ def test_experts_over_the_data_ranks_and_fsdp_train_like_one_process(family):
 def test_experts_with_replicas_are_sharded_over_those_and_train_like_one_process(family, reshard):
     model = tiny(family)
     one = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))
-    moe_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep_shard", "ep"))
+    mesh = init_device_mesh(device_type(), (4,), mesh_dim_names=("dp",))
+    moe_mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("ep_shard", "ep"))
     apply_ep(model, moe_mesh["ep"], moe_mesh)
     apply_fsdp(model, mesh, True, True, moe_mesh["ep_shard"], reshard_after_forward=reshard)
     experts = find_experts(model)[0][1]
@@ -118,7 +119,7 @@ def test_wrong_requests_are_refused_on_every_rank():
     with pytest.raises(ValueError, match="Linear has no experts to spread"):
         apply_ep(nn.Linear(2, 2), experts_mesh())
     with pytest.raises(ValueError, match="must have one axis"):
-        apply_ep(tiny("qwen3_moe"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b")))
+        apply_ep(tiny("qwen3_moe"), init_device_mesh(device_type(), (1, 2), mesh_dim_names=("a", "b")))
     model = apply_ep(tiny("qwen3_moe"), experts_mesh())
     with pytest.raises(ValueError, match="distributed already"):
         apply_ep(model, experts_mesh())
@@ -137,7 +138,7 @@ def test_a_head_can_compute_in_float32_in_a_bfloat16_model():
 
     model = tiny("qwen3_moe", dtype=torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
     apply_ep(model, experts_mesh())
     apply_fsdp(model, mesh, True, False, mp_policy=policy, lm_head_precision="float32")
     ids, labels = token_batch(2, 6)

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from am_moe import ExpertLoad, apply_ep, describe_experts, explain, plot_load
 from am_moe.__main__ import main
 from am_moe.explain import leaving_rows
+from am_testkit.device import device_type
 from am_testkit.models import tiny
 from am_testkit.zoo import OLDEST, small
 
@@ -57,7 +58,7 @@ def test_a_token_never_leaves_more_often_than_it_has_choices_or_other_ranks(loca
 def test_the_rows_of_real_ranks_are_those_explained():
     model = tiny("qwen3_moe", layers=1, num_experts_per_tok=4)
     expected = explain(model, 4).rows
-    apply_ep(model, init_device_mesh("cpu", (4,), mesh_dim_names=("ep",)))
+    apply_ep(model, init_device_mesh(device_type(), (4,), mesh_dim_names=("ep",)))
     spread = model.model.layers[0].mlp.experts.spread_experts
     generator = torch.Generator().manual_seed(dist.get_rank())
     ids = torch.rand(4000, 8, generator=generator).topk(4).indices

@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_moe import apply_ep, apply_fsdp, build_meshes, describe_experts, find_experts, parallelize_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
 
 def experts_mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 class Stacked(nn.Module):
@@ -128,7 +129,7 @@ def test_a_block_that_takes_tokens_alone_and_is_not_proved_is_refused_by_name(ki
 def test_a_pipeline_part_with_a_block_that_routes_itself_is_not_passed_over():
     part = tiny("qwen3_moe", layers=1)
     part.model.layers[0].mlp = RoutesItself()
-    world, moe = build_meshes("cpu")
+    world, moe = build_meshes(device_type())
     with pytest.raises(ValueError, match="is not proved to compute each row with one expert"):
         parallelize_model(part, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep")
 
@@ -209,7 +210,7 @@ PARAMETERS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.dow
 
 @pytest.mark.ranks(2)
 def test_an_adapter_on_expert_parameters_is_refused_before_anything_is_sent():
-    world, moe = build_meshes("cpu", dp_shard=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
     model = with_lora(tiny("qwen3_moe", layers=1), **PARAMETERS)
     parameters = list(model.parameters())
     message = r"an adapter wraps the expert parameters of .*experts.*; merge it into the weights before apply_ep"
@@ -248,7 +249,7 @@ def test_parametrized_expert_weights_are_refused_before_and_after():
 def test_an_adapter_on_expert_parameters_trains_exactly_where_experts_stay_whole():
     model = with_lora(tiny("qwen3_moe", layers=2), **PARAMETERS)
     one = copy.deepcopy(model)
-    world, _ = build_meshes("cpu", dp_shard=2)
+    world, _ = build_meshes(device_type(), dp_shard=2)
     parallelize_model(model, world, None, dp_axis_names=("dp_shard",))
     share = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     ids, labels = token_batch(4, 6)

@@ -10,15 +10,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_moe import apply_ep, apply_fsdp, build_meshes, find_experts, parallelize_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 
 
 def meshes(copies, ep):
-    data = init_device_mesh("cpu", (copies * ep,), mesh_dim_names=("dp",))
-    return data, init_device_mesh("cpu", (copies, ep), mesh_dim_names=("ep_shard", "ep"))
+    data = init_device_mesh(device_type(), (copies * ep,), mesh_dim_names=("dp",))
+    return data, init_device_mesh(device_type(), (copies, ep), mesh_dim_names=("ep_shard", "ep"))
 
 
 def step_both(model, one, tolerance=1e-10):
@@ -52,6 +54,33 @@ def test_embedding_and_head_are_units_unless_they_are_one_parameter(tied, wrap_o
     assert isinstance(model.lm_head, FSDPModule) is not tied
     assert isinstance(model.model.embed_tokens, FSDPModule) is not tied
     step_both(model, one)
+
+
+class Gathers(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func.overloadpacket.__name__ == "all_gather_copy_in"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.ranks(2)
+def test_the_next_layer_and_its_experts_are_on_their_way_before_a_layer_computes():
+    model = tiny("qwen3_moe", layers=3)
+    data, moe = meshes(2, 1)
+    apply_ep(model, moe["ep"], moe)
+    apply_fsdp(model, data, True, True, moe["ep_shard"], reshard_after_forward=True)
+    seen = []
+    with Gathers() as gathers:
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(lambda *_: seen.append(gathers.number))
+            layer.mlp.experts.register_forward_hook(lambda *_: seen.append(gathers.number))
+        model(input_ids=token_batch(2, 6)[0], use_cache=False)
+    # Before the first attention: the embedding, layer 0, layer 1 with its experts; then the experts of layer 0; before
+    # the second attention: layer 2 with its experts.
+    assert seen == [4, 5, 7, 7, 7, 7]
 
 
 class Block(nn.Module):
@@ -228,7 +257,7 @@ def test_float32_ends_of_a_bfloat16_model_are_trained_in_float32(which):
 def test_parallelize_model_refuses_before_the_first_parameter_is_touched(settings, words):
     model = tiny("qwen3_moe", layers=2, tied=True)
     before = {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()}
-    world, moe = build_meshes("cpu", dp_shard=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
     with pytest.raises(ValueError, match=words):
         parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep", **settings)
     assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from am_moe import ExpertLoad, apply_ac, apply_ep
 from am_moe.dispatchers.all_gather import AllGather
 from am_moe.dispatchers.all_to_all import AllToAll
+from am_testkit.device import device_type
 from am_testkit.models import tiny
 
 # Operators whose result has a size or a value that the host waits for.
@@ -64,7 +65,7 @@ DISPATCHERS = {"local": None, "all_to_all": AllToAll(), "all_gather": AllGather(
 
 def layer_of_experts(dispatcher, **settings):
     model = tiny("qwen3_moe", layers=1, dtype=torch.float32, **settings)
-    apply_ep(model, init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",)))
+    apply_ep(model, init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("ep",)))
     experts = model.model.layers[0].mlp.experts
     if DISPATCHERS[dispatcher] is not None:
         experts.spread_experts = dataclasses.replace(experts.spread_experts, dispatcher=DISPATCHERS[dispatcher])
@@ -93,7 +94,7 @@ def test_a_layer_waits_for_its_device_as_often_as_it_has_to(dispatcher, waits, a
     assert not _WASTE & set(forward.number + backward.number)
 
 
-@pytest.mark.parametrize(("dispatcher", "forward", "backward"), [("local", 26, 27), ("all_to_all", 64, 39)])
+@pytest.mark.parametrize(("dispatcher", "forward", "backward"), [("local", 28, 27), ("all_to_all", 66, 39)])
 @pytest.mark.ranks(1)
 def test_a_layer_launches_few_operators_whatever_the_number_of_experts(dispatcher, forward, backward):
     launched = []
@@ -139,7 +140,7 @@ def test_recomputation_with_kept_routing_waits_for_nothing():
 @pytest.mark.ranks(1)
 def test_the_load_of_all_layers_is_asked_for_once():
     model = tiny("qwen3_moe", layers=3, dtype=torch.float32)
-    apply_ep(model, init_device_mesh("cpu", (1,), mesh_dim_names=("ep",)))
+    apply_ep(model, init_device_mesh(device_type(), (1,), mesh_dim_names=("ep",)))
     load = ExpertLoad(model)
     experts = [layer.mlp.experts for layer in model.model.layers]
     with Operators() as forward, Asked() as python:

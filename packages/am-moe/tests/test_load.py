@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from am_moe import ExpertLoad, apply_ac, apply_ep, apply_fsdp
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import OLDEST, small
 
 
 def experts_mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 @pytest.mark.parametrize("recompute", [None, False, True])
@@ -26,7 +27,7 @@ def experts_mesh():
 def test_every_choice_is_counted_once_over_all_ranks(recompute):
     model = tiny("qwen3_moe")
     one = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
     apply_ep(model, experts_mesh())
     if recompute is not None:
         apply_ac(model, ignore_router=recompute)
@@ -66,7 +67,7 @@ def test_experts_that_are_called_otherwise_are_counted_alike(model_type):
     choices = {"jetmoe": 2, "llama4_text": 1, "gpt_oss": 2, "dbrx": 1}[model_type]
     for name, counts in load.chosen.items():
         assert counts.sum().item() == 16 * choices, name
-    assert load.metrics(init_device_mesh("cpu", (2,), mesh_dim_names=("dp",)))["dropped"] == 0
+    assert load.metrics(init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",)))["dropped"] == 0
 
 
 @pytest.mark.ranks(2)
@@ -75,7 +76,7 @@ def test_balancing_moves_choices_to_experts_with_less_load():
     (block,) = [m for m in model.modules() if hasattr(m, "experts")]
     block.gate.e_score_correction_bias[0] = 10.0  # every token chooses the first expert
     load = ExpertLoad(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(dist.get_rank()))
     history = []
     for _ in range(40):
@@ -96,7 +97,7 @@ def test_balancing_moves_choices_to_experts_with_less_load():
 def test_balancing_moves_biases_that_are_parameters_as_it_does_in_one_process(model_type, after):
     model = small(model_type, layers=2, **({"first_k_dense_replace": 0} if model_type == "deepseek_v3" else {}))
     one = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
     apply_ep(model, experts_mesh())
     apply_fsdp(model, mesh, True, False)
     loads = [ExpertLoad(m) for m in (model, one)]

@@ -16,6 +16,7 @@ from am_moe.experts import describe
 from am_moe.local_experts import run_local_experts
 from am_moe.ordering import by_expert, by_rank
 from am_moe.payload import pack, unpack
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same
 from am_testkit.models import tiny
 from am_testkit.zoo import OLDEST, small
@@ -152,7 +153,7 @@ def test_what_is_not_of_the_common_form_keeps_its_own_forward():
     module.extra = nn.Parameter(torch.zeros(4, 2))
     assert not has_common_form(module, describe("", module)), "a parameter that the common form does not know"
     del module.extra
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device_type(), torch.bfloat16):
         assert not has_common_form(module, experts)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard
 from am_moe import build_meshes, find_experts, parallelize_model
 from am_moe.context_parallel import shard_batch
 from am_moe.meshes import check_degrees
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -58,7 +59,7 @@ def test_a_layout_trains_like_one_process(layout):
         pytest.importorskip("am_tp_plans")
     model = tiny("qwen3_moe", layers=2, num_key_value_heads=4)
     one, names = copy.deepcopy(model), list(model.state_dict())
-    world, moe = build_meshes("cpu", **LAYOUTS[layout])
+    world, moe = build_meshes(device_type(), **LAYOUTS[layout])
     axes = AXES | ({"dp_axis_names": ("dp_replicate", "dp_shard")} if "dp_replicate" in LAYOUTS[layout] else {})
     parallelize_model(model, world, moe, **axes, activation_checkpointing=True, reshard_after_forward=True)
     assert list(model.state_dict()) == names
@@ -71,7 +72,7 @@ def test_shared_experts_are_tensor_parallel_beside_spread_ones():
     pytest.importorskip("am_tp_plans")
     model = small("deepseek_v3", first_k_dense_replace=1, layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", dp_shard=2, tp=2, ep=4)
+    world, moe = build_meshes(device_type(), dp_shard=2, tp=2, ep=4)
     parallelize_model(model, world, moe, **AXES, activation_checkpointing=True, ignore_router_for_ac=True)
     shared = model.model.layers[1].mlp.shared_experts.up_proj.weight
     assert len(shared.placements) == 2
@@ -83,8 +84,8 @@ def test_an_expert_mesh_with_a_tensor_axis_keeps_experts_apart_per_tensor_rank()
     pytest.importorskip("am_tp_plans")
     model = tiny("qwen3_moe", layers=2)
     one = copy.deepcopy(model)
-    world = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
-    moe = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("ep_shard", "ep", "tp"))
+    world = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp_shard", "tp"))
+    moe = init_device_mesh(device_type(), (1, 2, 2), mesh_dim_names=("ep_shard", "ep", "tp"))
     parallelize_model(model, world, moe, **AXES)
     step_both(model, one, world["dp_shard"])
 
@@ -93,7 +94,7 @@ def test_an_expert_mesh_with_a_tensor_axis_keeps_experts_apart_per_tensor_rank()
 def test_experts_stay_whole_without_an_expert_axis():
     model = tiny("mixtral", layers=2)
     one = copy.deepcopy(model)
-    world, _ = build_meshes("cpu", dp_shard=2)
+    world, _ = build_meshes(device_type(), dp_shard=2)
     parallelize_model(model, world, None, dp_axis_names=("dp_shard",), lm_head_precision="float64")
     assert isinstance(model.lm_head, FSDPModule)
     step_both(model, one, world["dp_shard"])
@@ -103,7 +104,7 @@ def test_experts_stay_whole_without_an_expert_axis():
 def test_it_can_be_bound_as_a_pipelines_parallelize_fn():
     part = tiny("mixtral", layers=2)
     one = copy.deepcopy(part)
-    world, moe = build_meshes("cpu", dp_shard=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
     parallelize_fn = functools.partial(parallelize_model, activation_checkpointing=True)
     assert parallelize_fn(part, world, moe, cp_axis_name="cp", **AXES) is None
     step_both(part, one, world["dp_shard"])
@@ -111,7 +112,7 @@ def test_it_can_be_bound_as_a_pipelines_parallelize_fn():
 
 @pytest.mark.ranks(2)
 def test_wrong_requests_are_refused_before_anything_is_sent(monkeypatch):
-    world, moe = build_meshes("cpu", dp_shard=1, tp=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=1, tp=2, ep=2)
     model = tiny("qwen3_moe", layers=1)
     for axes, message in [
         ({"dp_axis_names": "dp_shard"}, "must be a tuple of one axis, or two for HSDP"),
@@ -144,12 +145,12 @@ def test_degrees_that_fit_are_taken_and_others_refused_with_what_would(pp, dp, t
 
 @pytest.mark.ranks(4)
 def test_both_meshes_are_over_the_same_ranks():
-    world, moe = build_meshes("cpu", dp_shard=2, tp=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=2, tp=2, ep=2)
     assert world["tp"].mesh.tolist() == moe["ep"].mesh.tolist(), "experts go across neighbours"
     assert moe["ep_shard"].size() == 2
     assert sorted(moe.mesh.flatten().tolist()) == list(range(dist.get_world_size()))
     with pytest.raises(ValueError, match="tp must be at least 1, got 0"):
-        build_meshes("cpu", tp=0)
+        build_meshes(device_type(), tp=0)
 
 
 WITH_CONTEXT = {
@@ -169,7 +170,7 @@ def test_a_layout_with_a_context_axis_trains_like_one_process(layout):
         pytest.importorskip("am_tp_plans")
     model = tiny("qwen3_moe", layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", **WITH_CONTEXT[layout])
+    world, moe = build_meshes(device_type(), **WITH_CONTEXT[layout])
     axes = AXES | {"dp_axis_names": ("dp_replicate", "dp_shard"), "cp_axis_name": "cp"}
     parallelize_model(model, world, moe, **axes, activation_checkpointing=True, sequence_parallel=tensor)
     ids, _ = token_batch(4, 16)
@@ -196,7 +197,7 @@ def test_data_axes_can_be_flattened_ones(layout):
     names, degrees = FLATTENED[layout]
     model = tiny("qwen3_moe", layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", **degrees)
+    world, moe = build_meshes(device_type(), **degrees)
     world["dp_shard", "cp"]._flatten("dp_shard_cp")
     world["dp_replicate", "dp_shard"]._flatten("dp")
     parallelize_model(model, world, moe, **AXES | {"dp_axis_names": names, "cp_axis_name": "cp"})
@@ -211,7 +212,7 @@ def test_data_axes_can_be_flattened_ones(layout):
 
 @pytest.mark.ranks(4)
 def test_axes_over_the_same_ranks_are_refused():
-    world, moe = build_meshes("cpu", dp_shard=2, tp=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=2, tp=2, ep=2)
     world["dp_shard", "tp"]._flatten("dp_tp")
     for axes in ({"dp_axis_names": ("dp_tp",)}, {"dp_axis_names": ("dp_shard", "dp_tp"), "tp_axis_name": None}):
         with pytest.raises(ValueError, match=r"the axes '.*' and '.*' of .* go over the same ranks"):
@@ -223,12 +224,12 @@ def test_a_plan_can_be_given_and_sequence_parallelism_needs_a_tensor_axis():
     plans = pytest.importorskip("am_tp_plans")
     model = tiny("qwen3_moe", layers=2)
     one = copy.deepcopy(model)
-    world, moe = build_meshes("cpu", tp=2, ep=2)
+    world, moe = build_meshes(device_type(), tp=2, ep=2)
     plan = {key: style for key, style in plans.resolve_plan(model).items() if "self_attn" not in key}
     parallelize_model(model, world, moe, **AXES, tp_shard_plan=plan)
     assert model.model.layers[0].self_attn.q_proj.weight.placements == (Shard(0),), "over the data axis alone"
     step_both(model, one, world["dp_shard"])
-    world, moe = build_meshes("cpu", dp_shard=2, ep=2)
+    world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
     with pytest.raises(ValueError, match="sequence_parallel=True needs a tensor axis of several ranks"):
         parallelize_model(tiny("qwen3_moe", layers=1), world, moe, **AXES, sequence_parallel=True)
     with pytest.raises(ValueError, match="tp_shard_plan needs a tensor axis of several ranks"):

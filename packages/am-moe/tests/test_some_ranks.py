@@ -11,12 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_moe import apply_ep, apply_fsdp, parallelize_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.zoo import small
 
 
 def data_mesh():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("dp",))
 
 
 def zeros_for_none(model):
@@ -94,7 +95,7 @@ def test_a_rank_whose_tokens_choose_no_expert_trains_as_in_one_process(case, spr
     model = Stack()
     one = copy.deepcopy(model)
     if spread:
-        apply_ep(model, init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)))
+        apply_ep(model, init_device_mesh(device_type(), (2,), mesh_dim_names=("ep",)))
     apply_fsdp(model, data_mesh(), spread, False)
     inputs = []
     for rank in range(2):
@@ -131,8 +132,8 @@ def test_images_on_some_ranks_only_are_refused_on_every_rank_and_the_next_step_r
     model = transformers.LlavaForConditionalGeneration(config).double()
     model.set_experts_implementation("eager")
     one = copy.deepcopy(model)
-    world = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    experts = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    world = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
+    experts = init_device_mesh(device_type(), (2,), mesh_dim_names=("ep",))
     parallelize_model(model, world, experts, dp_axis_names=("dp",), ep_axis_name="ep")
     generator = torch.Generator().manual_seed(0)
     text = {"input_ids": torch.randint(3, 90, (2, 8), generator=generator)}

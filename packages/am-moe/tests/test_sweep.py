@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from am_moe import apply_ep, apply_fsdp, describe_experts
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
 
@@ -107,8 +108,8 @@ def measure(model_type, layouts):
     }
     history = list(train(reference, 0, 1, step_size=1.0))
     for name, (copies, ep) in layouts.items():
-        mesh = init_device_mesh("cpu", (copies * ep,), mesh_dim_names=("dp",))
-        moe_mesh = init_device_mesh("cpu", (copies, ep), mesh_dim_names=("ep_shard", "ep"))
+        mesh = init_device_mesh(device_type(), (copies * ep,), mesh_dim_names=("dp",))
+        moe_mesh = init_device_mesh(device_type(), (copies, ep), mesh_dim_names=("ep_shard", "ep"))
         model = build(model_type, dtype)
         names = set(model.state_dict())
         apply_ep(model, moe_mesh["ep"], moe_mesh)

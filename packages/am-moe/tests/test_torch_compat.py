@@ -33,6 +33,7 @@ from am_moe._torch_compat import (
     writes,
     written_arguments,
 )
+from am_testkit.device import device_type
 
 
 def test_a_backward_is_told_from_a_forward():
@@ -62,7 +63,7 @@ def test_a_group_is_found_by_its_name():
 
 @pytest.mark.ranks(4)
 def test_an_axis_and_a_flattened_one_are_one_mesh_with_the_groups_they_had():
-    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("copies", "data", "context"))
+    mesh = init_device_mesh(device_type(), (2, 1, 2), mesh_dim_names=("copies", "data", "context"))
     flat = mesh["data", "context"]._flatten("data_context")
     both = side_by_side(mesh["copies"], flat)
     assert both.mesh.tolist() == [[0, 1], [2, 3]]
@@ -87,7 +88,7 @@ def test_tensors_are_gathered_and_summed_in_one_piece_without_a_warning():
 def test_the_private_state_of_units_is_still_there():
     first, second, third = (nn.Linear(4, 4) for _ in range(3))
     model = nn.Sequential(first, second, third)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     fully_shard([first, second], mesh=mesh, reshard_after_forward=False)
     for module in (third, model):
         fully_shard(module, mesh=mesh)
@@ -118,7 +119,7 @@ def test_writes_to_a_tensor_are_counted():
 
 @pytest.mark.ranks(4)
 def test_an_axis_is_found_by_its_name_whether_flattened_or_not():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("data", "context"))
     flat = mesh["data", "context"]._flatten("both")
     assert axis(mesh, "data").get_group() is mesh.get_group("data")
     assert axis(mesh, "both").get_group() is flat.get_group()
@@ -137,7 +138,7 @@ def test_parameters_that_a_rank_did_not_use_are_reduced_as_zeros():
             return self.choices[dist.get_rank()](x)
 
     unit = Either()
-    fully_shard(unit, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(unit, mesh=init_device_mesh(device_type(), (2,)))
     if not hasattr(unit, "set_reduce_scatter_unused_params"):
         with pytest.raises(ValueError, match=r"use torch 2\.13 or newer"):
             reduce_unused(unit)

@@ -13,17 +13,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from am_pipeline import PipelineSchedule, pipeline_model, set_sequence_shards
+from am_testkit.device import device_type
 from am_testkit.models import next_token_loss, tiny, token_batch
 
 
 def build(model, **settings):
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",))
+    mesh = init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("pp",))
     return pipeline_model(model, mesh, microbatch_size=1, local_batch_size=4, loss_fn=next_token_loss, **settings)
 
 
 @pytest.mark.ranks(2)
 def test_models_and_parts_that_something_else_has_wrapped_are_refused():
-    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))["dp"]
+    alone = init_device_mesh(device_type(), (2, 1), mesh_dim_names=("pp", "dp"))["dp"]
     with pytest.raises(ValueError, match=r"it is wrapped in DistributedDataParallel.*fully_shard"):
         build(DistributedDataParallel(tiny("llama"), process_group=alone.get_group()))
     inner = tiny("llama")
@@ -76,7 +77,7 @@ def test_what_users_read_has_a_type():
     schedule: PipelineSchedule
     schedule, parts, first, last, stages = build(tiny("llama"))
     assert isinstance(schedule, PipelineSchedule)
-    assert stages[0].device == torch.device("cpu")
+    assert stages[0].device == torch.device(device_type())
     ids, labels = token_batch(4, 12)
     schedule.step(*((ids,) if first else ()), target=labels if last else None)
     assert schedule.target_tokens == schedule.pipeline_tokens == 48

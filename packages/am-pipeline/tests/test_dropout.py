@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from am_pipeline import pipeline_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -64,7 +65,7 @@ def test_microbatches_and_steps_drop_differently():
 
 @pytest.mark.ranks(4)
 def test_replicas_drop_differently_and_agree_on_every_gradient():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "replicas"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "replicas"))
     # Seeds of a run: the same weights everywhere, then one for each rank.
     step, parts, _ = build(dropping(), "1F1B", mesh=mesh, batch=4, parallelize_fn=sharded)
     masks = masks_of(parts[0])
@@ -123,7 +124,7 @@ def dropping(tied=False):
 
 
 def build(model, schedule_name, *, mesh=None, batch=8, parallelize_fn=None):
-    mesh = mesh or init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    mesh = mesh or init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",))
     schedule, parts, first, last, _ = pipeline_model(
         model,
         mesh,
@@ -135,7 +136,7 @@ def build(model, schedule_name, *, mesh=None, batch=8, parallelize_fn=None):
         pipeline_parallel_schedule=schedule_name,
         microbatch_size=2,
         local_batch_size=batch,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=next_token_loss,
         parallelize_fn=parallelize_fn,
         scale_grads=True,

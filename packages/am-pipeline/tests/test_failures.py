@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from am_pipeline import failure, pipeline_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -23,7 +24,7 @@ COUNT = 4
 def build(model, schedule="1F1B", *, mesh=None, loss_fn=next_token_loss, **settings):
     return pipeline_model(
         model,
-        mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",)),
+        mesh or init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("pp",)),
         None,
         pp_axis_name="pp",
         dp_axis_names=(),
@@ -32,7 +33,7 @@ def build(model, schedule="1F1B", *, mesh=None, loss_fn=next_token_loss, **setti
         pipeline_parallel_schedule=schedule,
         microbatch_size=1,
         local_batch_size=COUNT,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=loss_fn,
         scale_grads=True,
         **settings,
@@ -116,7 +117,7 @@ def test_an_error_in_a_stage_or_in_the_loss_ends_the_step_on_every_rank(schedule
 
 @pytest.mark.ranks(4, timeout=90)
 def test_an_error_in_the_loss_ends_the_step_with_sharded_parts_and_one_in_a_part_is_raised_at_once():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
     trouble = Trouble()
 
     def shard(model, world_mesh, moe_mesh, **axes):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from am_pipeline import build_part, pipeline_model, plan_cut
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 
 from .habits import EITHER, EXACT, HABITS, REFUSED, SIDE_CHANNELS, Decoder, token_rows
@@ -51,7 +52,9 @@ def test_the_habits_that_are_cut_train_over_ranks_as_in_one_process(schedule):
     for name in OVER_RANKS[schedule]:
         habit = HABITS[name]
         # A group of its own with a short timeout: a habit that hangs or fails on one rank does not take the next along.
-        mesh = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=5)), "cpu", mesh_dim_names=("pp",))
+        mesh = DeviceMesh.from_group(
+            dist.new_group(timeout=timedelta(seconds=5)), device_type(), mesh_dim_names=("pp",)
+        )
         try:
             mine = over_ranks(habit, schedule, mesh)
         except Exception as error:
@@ -135,7 +138,7 @@ def over_ranks(habit: type[Decoder], schedule: str, mesh: DeviceMesh) -> list[St
             pipeline_parallel_schedule=schedule,
             microbatch_size=2,
             local_batch_size=8,
-            device=torch.device("cpu"),
+            device=torch.device(device_type()),
             loss_fn=lambda output, target: probe(output),
             scale_grads=True,
         )

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import pipeline_model
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.models import next_token_loss
 from am_testkit.natural import natural_batch, natural_types, small_with_images
@@ -65,7 +66,7 @@ def test_images_reach_the_stages_that_need_them_or_are_refused(model_type):
 def step(model, batches, labels):
     schedule, parts, first, last, _ = pipeline_model(
         model,
-        init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)),
+        init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",)),
         None,
         pp_axis_name="pp",
         dp_axis_names=(),
@@ -74,7 +75,7 @@ def step(model, batches, labels):
         pipeline_parallel_schedule="1F1B",
         microbatch_size=2,
         local_batch_size=4,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=next_token_loss,
         scale_grads=True,
     )

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import pipeline_model, scale_grads_by_divisor
 from am_pipeline.inputs import split_inputs
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small, small_config
@@ -21,7 +22,7 @@ from am_testkit.zoo import small, small_config
 def build(model, *, schedule="1F1B", batch=4, microbatch=2, loss_fn=next_token_loss, scale_grads=True, **settings):
     return pipeline_model(
         model,
-        init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",)),
+        init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("pp",)),
         None,
         pp_axis_name="pp",
         dp_axis_names=(),
@@ -30,7 +31,7 @@ def build(model, *, schedule="1F1B", batch=4, microbatch=2, loss_fn=next_token_l
         pipeline_parallel_schedule=schedule,
         microbatch_size=microbatch,
         local_batch_size=batch,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=loss_fn,
         scale_grads=scale_grads,
         **settings,

@@ -22,16 +22,16 @@ from am_pipeline import (
     scale_grads_by_divisor,
     split_model_into_stages,
 )
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
 SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
 MODELS = [("llama", False), ("qwen3", True), ("qwen3_moe", False), ("qwen3_moe", True)]
-CPU = torch.device("cpu")
 
 
 def build(model, schedule="1F1B", *, microbatch=1, batch=8, mesh=None, **settings):
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",))
+    mesh = mesh or init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("pp",))
     settings = {
         "dp_axis_names": (),
         "layers_per_stage": None,
@@ -47,7 +47,7 @@ def build(model, schedule="1F1B", *, microbatch=1, batch=8, mesh=None, **setting
         pipeline_parallel_schedule=schedule,
         microbatch_size=microbatch,
         local_batch_size=batch,
-        device=CPU,
+        device=torch.device(device_type()),
         **settings,
     )
 
@@ -239,7 +239,7 @@ def test_a_summed_loss_is_scaled_by_a_divisor():
 def test_parts_sharded_over_data_ranks_equal_one_process_with_tied_weights(schedule):
     model = tiny("qwen3", tied=True)
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
 
     ids, labels = token_batch(16, 12)
     one_process(whole, ids, labels)
@@ -255,7 +255,7 @@ def test_parts_sharded_over_data_ranks_equal_one_process_with_tied_weights(sched
 def test_gradients_reduced_after_every_microbatch_are_the_same(schedule):
     model = tiny("qwen3", tied=True)
     whole = copy.deepcopy(model)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
     ids, labels = token_batch(16, 12)
     one_process(whole, ids, labels)
     built = build(model, schedule, mesh=mesh, parallelize_fn=shard_layers, reduce_grads="microbatch")
@@ -404,15 +404,15 @@ def test_wrong_requests_are_refused_on_every_rank(settings, words):
 
 @pytest.mark.ranks(2)
 def test_a_mesh_without_the_axis_is_refused():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("stages",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("stages",))
     with pytest.raises(ValueError, match="no axis 'pp'; it has"):
         build(tiny("llama"), mesh=mesh)
 
 
 @pytest.mark.ranks(2)
 def test_copies_of_a_tied_weight_with_different_layouts_are_refused():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
-    stages, parts = split_model_into_stages(tiny("qwen3", tied=True), mesh, "pp", "1F1B", CPU)
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",))
+    stages, parts = split_model_into_stages(tiny("qwen3", tied=True), mesh, "pp", "1F1B", torch.device(device_type()))
     if dist.get_rank() == 1:
         parts[0].lm_head.weight = torch.nn.Parameter(parts[0].lm_head.weight[:90].detach())
     schedule = build_pipeline_schedule(None, "1F1B", 1, 8, stages, next_token_loss)

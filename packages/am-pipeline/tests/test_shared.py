@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from am_pipeline import pipeline_model
 from am_pipeline.shared import _bit_sum
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
@@ -23,7 +24,7 @@ NAMES = r"model\.embed_tokens\.weight \(stage 0\) and lm_head\.weight \(stage \d
 def build(model, mesh=None, schedule="1F1B", **settings):
     return pipeline_model(
         model,
-        mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",)),
+        mesh or init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("pp",)),
         None,
         pp_axis_name="pp",
         dp_axis_names=(),
@@ -32,7 +33,7 @@ def build(model, mesh=None, schedule="1F1B", **settings):
         pipeline_parallel_schedule=schedule,
         microbatch_size=1,
         local_batch_size=4,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=next_token_loss,
         scale_grads=True,
         **settings,
@@ -61,7 +62,7 @@ def shard(model, world_mesh, moe_mesh, **axes):
 def test_ranks_that_started_from_other_seeds_are_refused(sharded):
     seed = dist.get_rank()
     model = tiny("qwen3", tied=True, seed=seed)
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 1), mesh_dim_names=("pp", "dp"))
     built = build(model, mesh, parallelize_fn=shard if sharded else None)
     for kind in ("step", "eval", "step"):
         with pytest.raises(ValueError, match=f"{NAMES}, but hold different values.*set one seed"):
@@ -75,7 +76,7 @@ def test_ranks_that_started_from_other_seeds_are_refused(sharded):
 
 @pytest.mark.ranks(4, timeout=90)
 def test_copies_that_optimizers_move_apart_are_refused_with_sharded_parts_too():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
     for schedule in ("1F1B", "ZBVZeroBubble"):
         built = build(tiny("qwen3", tied=True), mesh, schedule, parallelize_fn=shard)
         named = [pair for part in built[1] for pair in part.named_parameters()]
@@ -126,7 +127,7 @@ def test_a_copy_that_was_taken_away_is_missed_on_every_rank():
 
 @pytest.mark.ranks(1)
 def test_sums_over_bits_tell_tensors_apart_however_they_are_stored():
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh(device_type(), (1,))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn):
         for shape in ((7, 3), (8, 4), (0, 4), (), (5,)):
             tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

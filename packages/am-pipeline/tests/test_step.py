@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 
 import pytest
 import torch
@@ -14,18 +15,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_pipeline import pipeline_model
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 
 SCHEDULES = ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
-CPU = torch.device("cpu")
 MICROBATCHES = 4
 # Batch and length of each training step; None is an evaluation.
 CALLS = [(4, 12), None, (4, 12), (4, 7), None, (8, 7), (4, 12)]
 
 
 def build(model, schedule="1F1B", *, mesh=None, batch=4, **settings):
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("pp",))
+    mesh = mesh or init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("pp",))
     settings = {"dp_axis_names": (), "loss_fn": next_token_loss, "scale_grads": True} | settings
     return pipeline_model(
         model,
@@ -36,7 +37,7 @@ def build(model, schedule="1F1B", *, mesh=None, batch=4, **settings):
         pipeline_parallel_schedule=schedule,
         microbatch_size=batch // MICROBATCHES,
         local_batch_size=batch,
-        device=CPU,
+        device=torch.device(device_type()),
         **settings,
     )
 
@@ -87,7 +88,7 @@ def check_sum_of_steps(scale, schedules):
 
 @pytest.mark.ranks(4, timeout=120)
 def test_steps_add_up_with_sharded_parts():
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
     rank = mesh.get_local_rank("dp")
     whole = tiny("qwen3", tied=True)
     calls = [(8, 12), None, (8, 7), (16, 7)]
@@ -151,7 +152,7 @@ def test_an_evaluation_gives_outputs_and_losses_in_every_schedule_and_mode():
 
 @pytest.mark.ranks(2)
 def test_a_part_that_ran_forward_alone_before_a_step_is_sharded_again():
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 1), mesh_dim_names=("pp", "dp"))
     whole = tiny("llama")
     ids, labels = token_batch(4, 12)
     add_gradients(whole, ids, labels, True)
@@ -169,7 +170,7 @@ class HostSyncs(TorchDispatchMode):
 
     def __init__(self, monkeypatch, parts):
         super().__init__()
-        self.count = 0
+        self.found = []
         self.within = False  # masks are read in transformers' own forward
         for part in parts:
             part.register_forward_pre_hook(lambda *_: self._enter(True))
@@ -184,16 +185,21 @@ class HostSyncs(TorchDispatchMode):
         original = getattr(torch.Tensor, name)
 
         def counted(tensor, *args, **kwargs):
-            self.count += not self.within
+            self._add(name)
             return original(tensor, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        reads = name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
-        self.count += reads and not self.within
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+            self._add(name)
         return function(*args, **(kwargs or {}))
+
+    def _add(self, name):
+        if not self.within:
+            callers = traceback.extract_stack(limit=8)[:-2]
+            self.found.append(f"{name} by {' < '.join(f'{f.name}:{f.lineno}' for f in reversed(callers))}")
 
 
 @pytest.mark.ranks(2)
@@ -206,6 +212,7 @@ def test_a_step_reads_one_tensor_of_the_device_and_one_of_the_hosts(monkeypatch)
         more = {"position_ids": torch.arange(length).expand(4, -1)} if built[2] else {}
         with HostSyncs(monkeypatch, built[1]) as reads:
             run(built, ids, labels, losses=[], **more)
-        counts.append(reads.count)
+        counts.append(reads.found)
         monkeypatch.undo()
-    assert counts[1:] == [2, 2], "the agreement, and the vote among hosts, which waits for no device"
+    # The agreement, and the vote among hosts, which waits for no device.
+    assert [len(found) for found in counts[1:]] == [2, 2], "\n".join(counts[1])

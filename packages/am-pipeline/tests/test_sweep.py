@@ -23,6 +23,7 @@ from am_pipeline import pipeline_model, plan_cut
 from am_testkit import conditions
 from am_testkit.batches import IGNORED, PADDING, build_batch
 from am_testkit.conditioned import MeanOfAll
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.programs import program
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
@@ -116,7 +117,7 @@ def pipelined(model, schedule_name, case, calls, expected, wanted):
     loss_fn = MeanOfAll(case, BATCH // MICROBATCH)
     schedule, parts, first, last, stages = pipeline_model(
         model,
-        init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)),
+        init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",)),
         None,
         pp_axis_name="pp",
         dp_axis_names=(),
@@ -125,7 +126,7 @@ def pipelined(model, schedule_name, case, calls, expected, wanted):
         pipeline_parallel_schedule=schedule_name,
         microbatch_size=MICROBATCH,
         local_batch_size=BATCH,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=loss_fn,
         scale_grads=True,
     )

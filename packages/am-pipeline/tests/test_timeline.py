@@ -11,6 +11,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import gather_timeline, pipeline_model, plot_timeline, record_timeline
+from am_testkit.device import device_type
 from am_testkit.models import next_token_loss, tiny, token_batch
 
 
@@ -19,7 +20,7 @@ from am_testkit.models import next_token_loss, tiny, token_batch
 def test_every_action_of_a_step_is_recorded_once(schedule, kinds):
     built, _, first, last, stages = pipeline_model(
         tiny("llama"),
-        init_device_mesh("cpu", (2,), mesh_dim_names=("pp",)),
+        init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",)),
         None,
         pp_axis_name="pp",
         dp_axis_names=(),
@@ -28,7 +29,7 @@ def test_every_action_of_a_step_is_recorded_once(schedule, kinds):
         pipeline_parallel_schedule=schedule,
         microbatch_size=1,
         local_batch_size=4,
-        device=torch.device("cpu"),
+        device=torch.device(device_type()),
         loss_fn=next_token_loss,
     )
     ids, labels = token_batch(4, 12)

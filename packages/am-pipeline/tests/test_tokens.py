@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from am_pipeline import pipeline_model, scale_grads_by_tokens
 from am_pipeline.targets import count_tokens, rows_of, split_target
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import tiny, token_batch
 
@@ -37,7 +38,7 @@ def weighted(logits, target):
 
 def build(model, mesh, **settings):
     return pipeline_model(
-        model, mesh, microbatch_size=1, local_batch_size=4, **({"loss_fn": summed, "device": "cpu"} | settings)
+        model, mesh, microbatch_size=1, local_batch_size=4, **({"loss_fn": summed, "device": device_type()} | settings)
     )
 
 
@@ -58,7 +59,7 @@ def test_gradients_are_divided_by_the_labels_of_all_data_replica_and_context_ran
         ((2, 1, 2), ("pp", "rep", "dp"), {"dp_axis_names": ("rep", "dp")}),
         ((2, 1, 2), ("pp", "dp", "cp"), {"dp_axis_names": ("dp",), "cp_axis_name": "cp"}),
     ):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=axes)
+        mesh = init_device_mesh(device_type(), shape, mesh_dim_names=axes)
         rank = dist.get_rank() % 2
 
         def shard(part, world, moe, axes=axes, **names):
@@ -81,7 +82,7 @@ def test_gradients_are_divided_by_the_labels_of_all_data_replica_and_context_ran
 
 @pytest.mark.ranks(2)
 def test_several_steps_are_divided_by_the_labels_of_all_of_them():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",))
     built = build(tiny("llama"), mesh)
     whole = tiny("llama")
     tokens = 0
@@ -107,7 +108,7 @@ def test_several_steps_are_divided_by_the_labels_of_all_of_them():
 @pytest.mark.parametrize("schedule", ["1F1B", "ZBVZeroBubble"])
 @pytest.mark.ranks(2)
 def test_targets_of_several_tensors_reach_the_loss_in_their_structure(schedule):
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",))
     ids, labels = token_batch(4, 12)
     labels[2, 5:] = -100
     weights = torch.tensor([0.5, 2.0, 1.0, 0.1], dtype=torch.float64)
@@ -140,7 +141,7 @@ def test_targets_are_split_along_their_first_dim_and_counted_by_their_labels():
 
 @pytest.mark.ranks(2)
 def test_a_copy_of_the_whole_model_in_one_process_agrees_with_defaults_alone():
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",))
     whole = copy.deepcopy(model := tiny("llama", tied=True))
     ids, labels = token_batch(4, 12)
     summed(whole(ids, use_cache=False).logits, labels).div(labels.numel()).backward()

@@ -17,14 +17,13 @@ from torch.distributed.pipelining import (
 )
 
 from am_pipeline import _torch_compat as compat
-
-CPU = torch.device("cpu")
+from am_testkit.device import device_type
 
 
 @pytest.mark.ranks(2)
 def test_a_schedule_set_up_again_with_new_shapes_runs_on_the_new_ones():
     rank = dist.get_rank()
-    stage = PipelineStage(nn.Linear(3, 3), rank, 2, torch.device("cpu"))
+    stage = PipelineStage(nn.Linear(3, 3), rank, 2, torch.device(device_type()))
     schedule = ScheduleGPipe(stage, 2, loss_fn=nn.functional.mse_loss)
     for width in (4, 6):
         like = torch.empty(1, width, 3, device="meta", requires_grad=True)
@@ -39,7 +38,7 @@ def test_a_schedule_set_up_again_with_new_shapes_runs_on_the_new_ones():
 @pytest.mark.ranks(2)
 def test_what_the_last_stage_returns_is_not_compared_with_what_stages_send():
     rank = dist.get_rank()
-    stage = PipelineStage(nn.Linear(3, 7 if rank else 3), rank, 2, torch.device("cpu"))
+    stage = PipelineStage(nn.Linear(3, 7 if rank else 3), rank, 2, torch.device(device_type()))
     like = torch.empty(1, 4, 3, device="meta", requires_grad=True)
     compat.set_shapes(stage, (like,), (like,))
     schedule = ScheduleGPipe(stage, 2, loss_fn=lambda out, target: out.sum())
@@ -51,7 +50,7 @@ def test_what_the_last_stage_returns_is_not_compared_with_what_stages_send():
 @pytest.mark.ranks(2)
 def test_two_stages_of_one_rank_hand_over_without_messages():
     rank = dist.get_rank()
-    stages = [PipelineStage(nn.Linear(3, 3), index, 4, torch.device("cpu")) for index in (rank, 3 - rank)]
+    stages = [PipelineStage(nn.Linear(3, 3), index, 4, torch.device(device_type())) for index in (rank, 3 - rank)]
     like = torch.empty(1, 3, device="meta", requires_grad=True)
     for stage in stages:
         compat.set_shapes(stage, (like,), (like,))
@@ -62,17 +61,17 @@ def test_two_stages_of_one_rank_hand_over_without_messages():
 
 @pytest.mark.ranks(2)
 def test_stages_and_microbatches_of_a_schedule_are_found():
-    stages = [PipelineStage(nn.Linear(3, 3), dist.get_rank() + 2 * i, 4, torch.device("cpu")) for i in range(2)]
+    stages = [PipelineStage(nn.Linear(3, 3), dist.get_rank() + 2 * i, 4, torch.device(device_type())) for i in range(2)]
     schedule = ScheduleInterleaved1F1B(stages, 4)
     assert compat.stages_of(schedule) == stages
     assert compat.n_microbatches(schedule) == 4
-    single = PipelineStage(nn.Linear(3, 3), dist.get_rank(), 2, torch.device("cpu"))
+    single = PipelineStage(nn.Linear(3, 3), dist.get_rank(), 2, torch.device(device_type()))
     assert compat.stages_of(Schedule1F1B(single, 2)) == [single]
 
 
 @pytest.mark.ranks(2)
 def test_the_compute_dtype_of_a_part_follows_its_mixed_precision_policy():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     plain = nn.Linear(4, 4, dtype=torch.float64)
     assert compat.compute_dtype(plain) is torch.float64
     fully_shard(plain, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -104,7 +103,10 @@ def test_a_schedule_takes_its_inputs_targets_and_losses_from_hooks():
     for kind in (ScheduleGPipe, ScheduleInterleaved1F1B):
         seen, losses = [], []
         single = kind is ScheduleGPipe
-        stages = [PipelineStage(nn.Linear(1, 1), rank + 2 * i, 2 if single else 4, CPU) for i in range(2 - single)]
+        stages = [
+            PipelineStage(nn.Linear(1, 1), rank + 2 * i, 2 if single else 4, torch.device(device_type()))
+            for i in range(2 - single)
+        ]
         like = torch.empty(1, 1, device="meta", requires_grad=True)
         for stage in stages:
             nn.init.ones_(stage.submod.weight)
@@ -135,10 +137,10 @@ def test_what_an_interrupted_step_left_is_dropped():
                 raise OSError("no")
             return super().forward(x)
 
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("pp", "dp"))
+    mesh = init_device_mesh(device_type(), (2, 1), mesh_dim_names=("pp", "dp"))
     rank = dist.get_rank()
     part = fully_shard(nn.Sequential(fully_shard(nn.Linear(1, 1), mesh=mesh["dp"]), Fails(1, 1)), mesh=mesh["dp"])
-    stage = PipelineStage(part, rank, 2, CPU, group=mesh.get_group("pp"))
+    stage = PipelineStage(part, rank, 2, torch.device(device_type()), group=mesh.get_group("pp"))
     like = torch.empty(1, 1, device="meta", requires_grad=True)
     compat.set_shapes(stage, (like,), (like,))
     schedule = ScheduleGPipe(stage, 1, loss_fn=nn.MSELoss())
@@ -162,7 +164,7 @@ def test_what_an_interrupted_step_left_is_dropped():
 
 @pytest.mark.ranks(2)
 def test_the_ranks_of_an_fsdp_module_are_counted_and_its_gradients_that_wait_are_dropped():
-    module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (2,)))
+    module = fully_shard(nn.Linear(2, 2), mesh=init_device_mesh(device_type(), (2,)))
     assert compat.data_ranks(module) == 2
     module.set_requires_gradient_sync(False)
     module(torch.ones(1, 2)).sum().backward()

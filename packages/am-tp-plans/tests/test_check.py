@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn import functional as F
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -23,7 +24,7 @@ from am_tp_plans.fused import plan_exchange
 
 
 def axis():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -70,7 +71,7 @@ def test_dropout_drops_alike_what_is_whole_and_other_seeds_are_refused():
 
 @pytest.mark.ranks(2)
 def test_a_gradient_that_nobody_sums_is_found_under_fsdp2_and_what_cannot_be_checked_is_named():
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device_type(), (1, 2), mesh_dim_names=("dp", "tp"))
     ids, labels = token_batch(2, 12)
     for forgotten in (False, True):
         model = tiny("qwen3")

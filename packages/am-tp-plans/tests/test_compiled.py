@@ -12,6 +12,7 @@ import transformers.models.phi3.modeling_phi3
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -35,7 +36,7 @@ def test_compiled_layers_train_as_the_model_in_one_process(family, sequence_para
         plan, layers = infer_plan(model, ranks=2), model.transformer.h
     else:
         plan, layers = resolve_plan(model, sequence_parallel=sequence_parallel), model.model.layers
-    apply_plan(model, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan)
+    apply_plan(model, init_device_mesh(device_type(), (2,), mesh_dim_names=("tp",)), plan)
     for layer in layers:
         layer.compile(backend="eager")
     logits = model(ids, use_cache=False).logits
@@ -47,7 +48,7 @@ def test_compiled_layers_train_as_the_model_in_one_process(family, sequence_para
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.ranks(2, timeout=120)
 def test_the_gradient_of_every_sum_and_exchange_survives_a_compiler(backend):
-    axis = MeshAxis(init_device_mesh("cpu", (2,)))
+    axis = MeshAxis(init_device_mesh(device_type(), (2,)))
     labels = torch.tensor([0, 2])
     functions = {
         "sum_gradients": lambda x: sum_gradients(x, axis) * 3,

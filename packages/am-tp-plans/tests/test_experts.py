@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import tiny
 from am_tp_plans import ExpertsOverTensorAxis
@@ -25,7 +26,7 @@ def test_a_rank_whose_experts_nobody_chose_trains_with_the_others(chosen, implem
     one = model.model.layers[0].mlp.experts
     experts = copy.deepcopy(one)
     experts.config = one.config
-    ExpertsOverTensorAxis()._apply(experts, init_device_mesh("cpu", (2,)))
+    ExpertsOverTensorAxis()._apply(experts, init_device_mesh(device_type(), (2,)))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 32, dtype=torch.float64, generator=generator)
     weights = torch.rand(5, 2, dtype=torch.float64, generator=generator)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from am_testkit.device import device_type
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small, small_config
 from am_tp_plans import add_sequence_parallelism, apply_plan, explain_plan, infer_plan, resolve_plan
@@ -66,7 +67,7 @@ def test_the_collectives_of_a_step_are_those_that_were_counted_without_devices(n
     found, tokens = rehearse(model, check_plan(model, plan, 2), 2), (2, 8)
     assert found.tokens == 8
     report = explain_plan(model, plan, 2, batch=2, seq_len=8)
-    apply_plan(model, init_device_mesh("cpu", (2,)), plan)
+    apply_plan(model, init_device_mesh(device_type(), (2,)), plan)
     assert report.held == sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     ids, labels = token_batch(*tokens, vocab_size=60)
     with Counted() as forward:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
@@ -27,7 +28,7 @@ SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", 
 
 
 def axis():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 def built(family):
@@ -149,7 +150,7 @@ def test_gradients_are_whole_with_recomputed_layers(reentrant):
 def test_gradients_are_whole_where_fsdp_holds_the_model(units, reshard):
     whole = tiny("qwen3", num_key_value_heads=4)
     model = copy.deepcopy(whole)
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "tp"))
     sharded(model, sequence_parallel=True, mesh=mesh["tp"])
     for layer in model.model.layers if "layers" in units else ():
         fully_shard(layer, mesh=mesh["dp"], reshard_after_forward=reshard)

@@ -13,13 +13,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import tiny, token_batch
 from am_tp_plans import apply_plan, keep_logits_sharded, resolve_plan, vocab_parallel_cross_entropy
 
 
 def axis():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 def reference(logits, labels, z_loss=0.0, **settings):

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.nn import functional as F
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_tp_plans import PackedColwiseParallel, apply_plan
 from am_tp_plans.apply import check_plan
@@ -179,7 +180,7 @@ def test_every_block_that_is_not_refused_is_exact():
             model = copy.deepcopy(one)
             model.zero_grad()
             plan = complete(model, {"up": STYLES[style](), "down": RowwiseParallel()})
-            apply_plan(model, init_device_mesh("cpu", (2,)), plan)
+            apply_plan(model, init_device_mesh(device_type(), (2,)), plan)
             output = model(ids)
             output.square().sum().backward()
             assert_same(whole(output), expected, 1e-12, f"the output with {name}")

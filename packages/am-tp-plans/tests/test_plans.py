@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_tp_plans import (
@@ -50,7 +51,7 @@ SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", 
 
 
 def axis():
-    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",))
 
 
 def sharded(model, sequence_parallel):
@@ -217,7 +218,7 @@ def test_a_model_on_meta_is_sharded_without_weights_and_trains_when_it_gets_them
         model = tiny("qwen3", num_key_value_heads=4)
     sharded(model, sequence_parallel=True)
     assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device_type())
     with torch.no_grad():
         for name, value in whole.named_parameters():
             mine = model.get_parameter(name)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small, small_config
@@ -60,7 +61,7 @@ def test_the_plan_of_every_model_is_exact_or_refused(model_type):
         for attention in cases:
             fresh = small(model_type, attention=IMPLEMENTATION[attention])
             with pytest.raises((ValueError, TypeError), match=REFUSED[model_type]) as refusal:
-                apply_plan(fresh, init_device_mesh("cpu", (2,)), make_plan(fresh))
+                apply_plan(fresh, init_device_mesh(device_type(), (2,)), make_plan(fresh))
         record(model_type, refused=str(refusal.value), source=source)
         return
     measured = {"source": source}
@@ -97,7 +98,7 @@ def measure(model_type, make_plan, attention):
 
 def compare(sharded, dtype, plan, ids, labels, expected, wanted):
     """The largest error of logits and gradients under a plan, on any rank, and the share of parameters it holds."""
-    apply_plan(sharded, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), plan)
+    apply_plan(sharded, init_device_mesh(device_type(), (2,), mesh_dim_names=("tp",)), plan)
     logits = logits_of(sharded, ids)
     next_token_loss(whole(logits), labels).backward()
     largest = max(grad.nan_to_num().abs().max().item() for grad in wanted.values())

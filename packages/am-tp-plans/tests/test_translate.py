@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same
 from am_testkit.models import tiny
 from am_testkit.zoo import OLDEST, small
@@ -130,7 +131,7 @@ def test_both_layouts_of_an_embedding_give_its_rows_and_gradients(style):
     expected.square().sum().backward()
     wanted = model[0].weight.grad.clone()
     model.zero_grad()
-    apply_plan(model, init_device_mesh("cpu", (2,)), {"0": translate_to_torch_parallel_style(style)})
+    apply_plan(model, init_device_mesh(device_type(), (2,)), {"0": translate_to_torch_parallel_style(style)})
     output = model(ids)
     output.square().sum().backward()
     assert_same(output, expected, 1e-12)
@@ -155,9 +156,9 @@ def test_a_module_on_its_shards_sums_its_output_and_its_input_gradient():
     model.zero_grad()
     hidden.grad = None
     style = LocalShards({"up": Shard(0), "down": Shard(1)}, sum_input_gradients=True, sum_output=True)
-    apply_plan(model, init_device_mesh("cpu", (2,)), {"0": style})
+    apply_plan(model, init_device_mesh(device_type(), (2,)), {"0": style})
     model(hidden).square().sum().backward()
     assert_same({name: p.grad for name, p in model.named_parameters()}, wanted[0], 1e-12)
     assert_same(hidden.grad, wanted[1], 1e-12)
     with pytest.raises(ValueError, match="sharded already"):
-        apply_plan(model, init_device_mesh("cpu", (2,)), {"0": style})
+        apply_plan(model, init_device_mesh(device_type(), (2,)), {"0": style})

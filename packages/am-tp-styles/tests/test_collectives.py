@@ -16,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from am_testkit.device import device_type
 from am_tp_styles import ColwiseParallelLora, RowwiseParallelLora
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -61,7 +62,7 @@ def test_an_adapter_adds_one_sum_of_a_factors_gradient_and_none_of_an_activation
     forward, backward = BASE[name, sequence]
     shape = (2, 4, 4) if name == "down" else (2, 2 if sequence else 4, 8)
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-    layer = parallelize_module(make(), init_device_mesh("cpu", (2,)), STYLES[name](sequence))
+    layer = parallelize_module(make(), init_device_mesh(device_type(), (2,)), STYLES[name](sequence))
     for trained in (False, True):
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(trained and "lora_" in key)
@@ -74,7 +75,7 @@ def test_an_adapter_adds_one_sum_of_a_factors_gradient_and_none_of_an_activation
 
 @pytest.mark.ranks(2)
 def test_rowwise_dora_adds_a_sum_of_the_size_of_a_vector():
-    layer = parallelize_module(peft(dora=True), init_device_mesh("cpu", (2,)), RowwiseParallelLora())
+    layer = parallelize_module(peft(dora=True), init_device_mesh(device_type(), (2,)), RowwiseParallelLora())
     x = torch.randn(2, 4, 4, dtype=torch.float64)
     with Sums() as sums:
         layer(x)
@@ -96,7 +97,7 @@ class Sums(TorchDispatchMode):
 
 @pytest.mark.ranks(2)
 def test_a_bias_of_lora_b_is_added_once():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     reference = own()
     reference.lora_B = nn.Linear(3, 8, dtype=torch.float64)
     layer = parallelize_module(copy.deepcopy(reference), mesh, RowwiseParallelLora(input_layouts=Replicate()))

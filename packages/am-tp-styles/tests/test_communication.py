@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from am_testkit.device import device_type
 from am_tp_styles.axis import MeshAxis, part_of
 from am_tp_styles.communication import (
     gather,
@@ -22,7 +23,7 @@ from am_tp_styles.communication import (
 
 
 def axis():
-    return MeshAxis(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)))
+    return MeshAxis(init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",)))
 
 
 def share(axis, seed):
@@ -111,4 +112,4 @@ def test_an_axis_of_one_rank_sends_nothing_and_an_axis_copies_and_pickles():
     again = pickle.loads(pickle.dumps(ranks))
     assert (again.size, again.rank, again.mesh) == (1, 0, ranks.mesh)
     with pytest.raises(ValueError, match="one dimension"):
-        MeshAxis(init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp")))
+        MeshAxis(init_device_mesh(device_type(), (1, 1), mesh_dim_names=("dp", "tp")))

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same
 from am_tp_styles import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora, use_tp_linear
 
@@ -67,7 +68,7 @@ def build(adapters, sequence):
     }
     if sequence:
         plan["layers.*.norm"] = SequenceParallelLora(use_local_output=True)
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), plan)
     return reference, use_tp_linear(model)
 
 
@@ -122,7 +123,9 @@ def test_inductor_compiles_the_styles_too():
 
 @pytest.mark.ranks(2, timeout=120)
 def test_dropout_of_an_adapter_compiles_and_its_masks_agree_between_ranks():
-    layer = use_tp_linear(parallelize_module(_peft_linear(), init_device_mesh("cpu", (2,)), RowwiseParallelLora()))
+    layer = use_tp_linear(
+        parallelize_module(_peft_linear(), init_device_mesh(device_type(), (2,)), RowwiseParallelLora())
+    )
     run = torch.compile(layer, backend="aot_eager", dynamic=True)
     x = torch.ones(2, 4, 4, dtype=torch.float64)
     torch.manual_seed(3)

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_tp_styles import TPLinear, restore_classes, use_tp_linear
 from am_tp_styles._torch_compat import FLATTENS_SHARDED_DIMS
@@ -57,7 +58,7 @@ def test_with_sharded_weights_it_is_exact_for_every_number_of_dims(bias, sequenc
     torch.manual_seed(1)
     reference = Mlp(bias=bias)
     model = swapped(copy.deepcopy(reference))
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan(sequence_parallel))
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), plan(sequence_parallel))
     for shape in [(4, 8), (2, 4, 8), (2, 4, 3, 8)]:
         if sequence_parallel and len(shape) == 2:
             continue
@@ -86,7 +87,7 @@ def test_it_compiles_with_dynamic_shapes_and_sharded_weights(sequence_parallel, 
     torch.manual_seed(1)
     reference = Mlp(bias=True)
     model = swapped(copy.deepcopy(reference))
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan(sequence_parallel))
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), plan(sequence_parallel))
     compiled = torch.compile(model, backend="aot_eager", dynamic=True)
     for shape in shapes:
         x = torch.randn(*shape, dtype=torch.float64)
@@ -105,7 +106,9 @@ def test_a_sharded_nn_linear_recurses_under_compile_and_tp_linear_does_not():
     """When the first part fails, torch has learnt to compile a sharded `nn.Linear`, and `TPLinear` may retire."""
     reference = Mlp(bias=False)
     model = copy.deepcopy(reference)
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    parallelize_module(
+        model, init_device_mesh(device_type(), (2,)), {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
     x = torch.randn(2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     recurses = pytest.raises(Exception, match=r"(?i)recursion") if FLATTENS_SHARDED_DIMS else nullcontext()
     with recurses:  # not before torch 2.13
@@ -153,6 +156,6 @@ def test_an_output_that_is_gathered_comes_back_whole():
     reference = nn.Linear(8, 12, dtype=torch.float64)
     model = copy.deepcopy(reference)
     model.__class__ = TPLinear
-    parallelize_module(model, init_device_mesh("cpu", (2,)), ColwiseParallel(output_layouts=Replicate()))
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), ColwiseParallel(output_layouts=Replicate()))
     x = torch.randn(2, 4, 8, dtype=torch.float64)
     assert_same(model(x), reference(x), 1e-12)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_tp_styles import ColwiseParallelLora, RowwiseParallelLora, SequenceParallelLora, translate_to_lora
 from am_tp_styles._torch_compat import FLATTENS_SHARDED_DIMS
@@ -46,7 +47,7 @@ def test_colwise_and_rowwise_lora_give_the_gradients_of_one_process(dora, frozen
     x_grad, x.grad = x.grad, None
 
     plan = {"up": ColwiseParallelLora(), "down": RowwiseParallelLora()}
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), plan)
     out = one_step(model, x, target)
 
     assert_same(out, expected, TOLERANCE)
@@ -67,7 +68,7 @@ def test_lora_styles_under_sequence_parallel_layouts_give_the_gradients_of_one_p
     x, target = batch(2, 4)
     expected = one_step(reference, x, target)
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     plan = {
         "up": ColwiseParallelLora(input_layouts=Shard(1)),
         "down": RowwiseParallelLora(output_layouts=Shard(1), use_local_output=False),
@@ -95,7 +96,7 @@ def test_sequence_parallel_lora_reduces_the_gradients_of_its_replicated_paramete
     x, target = batch(2, 4)
     one_step(reference, x, target)
 
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     parallelize_module(model, mesh, SequenceParallelLora())
     shard = distribute_tensor(x.detach(), mesh, [Shard(1)])
     out = model(shard.to_local())
@@ -117,7 +118,7 @@ def test_weights_come_from_the_source_rank_unless_it_is_none(style):
     mine = copy.deepcopy(model.state_dict())
     torch.manual_seed(1)
     of_rank_one = LoraLinear(8, 8, dora=True).state_dict()
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
 
     parallelize_module(model, mesh, style(), src_data_rank=1)
     assert_same(model.state_dict(), of_rank_one, 0.0)
@@ -135,9 +136,9 @@ def test_gradients_stay_whole_after_the_parameters_were_exchanged_by_to_empty():
     reference = Block(LoraLinear, frozen=False)
     with torch.device("meta"):
         model = Block(LoraLinear, frozen=False)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     parallelize_module(model, mesh, {"up": ColwiseParallelLora(), "down": RowwiseParallelLora()})
-    model.to_empty(device="cpu")
+    model.to_empty(device=device_type())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(distribute_tensor(reference.get_parameter(name), mesh, parameter.placements))
@@ -155,7 +156,7 @@ def test_a_linear_without_an_adapter_and_an_embedding_work_as_with_the_torch_sty
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 6), nn.Linear(6, 8)).double()
     ids = torch.randint(0, 10, (2, 4))
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     reference(ids).square().sum().backward()
     for style in (
         ColwiseParallelLora(output_layouts=Replicate()),
@@ -174,7 +175,7 @@ def test_another_adapter_layout_is_refused_by_name():
     model.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2)})
     model.lora_B = nn.ModuleDict({"default": nn.Linear(2, 8)})
     with pytest.raises(TypeError, match=r"Linear\.lora_A is a ModuleDict.*peft"):
-        parallelize_module(model, init_device_mesh("cpu", (1,)), ColwiseParallelLora())
+        parallelize_module(model, init_device_mesh(device_type(), (1,)), ColwiseParallelLora())
 
 
 @pytest.mark.ranks(2)
@@ -183,7 +184,7 @@ def test_dropout_of_an_adapter_draws_the_masks_of_one_process():
     model = copy.deepcopy(reference)
     x, target = batch(2, 4)
     plan = {"up": ColwiseParallelLora(), "down": RowwiseParallelLora()}
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), plan)
     torch.manual_seed(5)
     expected = one_step(reference, x, target)
     torch.manual_seed(5)
@@ -194,7 +195,7 @@ def test_dropout_of_an_adapter_draws_the_masks_of_one_process():
 @pytest.mark.ranks(4)
 def test_uneven_features_and_vocabularies_are_exact_or_refused_before_any_collective():
     torch.manual_seed(0)
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = init_device_mesh(device_type(), (4,))
     reference = nn.Sequential(nn.Embedding(11, 10), nn.Linear(10, 13)).double()
     ids = torch.randint(0, 11, (2, 4))
     expected = reference(ids)
@@ -235,7 +236,7 @@ class Tied(nn.Module):
 def test_tied_weights_stay_one_parameter_or_are_refused():
     reference, ids = Tied(), torch.tensor([[1, 7, 3], [9, 0, 7]])
     model = copy.deepcopy(reference)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     tokens = RowwiseParallelLora(input_layouts=Replicate())
     parallelize_module(model, mesh, {"tokens": tokens, "head": ColwiseParallelLora(output_layouts=Replicate())})
     assert model.head.weight is model.tokens.weight
@@ -263,7 +264,7 @@ def test_a_translated_subclass_keeps_its_own_behaviour_and_its_gradients_become_
     model = copy.deepcopy(reference)
     x, target = batch(2, 4)
     expected = one_step(reference, x, target)
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
 
     parallelize_module(model, mesh, translate_to_lora(_GatheredNorm()))
     out = one_step(model, distribute_tensor(x.detach(), mesh, [Shard(1)]).to_local(), target)
@@ -281,7 +282,7 @@ def test_a_translated_plan_trains_an_adapter_of_any_rank(rank):
     x, target = batch(2, 4)
     one_step(reference, x, target)
     plan = translate_to_lora({"up": ColwiseParallel(), "down": RowwiseParallel()})
-    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    parallelize_module(model, init_device_mesh(device_type(), (2,)), plan)
     one_step(model, x, target)
     assert_same(gradients(model), gradients(reference), TOLERANCE)
     assert Partial() not in model.up.lora_A.weight.grad.placements

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from am_testkit.device import device_type
 from am_tp_styles._torch_compat import (
     FLATTENS_SHARDED_DIMS,
     all_gather,
@@ -45,7 +46,7 @@ def test_tensors_are_exchanged_for_the_length_of_a_block_even_when_it_raises():
 
 @pytest.mark.ranks(2)
 def test_a_running_collective_is_waited_for_and_its_gradient_passes():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     x = torch.ones(4, requires_grad=True)
     summed = DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[Replicate()], async_op=True).to_local()
     assert type(summed) is not torch.Tensor
@@ -59,7 +60,7 @@ def test_a_running_collective_is_waited_for_and_its_gradient_passes():
 
 @pytest.mark.ranks(2)
 def test_the_gradient_of_an_uneven_shard_stays_a_shard_whatever_its_strides_are():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     weight = nn.Parameter(distribute_tensor(torch.ones(2, 5), mesh, [Shard(1)]))
     weight.register_hook(lambda gradient: kept_as_sharded(gradient, weight))
     (weight.to_local().t() * torch.arange(2.0)).sum().backward()
@@ -69,7 +70,7 @@ def test_the_gradient_of_an_uneven_shard_stays_a_shard_whatever_its_strides_are(
 
 @pytest.mark.ranks(2)
 def test_whether_a_linear_flattens_a_sharded_sequence_is_known():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     weight = DTensor.from_local(torch.ones(3, 3), mesh, [Replicate()])
     x = DTensor.from_local(torch.ones(2, 2, 3), mesh, [Shard(1)])
     if FLATTENS_SHARDED_DIMS:
@@ -81,7 +82,7 @@ def test_whether_a_linear_flattens_a_sharded_sequence_is_known():
 
 @pytest.mark.ranks(2)
 def test_a_dtensor_is_taken_apart_and_put_together_without_dispatch():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     weight = distribute_tensor(torch.arange(10.0).view(5, 2), mesh, [Shard(0)])
     part = local_of(weight)
     assert torch.equal(part, weight.to_local())
@@ -92,7 +93,7 @@ def test_a_dtensor_is_taken_apart_and_put_together_without_dispatch():
 
 @pytest.mark.ranks(2)
 def test_the_operators_under_functional_collectives_take_a_groups_name_and_return_plain_tensors():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     group, rank = mesh.get_group().group_name, mesh.get_local_rank()
     mine = torch.tensor([1.0, 2.0]) + rank
     assert all_reduce(mine, "sum", group).tolist() == [3, 5]

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_tp_styles import restore_classes, translate_to_lora
 
@@ -75,7 +76,9 @@ PLAN = {
 
 
 def shard(model, ranks=2, plan=PLAN, **options):
-    parallelize_module(model.base_model.model, init_device_mesh("cpu", (ranks,)), translate_to_lora(plan), **options)
+    parallelize_module(
+        model.base_model.model, init_device_mesh(device_type(), (ranks,)), translate_to_lora(plan), **options
+    )
     return model
 
 
@@ -131,7 +134,9 @@ def test_a_linear_on_a_sharded_sequence_has_whole_gradients(variant):
     layer, expected = model.base_model.model.along, reference.base_model.model.along
     torch.manual_seed(1)
     x = torch.randn(2, 4, 8, dtype=torch.float64)
-    parallelize_module(layer, init_device_mesh("cpu", (2,)), translate_to_lora(SequenceParallel(use_local_output=True)))
+    parallelize_module(
+        layer, init_device_mesh(device_type(), (2,)), translate_to_lora(SequenceParallel(use_local_output=True))
+    )
     mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     out = layer(x[:, mine])
     out.square().sum().backward()
@@ -229,7 +234,7 @@ def test_a_meta_model_is_laid_out_without_data_and_filled_by_rank():
     model = copy.deepcopy(reference).to("meta")
     shard(model, src_data_rank=None)
     assert all(p.is_meta for p in model.base_model.model.up.parameters())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device_type())
     mesh = model.base_model.model.up.base_layer.weight.device_mesh
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -296,7 +301,7 @@ REFUSALS = [
 
 @pytest.mark.ranks(2)
 def test_what_has_no_sharded_form_is_refused_before_any_collective():
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh(device_type(), (2,))
     for change, name, error, message in REFUSALS:
         network = wrapped(["up", "down", "tokens"]).base_model.model
         change(network)
@@ -362,7 +367,7 @@ def test_fsdp_over_the_styles_gives_the_same_gradients_and_merges_only_unsharded
     reference = wrapped(**VARIANTS[variant])
     model = copy.deepcopy(reference)
     network = model.base_model.model
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "tp"))
     parallelize_module(network, mesh["tp"], translate_to_lora(PLAN))
     for module in (network.up, network.down, network.tokens, network):
         fully_shard(module, mesh=mesh["dp"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import itertools
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from am_moe.evaluation import reshard_after_evaluation
 from am_moe.expert_parallel import check_adapters
 from am_moe.experts import Experts, describe_experts
 from am_moe.same_towers import check_inputs_of_every_forward
-from am_moe.units import edges, layers, may_use_a_part, units_of_another_dtype
+from am_moe.units import edges, layer_stacks, layers, may_use_a_part, units_of_another_dtype
 
 
 def apply_fsdp(
@@ -105,9 +106,21 @@ def apply_fsdp(
     for layer in layers(model):
         if may_use_a_part(layer):
             reduce_unused(layer)
+    _prefetch(model)
     check_inputs_of_every_forward(model, fsdp_mesh)
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
+
+
+def _prefetch(model: nn.Module) -> None:
+    """While a layer computes, the parameters of the next one are on their way, its experts' too.
+
+    Experts make the host wait for the numbers of their rows; it could not ask for them in time otherwise.
+    """
+    for stack in layer_stacks(model):
+        for layer, following in itertools.pairwise(cast(list[Any], stack)):
+            units = [module for module in following.modules() if isinstance(module, FSDPModule)]
+            layer.set_modules_to_forward_prefetch(units)
 
 
 def _refuse_save_pretrained(model: Any) -> None:

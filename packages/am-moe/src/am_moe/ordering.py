@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from am_moe.kernels import add_up, take
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -68,7 +70,8 @@ def by_expert(ids_RK: torch.Tensor, local: int, number: int | None) -> ByExpert:
         local: L.
         number: N if the host knows it; else choices of nobody follow at the end.
     """
-    flat = ids_RK.flatten()
+    kind = torch.int16 if local < 1 << 15 else torch.int64  # short keys are sorted in fewer passes
+    flat = ids_RK.flatten().clamp(max=local).to(kind)
     everything = torch.arange(len(flat), device=flat.device)
     sorted_ids, order = flat.sort(stable=True)
     experts = torch.arange(local, device=flat.device, dtype=flat.dtype)
@@ -104,18 +107,11 @@ def _starts(counts: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
-def add_up(rows_ND: torch.Tensor, index: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """One kernel that reads each row once; `index_add_` would round to half precision, or add in any order."""
-    if not len(rows_ND):
-        return rows_ND.new_zeros(len(start) - 1, rows_ND.shape[1])
-    return nn.functional.embedding_bag(index, rows_ND.contiguous(), start, mode="sum")[:-1]
-
-
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, source, index, start):
         ctx.save_for_backward(index, start)
-        return x[source]
+        return take(x, source)
 
     @staticmethod
     @once_differentiable
@@ -132,4 +128,4 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):  # pyrefly: ignore[bad-override]  (the decorator's type loses the names)
-        return gradients[0][ctx.saved_tensors[0]], None, None, None
+        return take(gradients[0], ctx.saved_tensors[0]), None, None, None

@@ -75,11 +75,16 @@ def layers(model: nn.Module) -> list[nn.Module]:
     Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
     share parameters with each other, which stay with the root.
     """
+    return [layer for stack in layer_stacks(model) for layer in stack]
+
+
+def layer_stacks(model: nn.Module) -> list[list[nn.Module]]:
+    """The same layers, stack by stack."""
     found = []
     for stack in _stacks(model):
         some = [layer for layer in stack if any(True for _ in layer.parameters())]
         owned = Counter(id(p) for layer in some for p in set(layer.parameters()))
-        found += [layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())]
+        found.append([layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())])
     return found
 
 

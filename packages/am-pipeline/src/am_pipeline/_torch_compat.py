@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -88,13 +88,18 @@ class StepHooks:
 
 @contextmanager
 def _as_before_training(schedule: Any, applies: bool) -> Iterator[None]:
-    has_backward = schedule._has_backward
-    if applies:
-        schedule._has_backward = schedule._loss_fn is not None
+    """With the flags of training, those of the stages too, which torch before 2.13 asks, and outside inference mode."""
+    flagged = [schedule, *stages_of(schedule)] if applies else []
+    before = [each._has_backward for each in flagged]
+    for each in flagged:
+        each._has_backward = schedule._loss_fn is not None
+    inferring = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     try:
-        yield
+        with inferring:
+            yield
     finally:
-        schedule._has_backward = has_backward
+        for each, value in zip(flagged, before, strict=True):
+            each._has_backward = value
 
 
 def has_loss(schedule: _PipelineSchedule) -> bool:

@@ -10,6 +10,8 @@ import os
 
 # One thread per rank, decided before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The parent of forked ranks must not start CUDA when it asks whether there is any.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import pytest
 from _pytest.runner import runtestprotocol

@@ -17,6 +17,7 @@ from torch import nn
 from am_testkit import conditions
 from am_testkit.batches import Batch, build_batch
 from am_testkit.conditioned import MeanOfAll, autocast, groups, output_of
+from am_testkit.device import device_type
 from am_testkit.pairwise import Case
 
 PROGRAMS = {
@@ -148,7 +149,7 @@ class OneProcess(Loop):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         dtype = autocast(self.case)
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        with torch.autocast(device_type(), dtype, enabled=dtype is not None):
             return self.loss_fn(output_of(self.output(batch), self.case["head"]), batch.labels)
 
     def output(self, batch: Batch) -> object:

@@ -193,8 +193,9 @@ def _run(body, render, rank, world, timeout, address, listener) -> dict[str, obj
 
 
 def _join(rank: int, world: int, timeout: float, address: tuple[str, int], listener: socket.socket | None) -> None:
-    import torch
     import torch.distributed as dist
+
+    from am_testkit.device import join
 
     wait = timedelta(seconds=timeout + 30)
     host, port = address
@@ -202,13 +203,7 @@ def _join(rank: int, world: int, timeout: float, address: tuple[str, int], liste
         os.environ[name] = str(value)
     serving = {"master_listen_fd": listener.detach()} if listener else {}
     store = dist.TCPStore(host, port, world, rank == 0, wait, wait_for_workers=False, use_libuv=True, **serving)
-    if torch.cuda.is_available() and torch.cuda.device_count() >= world:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=world, timeout=wait, device_id=device)
-    else:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=wait)
+    join(store, rank, world, wait)
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from am_moe.collectives import all_to_all, counts_of_all
 from am_moe.dispatch import Received, count_choices
-from am_moe.ordering import Rows, add_up, by_rank
+from am_moe.kernels import add_up, take
+from am_moe.ordering import Rows, by_rank
 from am_moe.payload import pack, unpack
 
 
@@ -71,7 +72,8 @@ class _Send(torch.autograd.Function):
     def forward(ctx, routes, group, x_TD, weights_TK, ids_SK):
         ctx.routes, ctx.group = routes, group
         ctx.like = x_TD.new_empty(0, x_TD.shape[1]), weights_TK.new_empty(0, weights_TK.shape[1])
-        sent = [x_TD[routes.rows.source], weights_TK[routes.rows.source], ids_SK]
+        source = routes.rows.source
+        sent = [take(x_TD, source), weights_TK[source], ids_SK]
         rows_RD, weights_RK, ids_RK = unpack(all_to_all(pack(sent), routes.sent, routes.received, group), sent)
         ctx.mark_non_differentiable(ids_RK)
         return rows_RD, weights_RK, ids_RK
