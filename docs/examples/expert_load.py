@@ -34,7 +34,7 @@ def main() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         totals = {}
         for step in range(STEPS):
-            ids, labels = text.batch(2 * SEQUENCES, LENGTH, seed=0, step=step)
+            ids, labels, _ = text.batch(2 * SEQUENCES, LENGTH, seed=0, step=step)
             mine = slice(dist.get_rank() * SEQUENCES, (dist.get_rank() + 1) * SEQUENCES)
             loss = next_token_loss(model(ids[mine], use_cache=False).logits, labels[mine])
             loss.backward()

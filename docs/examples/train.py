@@ -2,7 +2,10 @@
 
     torchrun --nproc-per-node 4 docs/examples/train.py --pp 2 --dp 2 --ep 2
 
-Every choice has a default that works on four CPU processes; `--help` lists them.
+    torchrun --nproc-per-node 4 docs/examples/train.py --model FOLDER --text chats.jsonl
+
+Every choice has a default that works on four CPU processes; `--help` lists them. With `--model` it fine-tunes a Hugging
+Face folder, and writes one that `from_pretrained` loads; else it trains random weights on bytes, for a first look.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import copy
 import hashlib
 import os
 import pathlib
+import shutil
 import sys
 from datetime import timedelta
 from typing import Any
@@ -19,6 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoConfig, AutoTokenizer
 
 import am_fsdp
 import am_pipeline
@@ -26,8 +32,17 @@ from am_fsdp.process_group import Stop
 from training import checkpoint, session
 from training.agreement import refuse_differences
 from training.degrees import Degrees
+from training.examples import IGNORED, Examples
 from training.layout import Layout, lay_out
-from training.model import build_config, build_model, build_optimizer, next_token_loss
+from training.model import (
+    TokenMean,
+    build_config,
+    build_model,
+    build_optimizer,
+    model_without_weights,
+    next_token_loss,
+)
+from training.rate import Rate
 from training.report import LossLog, Progress, plot_loss
 from training.start import begin
 from training.text import ByteText
@@ -43,11 +58,11 @@ def main() -> None:
     args = parse_arguments()
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=args.timeout)))
     store = session.join(launchers, rank, world_size, args.timeout)
-    config = build_config(args.config, args.size)
-    text = ByteText(args.text)
+    config = build_config(args.model or args.config, args.size)
+    text = read_text(args, args.text)
     arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
-    contents = {"the digest of --text": text.digest(), "the digest of --config": sizes}
+    contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
     refuse_differences(store, rank, world_size, arguments | contents)
     degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
     degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
@@ -64,14 +79,19 @@ def train(
     args: argparse.Namespace,
     degrees: Degrees,
     config: Any,
-    text: ByteText,
+    text: ByteText | Examples,
     device: torch.device,
     stop: Stop,
     watch: Watch,
 ) -> None:
-    model = build_model(config, args.seed, args.lora)
+    if args.model:
+        model = model_without_weights(args.model, args.lora, args.seed)
+    else:
+        model = build_model(config, args.seed, args.lora)
     alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
     meshes = degrees.meshes(device.type)
+    loss_fn = TokenMean(args.batch // args.microbatch * degrees.cp)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layout = lay_out(
         model,
         degrees,
@@ -80,9 +100,15 @@ def train(
         microbatch=args.microbatch,
         local_batch=args.batch // degrees.dp,
         device=device,
+        loss_fn=loss_fn,
+        mp_policy=half if args.dtype == "bfloat16" else None,
+        recompute=args.recompute,
     )
     del model
+    for part in layout.parts if args.model else ():
+        am_fsdp.load_hf_weights(part, args.model, device=device, strict=degrees.pp == 1)
     optimizers = [build_optimizer(part, args.lr) for part in layout.parts]
+    rate = Rate(args.lr, args.warmup, args.steps, args.decay)
     resume_from = begin(args.out, args.resume)
     done = checkpoint.load(resume_from, layout.parts, optimizers) if resume_from else 0
     if done >= args.steps:
@@ -95,10 +121,14 @@ def train(
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
     mine = degrees.rows(meshes[0], args.batch)
     log = LossLog(args.out / "losses.txt", done, enabled=dist.get_rank() == 0)
+    tried = read_text(args, args.eval_text) if args.eval_text else None
     for step in range(done, args.steps):
         watch.at(f"step {step + 1}")
-        ids, labels = (t[mine].to(device) for t in text.batch(args.batch, args.seq_len, args.seed, step))
-        loss = layout.step(ids, labels)
+        batch = text.batch(args.batch, args.seq_len, args.seed, step)
+        loss_fn.expect(batch[1])
+        ids, labels, more = share_of(batch, mine, device)
+        rate.set(step, optimizers)
+        loss = layout.step(ids, labels, **more)
         norm = am_fsdp.clip_grad_norm_(
             [named for part in layout.parts for named in part.named_parameters()],
             args.clip,
@@ -113,6 +143,9 @@ def train(
         progress.update(step, log.losses[-1], float(norm))
         if alone:
             alone.step(text, step, log.losses[-1], float(norm))
+        if tried and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            watch.at(f"the evaluation after step {step + 1}")
+            say(f"step {step + 1:5d}  evaluation loss {evaluate(layout, tried, loss_fn, mine, device, args):.6f}")
         stopping = stop.requested()
         due = step + 1 == args.steps or (args.save_every and (step + 1) % args.save_every == 0)
         if due or stopping:
@@ -125,11 +158,16 @@ def train(
     progress.close()
 
     watch.at("the report")
-    draw_timeline(layout, ids, labels, args)
+    draw_timeline(layout, ids, labels, more, args)
     entropy = text.unigram_entropy()
+    if args.model:
+        watch.at("the folder")
+        written = save_folder(layout, degrees, args)
+        say(f"what was trained is in {written}")
     if dist.get_rank() == 0:
         title = f"{config.model_type}, {degrees}"
-        plot_loss(str(args.out / "loss.png"), log.losses, entropy, alone.losses if alone else [], title)
+        unit = "token" if args.model else "byte"
+        plot_loss(str(args.out / "loss.png"), log.losses, entropy, alone.losses if alone else [], title, unit)
         say(f"loss {log.losses[0]:.4f} -> {log.losses[-1]:.4f}; unigram entropy {entropy:.4f}; pictures in {args.out}")
     finish(alone, device)
 
@@ -137,10 +175,16 @@ def train(
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     model = parser.add_argument_group("model and text")
-    model.add_argument("--config", default="qwen3_moe", help="a local HF config folder or a model type")
+    model.add_argument("--model", help="a Hugging Face folder to fine-tune, with a tokenizer; needs --text")
+    model.add_argument(
+        "--config", default="qwen3_moe", help="a local HF config folder or a model type, without --model"
+    )
     model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
     model.add_argument("--lora", type=int, default=0, help="train LoRA adapters of this rank over the frozen model")
-    model.add_argument("--text", help="a file or folder; the Python standard library if not given")
+    model.add_argument("--text", help="a file or folder; the Python standard library if not given; with --model .jsonl")
+    model.add_argument("--packed", action="store_true", help="with --model, several texts to a row, kept apart")
+    model.add_argument("--eval-text", help="with --model, a file to evaluate on")
+    model.add_argument("--eval-every", type=int, default=50, help="steps between evaluations, besides the last")
     layout = parser.add_argument_group("layout; pp x dp-replicate x dp x cp x tp must be the number of ranks")
     layout.add_argument("--pp", type=int, default=2, help="pipeline stages' ranks")
     layout.add_argument("--dp", type=int, default=2, help="data-parallel ranks, sharded with FSDP2")
@@ -155,7 +199,16 @@ def parse_arguments() -> argparse.Namespace:
     steps.add_argument("--batch", type=int, default=16, help="sequences per step, over all ranks")
     steps.add_argument("--microbatch", type=int, default=2, help="sequences per microbatch")
     steps.add_argument("--seq-len", type=int, default=128)
-    steps.add_argument("--lr", type=float, default=3e-3)
+    steps.add_argument("--lr", type=float, help="3e-3; with --model 1e-5, with adapters 2e-4")
+    steps.add_argument("--warmup", type=int, default=0, help="steps in which the rate grows to --lr")
+    steps.add_argument("--decay", choices=["constant", "cosine"], default="constant", help="of the rate, after that")
+    steps.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="to compute in; bfloat16 keeps weights and sums of gradients in float32",
+    )
+    steps.add_argument("--recompute", action="store_true", help="recompute layers in the backward")
     steps.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
     steps.add_argument("--seed", type=int, default=0)
     run = parser.add_argument_group("run")
@@ -164,13 +217,21 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --out")
     run.add_argument("--timeout", type=float, default=600, help="seconds without a step after which a run is ended")
     run.add_argument("--check", action="store_true", help="train on one process beside it and fail if they part")
-    run.add_argument("--tolerance", type=float, default=1e-5, help="largest relative difference of loss with --check")
+    run.add_argument("--tolerance", type=float, help="largest relative difference of loss with --check; 1e-5, or 3e-2")
     args = parser.parse_args()
+    if args.model and not args.text:
+        parser.error("--model needs --text, a .jsonl file of texts or chats")
+    if (args.packed or args.eval_text) and not args.model:
+        parser.error("--packed and --eval-text need --model")
+    if args.lr is None:
+        args.lr = (2e-4 if args.lora else 1e-5) if args.model else 3e-3
+    if args.tolerance is None:
+        args.tolerance = 1e-5 if args.dtype == "float32" else 3e-2
     if args.ep is None:
-        args.ep = args.dp if args.config == "qwen3_moe" and args.tp == 1 else 1
+        args.ep = args.dp if not args.model and args.config == "qwen3_moe" and args.tp == 1 else 1
     if args.lora < 0:
         parser.error("--lora must be at least 0")
-    for name in ("steps", "batch", "microbatch", "seq_len", "timeout"):
+    for name in ("steps", "batch", "microbatch", "seq_len", "timeout", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
@@ -198,12 +259,57 @@ def mean_over_world(loss: torch.Tensor | None, device: torch.device) -> float:
     return float(pair[0] / pair[1])
 
 
-def draw_timeline(layout: Layout, ids: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace) -> None:
+def read_text(args: argparse.Namespace, path: str | None) -> ByteText | Examples:
+    if not args.model:
+        return ByteText(path)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    return Examples(path, tokenizer, args.seq_len, args.packed)
+
+
+def share_of(batch: tuple, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    ids, labels, more = batch
+    return ids[rows].to(device), labels[rows].to(device), {n: t[rows].to(device) for n, t in more.items()}
+
+
+def evaluate(
+    layout: Layout, text: Examples, loss_fn: TokenMean, mine: slice, device: torch.device, args: argparse.Namespace
+) -> float:
+    """The mean loss over all labels of a text."""
+    total = number = 0.0
+    for batch in text.every_row(args.batch):
+        loss_fn.expect(batch[1])
+        ids, labels, more = share_of(batch, mine, device)
+        counted = int((batch[1] != IGNORED).sum())
+        total += counted * mean_over_world(layout.evaluate(ids, labels, **more), device)
+        number += counted
+    return total / number
+
+
+def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> pathlib.Path:
+    """What was trained as a folder that `from_pretrained` loads, its tokenizer beside it; with `--lora` the adapter, or
+    over a pipeline, whose parts cannot write that one file together, the model with the adapter in it."""
+    alone = args.lora and degrees.pp == 1
+    folder = args.out / ("adapter" if alone else "model")
+    if dist.get_rank() == 0 and folder.exists():
+        shutil.rmtree(folder)  # of an earlier end of this run
+    dist.barrier()
+    for part in layout.parts:  # recomputation turns the cache off, which is not for those who use the model
+        part.config.use_cache = AutoConfig.from_pretrained(args.model, local_files_only=True).use_cache
+    adapters = ("adapter" if alone else "merged") if args.lora else None
+    am_fsdp.save_hf_weights(layout.parts, folder, adapters=adapters, pipeline_parts=degrees.pp > 1)
+    if dist.get_rank() == 0:
+        AutoTokenizer.from_pretrained(args.model, local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+def draw_timeline(
+    layout: Layout, ids: torch.Tensor, labels: torch.Tensor, more: dict[str, torch.Tensor], args: argparse.Namespace
+) -> None:
     """Run one more step, without an optimizer step, and draw what the schedule did."""
     if not layout.stages:
         return
     with am_pipeline.record_timeline(layout.stages) as events:
-        layout.step(ids, labels)
+        layout.step(ids, labels, **more)
     everyone = am_pipeline.gather_timeline(events, layout.stages)
     if dist.get_rank() == 0:
         title = f"{args.schedule}, {args.batch // args.dp_replicate // args.dp // args.microbatch} microbatches"
@@ -215,9 +321,11 @@ class Alone:
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self.args = args
-        self.model = build_model(
-            copy.deepcopy(model.config), args.seed, args.lora
-        )  # context parallelism changes the other's config
+        if args.model:
+            self.model = am_fsdp.load_hf_weights(model_without_weights(args.model, args.lora, args.seed), args.model)
+        else:  # context parallelism changes the other's config
+            self.model = build_model(copy.deepcopy(model.config), args.seed, args.lora)
+        self.rate = Rate(args.lr, args.warmup, args.steps, args.decay)
         self.optimizer = build_optimizer(self.model, args.lr)
         self.losses: list[float] = []
         self.worst_loss = self.worst_norm = self.worst_ever = 0.0
@@ -227,12 +335,12 @@ class Alone:
         exact = self.worst_loss <= self.args.tolerance and self.worst_norm <= 100 * self.args.tolerance
         return exact and self.worst_ever <= 5e-2
 
-    def replay(self, text: ByteText, steps: int) -> None:
+    def replay(self, text: ByteText | Examples, steps: int) -> None:
         """Catch up with a resumed run."""
         for step in range(steps):
             self._train(text, step)
 
-    def step(self, text: ByteText, step: int, loss: float, norm: float) -> None:
+    def step(self, text: ByteText | Examples, step: int, loss: float, norm: float) -> None:
         mine, my_norm = self._train(text, step)
         self.losses.append(mine)
         difference = abs(loss - mine) / abs(mine)
@@ -241,9 +349,10 @@ class Alone:
             self.worst_loss = max(self.worst_loss, difference)
             self.worst_norm = max(self.worst_norm, abs(norm - my_norm) / abs(my_norm))
 
-    def _train(self, text: ByteText, step: int) -> tuple[float, float]:
-        ids, labels = text.batch(self.args.batch, self.args.seq_len, self.args.seed, step)
-        loss = next_token_loss(self.model(ids, use_cache=False).logits, labels)
+    def _train(self, text: ByteText | Examples, step: int) -> tuple[float, float]:
+        ids, labels, more = text.batch(self.args.batch, self.args.seq_len, self.args.seed, step)
+        self.rate.set(step, [self.optimizer])
+        loss = next_token_loss(self.model(ids, use_cache=False, **more).logits, labels)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
         self.optimizer.step()

@@ -64,7 +64,7 @@ def lay_out(
     """Lay out a model that has the same weights on every rank.
 
     Args:
-        model: changed in place, or cut.
+        model: changed in place, or cut. On meta, weights are for the parts to load.
         degrees, meshes: of `Degrees`.
         schedule: of `torch.distributed.pipelining`.
         microbatch, local_batch: sequences per forward, and of this rank per step.
@@ -83,7 +83,8 @@ def lay_out(
     )
     cp_mesh = meshes[0]["cp"] if degrees.cp > 1 else None
     if degrees.pp == 1:
-        model.to(device)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            model.to(device)
         parallelize(model, *meshes)
         step, evaluate = _plain_steps(model, local_batch // microbatch, cp_mesh, loss_fn, output_of, autocast)
         return Layout([model], step, evaluate, [], [])

@@ -85,6 +85,19 @@ def build_model(config: Any, seed: int, lora: int = 0) -> nn.Module:
     return model
 
 
+def model_without_weights(folder: str, lora: int, seed: int) -> nn.Module:
+    """A folder's causal LM on meta, float32, to be laid out before `am_fsdp.load_hf_weights` fills it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if lora:
+            add_adapters(model, lora, seed)
+    torch.manual_seed(seed)  # adapters begin by it
+    return model
+
+
 def add_adapters(model: nn.Module, rank: int, seed: int) -> None:
     """Put peft's LoRA adapters into every linear of the layers but the router's, and train nothing else; in place.
 
@@ -117,7 +130,27 @@ def main_output(output: Any) -> torch.Tensor:
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
-def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy in nats of `(B, S, V)` logits against `(B, S)` labels, in float32 or wider."""
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Cross entropy in nats of `(B, S, V)` logits against `(B, S)` labels, in float32 or wider; -100 is not counted."""
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction=reduction)
+
+
+class TokenMean:
+    """A loss whose mean over equal shares of a batch, microbatches on ranks, is the mean over all labels of the batch,
+    however unequally these lie in the shares.
+
+    Args:
+        shares: microbatches of a rank times data and context ranks.
+    """
+
+    def __init__(self, shares: int) -> None:
+        self.shares = shares
+        self.each = 1.0
+
+    def expect(self, labels: torch.Tensor) -> None:
+        """The labels of the whole batch, before its step."""
+        self.each = max(1, int((labels != -100).sum())) / self.shares
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return next_token_loss(logits, labels, "sum") / self.each

@@ -69,8 +69,8 @@ class LossLog:
             os.fsync(self.file.fileno())
 
 
-def plot_loss(path: str, losses: list[float], entropy: float, single: list[float], title: str) -> None:
-    """The loss in nats per byte, beside the text's unigram entropy and, of the last steps, the single process's."""
+def plot_loss(path: str, losses: list[float], entropy: float, single: list[float], title: str, unit: str) -> None:
+    """The loss, beside the text's unigram entropy and, of the last steps, the single process's."""
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     steps = range(1, 1 + len(losses))
@@ -78,7 +78,7 @@ def plot_loss(path: str, losses: list[float], entropy: float, single: list[float
     if single:
         axes.plot(steps[-len(single) :], single, "--", color="black", linewidth=1, label="one process")
     axes.axhline(entropy, color="grey", linestyle=":", label=f"unigram entropy of the text, {entropy:.2f}")
-    axes.set(xlabel="step", ylabel="loss, nats per byte", title=title, ylim=(0, None))
+    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}", title=title, ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path)

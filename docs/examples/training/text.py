@@ -32,12 +32,14 @@ class ByteText:
         if len(self.tokens) <= seq_len + 1:
             raise ValueError(f"--text has {len(self.tokens)} bytes, too few for --seq-len {seq_len}")
 
-    def batch(self, sequences: int, seq_len: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and next-byte labels of a step, `(sequences, seq_len)` int64, the same on every rank."""
+    def batch(
+        self, sequences: int, seq_len: int, seed: int, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Ids and next-byte labels of a step, `(sequences, seq_len)` int64, the same on every rank; no more inputs."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(0, len(self.tokens) - seq_len - 1, (sequences, 1), generator=generator)
         windows = self.tokens[starts + torch.arange(seq_len + 1)].long()
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), {}
 
     def unigram_entropy(self) -> float:
         """Nats per byte of a model that knows nothing but how often each byte occurs."""

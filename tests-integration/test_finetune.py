@@ -1,0 +1,198 @@
+"""A folder and chats in, a folder out: `docs/examples/train.py --model`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from am_testkit.torchrun import Torchrun
+
+TRAIN = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "train.py"
+
+sys.path[:0] = [str(TRAIN.parent), str(pathlib.Path(__file__).parent)]
+
+from small_folder import make_chats, make_folder
+
+from training.examples import IGNORED, Examples
+from training.model import TokenMean, next_token_loss
+from training.rate import Rate
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("WORLD_SIZE", "2") != "2", reason="starts processes of its own: runs once, with the two-rank suite"
+)
+LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    return make_chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
+
+
+def launch(ranks, layout, base, text, out, *more):
+    arguments = [*layout.split(), "--model", base, "--text", text, "--batch", 8, "--seq-len", LENGTH, "--out", out]
+    with Torchrun(ranks, TRAIN, *arguments, *more) as job:
+        code = job.finish(240)
+    assert code == 0, job.output
+    return job.output
+
+
+def whole_loss(model, text):
+    total = number = 0
+    for ids, labels, more in text.every_row(8):
+        with torch.no_grad():
+            total += next_token_loss(model(ids, use_cache=False, **more).logits, labels, "sum")
+        number += (labels != IGNORED).sum()
+    return float(total / number)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "more"),
+    [
+        ("--pp 2 --dp 2", 4, ()),
+        ("--pp 1 --dp 2 --tp 2 --sequence-parallel", 4, ("--recompute",)),
+        ("--pp 2 --dp 1 --cp 2", 4, ("--packed",)),
+        ("--pp 1 --dp 2", 2, ("--lora", 4)),
+        ("--pp 2 --dp 1", 2, ("--lora", 4, "--packed")),
+    ],
+)
+def test_a_folder_is_trained_as_by_one_process_and_what_is_written_has_the_loss_that_was_printed(
+    layout, ranks, more, base, chats, tokenizer, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    steps = ("--steps", 3, "--check", "--eval-text", chats, "--warmup", 2, "--decay", "cosine")
+    output = launch(ranks, layout, base, chats, tmp_path, *steps, *more)
+    assert "check: the run agrees with one process" in output
+    printed = float(re.findall(r"evaluation loss ([\d.]+)", output)[-1])
+    if (tmp_path / "adapter").exists():
+        import peft
+
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    text = Examples(str(chats), tokenizer, LENGTH, "--packed" in more)
+    assert whole_loss(model.eval(), text) == pytest.approx(printed, abs=2e-6)
+    if not more or more[0] != "--lora":
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "model")]
+        assert configs[0] == configs[1]
+    assert whole_loss(AutoModelForCausalLM.from_pretrained(base).eval(), text) != pytest.approx(printed, abs=1e-5)
+
+
+def test_bfloat16_and_a_run_that_is_continued(base, chats, tmp_path):
+    half = ("--dtype", "bfloat16", "--check", "--warmup", 3)
+    launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "one", "--steps", 4, *half)
+    launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "two", "--steps", 2, *half)
+    launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "two", "--steps", 4, "--resume", *half)
+    losses = [(tmp_path / run / "losses.txt").read_text() for run in ("one", "two")]
+    assert losses[0] == losses[1]
+    assert len(losses[0].splitlines()) == 4
+
+
+def test_the_answers_of_a_chat_are_learned_and_nothing_else(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    messages = [("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four, five.")]
+    path.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}) + "\n")
+    text = Examples(str(path), tokenizer, LENGTH)
+    ids, labels, more = text.batch(1, LENGTH, 0, 0)
+    assert tokenizer.decode(labels[labels != IGNORED]) == "Two.<|end|>Four, five.<|end|>"
+    taught = labels[0] != IGNORED
+    assert torch.equal(labels[0, taught][:-1], ids[0].roll(-1)[taught][:-1]), "each label is the token that follows"
+    assert not more
+
+
+def test_prompts_and_long_texts(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    long = "import this and that; " * 60
+    path.write_text(
+        "\n".join(map(json.dumps, [{"prompt": "2 + 2 = ", "completion": "4"}, {"text": long}, {"text": "end"}]))
+    )
+    text = Examples(str(path), tokenizer, LENGTH)
+    learned = [tokenizer.decode(row[row != IGNORED]) for row in text.labels]
+    assert learned[0] == "4<|end|>"
+    tokens = tokenizer(long).input_ids
+    assert torch.cat([row[row != IGNORED] for row in text.labels[1:-1]]).tolist() == [*tokens[1:], 0], "nothing is lost"
+
+
+def test_packed_texts_do_not_see_each_other(base, chats, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    packed, alone = (Examples(str(chats), tokenizer, LENGTH, packed) for packed in (True, False))
+    assert len(packed.ids) < len(alone.ids)
+    assert (packed.labels != IGNORED).sum() == (alone.labels != IGNORED).sum()
+    assert whole_loss(model, packed) == pytest.approx(whole_loss(model, alone), rel=1e-6)
+
+
+def test_every_row_comes_once_before_any_comes_again(chats, tokenizer):
+    text = Examples(str(chats), tokenizer, LENGTH)
+    rows = torch.cat([text.batch(8, LENGTH, 3, step)[0] for step in range(10)])
+    for epoch in rows.split(len(text.ids)):
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, text.ids.tolist()))
+    assert not torch.equal(*rows.split(len(text.ids)))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "line 2 of .* is no JSON"),
+        ('{"question": "?"}', 'line 2 of .* has neither "text", "messages", nor "prompt"'),
+        ('{"messages": [{"content": "no role"}]}', "line 2 of .*: KeyError|line 2 of .*role"),
+        ('["text"]', "line 2 of .* has neither"),
+    ],
+)
+def test_a_line_that_is_no_example_is_refused_by_its_number(line, words, tokenizer, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good enough"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=words):
+        Examples(str(path), tokenizer, LENGTH)
+
+
+def test_nothing_to_learn_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "anybody?"}]}\n')
+    with pytest.raises(ValueError, match="nothing to learn in 96 tokens"):
+        Examples(str(path), tokenizer, LENGTH)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=4, max_size=4))
+def test_the_mean_over_shares_is_the_mean_over_all_labels(counted):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3, 5, dtype=torch.float64), torch.randint(0, 5, (4, 3))
+    labels[~torch.tensor(counted)] = IGNORED
+    loss = TokenMean(4)
+    loss.expect(labels)
+    mean = sum(loss(logits[i : i + 1], labels[i : i + 1]) for i in range(4)) / 4
+    total = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert float(mean) == pytest.approx(float(total / max(1, (labels != IGNORED).sum())), rel=1e-12)
+
+
+@given(st.integers(0, 9), st.integers(1, 40))
+def test_the_rate_grows_then_falls_to_a_tenth(warmup, steps):
+    rates = [Rate(2.0, warmup, steps, "cosine").at(step) for step in range(steps)]
+    assert all(0.2 - 1e-12 <= rate <= 2.0 for rate in rates[warmup:])
+    assert rates[: warmup + 1] == sorted(rates[: warmup + 1])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if steps - warmup > 1:
+        assert rates[-1] == pytest.approx(0.2)
+        assert rates[warmup] == 2.0
