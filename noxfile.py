@@ -307,8 +307,10 @@ def installed(session: nox.Session) -> dict[str, importlib.metadata.Distribution
 def run(session: nox.Session, tool: str, *arguments: str) -> None:
     """Run a tool of the session's environment, or of the shared one where the session has none of its own."""
     shared = session.venv_backend == "none"
-    # One thread per rank: ranks share the cores.
-    session.run(str(TOGETHER / tool) if shared else tool, *arguments, env={"OMP_NUM_THREADS": "1"}, external=shared)
+    # One thread per rank: ranks share the cores. After Ctrl-C, ranks get the time that a checkpoint takes.
+    patience = {"interrupt_timeout": 120.0, "terminate_timeout": 30.0}
+    environment = {"OMP_NUM_THREADS": "1"}
+    session.run(str(TOGETHER / tool) if shared else tool, *arguments, env=environment, external=shared, **patience)
 
 
 def pytest(session: nox.Session, name: str, *arguments: str) -> None:

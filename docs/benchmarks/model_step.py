@@ -131,7 +131,9 @@ def layouts(name: str, compiled: bool) -> dict[str, Callable[[nn.Module], nn.Mod
         "am-tp-plans": tensor_parallel,
         "am-tp-plans, sequence parallelism": lambda model: tensor_parallel(model, sequence_parallel=True),
     }
-    return ways if compiled else ways | {"am-moe: context": context}
+    if compiled:  # units of FSDP2 would be compiled one by one, as they are by hand
+        return {way: lay_out for way, lay_out in ways.items() if "fsdp" not in way and "fully" not in way}
+    return ways | {"am-moe: context": context}
 
 
 POLICY = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=DTYPE)
