@@ -130,7 +130,7 @@ def compositions(session: nox.Session) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     session.env["AM_SWEEP"] = str(folder)
-    names = ("test_compositions.py", "test_conditions.py", "test_train.py")
+    names = ("test_compositions.py", "test_conditions.py", "test_train.py", "test_finetune.py")
     tests = [f"tests-integration/{name}" for name in names]
     pytest(session, "compositions", *tests, *session.posargs)
     run(session, "python", "docs/coverage/tables.py", str(folder), "compositions")

@@ -286,16 +286,14 @@ def evaluate(
 
 
 def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> pathlib.Path:
-    """What was trained as a folder that `from_pretrained` loads, its tokenizer beside it; with `--lora` the adapter, or
-    over a pipeline, whose parts cannot write that one file together, the model with the adapter in it."""
-    alone = args.lora and degrees.pp == 1
-    folder = args.out / ("adapter" if alone else "model")
+    """What was trained as a folder that `from_pretrained` loads, its tokenizer beside it; with `--lora` the adapter."""
+    folder = args.out / ("adapter" if args.lora else "model")
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)  # of an earlier end of this run
     dist.barrier()
     for part in layout.parts:  # recomputation turns the cache off, which is not for those who use the model
         part.config.use_cache = AutoConfig.from_pretrained(args.model, local_files_only=True).use_cache
-    adapters = ("adapter" if alone else "merged") if args.lora else None
+    adapters = "adapter" if args.lora else None
     am_fsdp.save_hf_weights(layout.parts, folder, adapters=adapters, pipeline_parts=degrees.pp > 1)
     if dist.get_rank() == 0:
         AutoTokenizer.from_pretrained(args.model, local_files_only=True).save_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_base_adapter_and_merged_model_are_read_back_bit_for_bit(tmp_path, wrapp
     equal(type(base).from_pretrained(folders["base"]), base)
     equal(peft.PeftModel.from_pretrained(type(base).from_pretrained(folders["base"]), folders["adapter"]), expected)
     equal(type(base).from_pretrained(folders["merged"]), copy.deepcopy(expected).merge_and_unload())
+
+
+@pytest.mark.ranks(4)
+def test_the_adapter_of_a_pipelines_parts_is_one_file(tmp_path):
+    base, model = adapted()
+    expected = copy.deepcopy(model)
+    stage = dist.get_rank() // 2
+    part = model.get_base_model()
+    part.model.layers[1 - stage] = torch.nn.Identity()
+    part.model.embed_tokens = torch.nn.Identity() if stage else part.model.embed_tokens
+    part.lm_head = part.lm_head if stage else torch.nn.Identity()
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "data_parallel"))["data_parallel"]
+    fsdp2_strategy_parallelize(part, mesh, torch.float32)
+    folder = shared(tmp_path / "adapter")
+    save_hf_weights(part, folder, adapters="adapter", pipeline_parts=True)
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+    equal(peft.PeftModel.from_pretrained(base, folder), expected)
 
 
 @pytest.mark.ranks(2)

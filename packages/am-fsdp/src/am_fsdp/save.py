@@ -94,6 +94,9 @@ def save_hf_weights(
         written = [plan.target / f"{file}{_UNFINISHED}" for file in mine]
         try:
             _write(plan, mine, len(alike), group)
+            if plan.pieces:
+                mine = [ADAPTER] if rank == 0 else []
+                together(lambda: _join(plan, written) if rank == 0 else None, group)
             together(lambda: _name_files(plan.target, mine, written), group)
             together(lambda: _write_texts(plan, written) if rank == 0 else None, group)
         except BaseException:
@@ -117,6 +120,7 @@ class _Plan:
     texts: dict[str, str]
     expected: set[str]  # keys of the whole model, of which this may be a part
     files: dict[str, dict[str, Lazy]] = field(default_factory=dict)  # those that ranks with the same tensors write
+    pieces: list[str] = field(default_factory=list)  # files of parts, of which one is made in the end
 
     def described(self) -> str:
         return json.dumps({key: [str(t.dtype).partition(".")[2], [*t.shape]] for key, t in self.held.items()})
@@ -230,11 +234,12 @@ def _ranks_alike(
     limit = plan.limit if adapters != "adapter" else 1 << 62
     files = files_of(stages, limit)
     if adapters == "adapter":
-        if len(stages) > 1:
-            raise ValueError(
-                "an adapter of pipeline parts is one file, which several parts cannot write; save 'merged'"
-            )
-        files = {ADAPTER: next(iter(files.values()))}
+        stem = ADAPTER.removesuffix(".safetensors")
+        if len(stages) > 1:  # peft reads one file
+            files = {f"{stem}-{number}.safetensors": inside for number, inside in enumerate(files.values(), 1)}
+            plan.pieces = list(files)
+        else:
+            files = {ADAPTER: next(iter(files.values()))}
     elif len(files) > 1:
         plan.texts |= index_text(files)
     held = plan.held
@@ -478,6 +483,19 @@ class _Writer:
 def _raise_first(failures: list[Exception]) -> None:
     if failures:
         raise failures[0]
+
+
+def _join(plan: _Plan, written: list[pathlib.Path]) -> None:
+    """One file of those that the ranks wrote, which go; all of it is in memory, and adapters are small."""
+    from safetensors.torch import load_file, save_file
+
+    paths = [plan.target / f"{piece}{_UNFINISHED}" for piece in plan.pieces]
+    tensors = {key: tensor for path in paths for key, tensor in load_file(path).items()}
+    whole = plan.target / f"{ADAPTER}{_UNFINISHED}"
+    written.append(whole)
+    save_file(tensors, whole, metadata={"format": "pt"})
+    for path in paths:
+        path.unlink()
 
 
 def _name_files(target: pathlib.Path, files: list[str], written: list[pathlib.Path]) -> None:
