@@ -16,11 +16,12 @@ HERE = pathlib.Path(__file__).parent
 # What nobody says is what the plainest run has.
 _FORM = "ids alone, a next-token loss over every token, no dropout, all weights trained."
 _FLOATS = "float64, or float32 where a row says so"
+_BOTH = "on two ranks the attention that transformers takes by itself (sdpa, where a type has it), on four ranks eager"
 ONE_STEP = f"Conditions: eager attention; {_FLOATS}; one step of one pass; {_FORM}"
 CONDITIONS = {
     "tensor": ONE_STEP,
-    "data": ONE_STEP,
-    "experts": f"Conditions: eager attention and experts; {_FLOATS}; two steps of one pass each; {_FORM}",
+    "data": f"Conditions: {_BOTH}; {_FLOATS}; one step of one pass; {_FORM}",
+    "experts": f"Conditions: {_BOTH}; eager experts; {_FLOATS}; two steps of one pass each; {_FORM}",
     "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table; am-moe tests some.",
     "compositions": f"Conditions: sdpa attention; float64; three steps of one pass each; {_FORM[:-1]}, of the Llama "
     "its adapters.",
