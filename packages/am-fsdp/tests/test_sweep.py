@@ -77,7 +77,7 @@ def measure(model_type, layouts, attention):
             step_of(fsdp2_strategy_parallelize(model, mesh, dtype, dp_mesh_name=data_names))
         record(
             model_type,
-            dict.fromkeys(layouts, f"refused: {refusal.value}") | {"nan": False, "kind": "", "dtype": ""},
+            dict.fromkeys(layouts, f"refused: {refusal.value}") | {"kind": "", "dtype": ""},
         )
         return
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -87,7 +87,7 @@ def measure(model_type, layouts, attention):
     wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
     broken = any(not gradient.isfinite().all() for gradient in wanted.values())
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
-    results = {"dtype": str(dtype).removeprefix("torch."), "kind": type(reference).__name__, "nan": bool(broken)}
+    results = {"dtype": str(dtype).removeprefix("torch."), "kind": type(reference).__name__}
     for name, (mesh, data_names, plan) in layouts.items():
         model = small(model_type, dtype=dtype, attention=attention)
         fsdp2_strategy_parallelize(model, mesh, dtype, dp_mesh_name=data_names, tp_shard_plan=plan)
@@ -110,7 +110,7 @@ def measure(model_type, layouts, attention):
         tolerance = 1e-4 if model_type == "deepseek_v4" else TOLERANCE[dtype]  # its hyper-connections are in float32
         assert worst.item() < tolerance, f"{name} is off by {worst.item():.1e}"
         held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-        results[name] = worst.item()
+        results[name], results[f"{name} nan"] = worst.item(), broken
         results[f"{name} held"] = held / sum(p.numel() for p in model.parameters())
     record(model_type, results)
 
@@ -123,5 +123,4 @@ def record(model_type, results):
     if SWEEP and dist.get_rank() == 0:
         file = pathlib.Path(SWEEP, f"data-{model_type}.json")
         before = json.loads(file.read_text()) if file.exists() else {}
-        results["nan"] = results["nan"] or before.get("nan", False)
         file.write_text(json.dumps(before | results))

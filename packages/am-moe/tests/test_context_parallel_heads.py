@@ -149,7 +149,7 @@ def test_every_head_is_exact_on_two_context_ranks_or_refused(head, model_type):
 
 def record(head, model_type, results):
     if SWEEP and dist.get_rank() == 0:
-        pathlib.Path(SWEEP, f"heads-{head}-{model_type}.json").write_text(json.dumps(results))
+        pathlib.Path(SWEEP, f"context_heads-{head}-{model_type}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.parametrize(("head", "model_type"), [("sequence", "llama"), ("token", "mistral"), ("question", "llama")])

@@ -165,8 +165,8 @@ def _refuse_wrapped(stages: list[PipelineStage]) -> None:
     for stage in stages:
         if not isinstance(stage.submod, nn.Module):
             raise TypeError(
-                f"parallelize_fn returned {stage.submod!r} for stage {stage.stage_index}; return a module, or None where "
-                "it has changed the part in place"
+                f"parallelize_fn returned {stage.submod!r} for stage {stage.stage_index}; return a module, or None "
+                "where it has changed the part in place"
             )
         if any(isinstance(module, DistributedDataParallel) for module in stage.submod.modules()):
             raise ValueError(
