@@ -56,7 +56,7 @@ def reshard_after_evaluation(model: nn.Module) -> None:
             module.register_forward_hook(unit.after)
 
 
-def _outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     """Keep `torch.compile` out of a hook, as FSDP2 does with its own."""
 
     @functools.wraps(hook)
@@ -77,7 +77,7 @@ class _Unit:
     was_whole: bool = False  # before that forward
     seen: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # writes to shards and to gathered parameters
 
-    @_outside_graphs
+    @outside_graphs
     def before(self, module: nn.Module, _arguments: Any) -> None:
         if self.is_root:
             for unit in self.within:
@@ -95,7 +95,7 @@ class _Unit:
             for unit in self.within:
                 unit._gather_outside_inference_mode()
 
-    @_outside_graphs
+    @outside_graphs
     def after(self, module: nn.Module, _arguments: Any, output: Any) -> None:
         self.to_run.discard(module)
         if not torch.is_grad_enabled() or (self.is_root and not _may_have_graph(output)):
