@@ -24,10 +24,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import am_fsdp
 from am_testkit import compositions, conditions
 from am_testkit.batches import Batch
+from am_testkit.compared import compare, compare_gradients, largest_anywhere, mean_over_world
 from am_testkit.conditioned import MeanOfAll, autocast, build_model, output_of, tolerance
 from am_testkit.device import device_type
-from am_testkit.exact import relative_error, whole
-from am_testkit.programs import LARGEST_NORM, Loop, OneProcess, program, zeros_of_a_copy
+from am_testkit.programs import LARGEST_NORM, Loop, OneProcess, zeros_of_a_copy
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "docs" / "examples"))
 
@@ -48,9 +48,6 @@ USUAL = {
 }
 CASES = conditions.cross(least=2) if SWEEP else conditions.cross(USUAL, least=2, most=4)
 RECOMPUTE = {"none": False, "layers": "full", "every second layer": 2}
-# Softmax and norms of transformers are float32 even in a float64 model: what is smaller than this beside the largest
-# gradient is their rounding.
-ROUNDING = {"float64": 1e-6, "float32": 1e-3}
 
 
 def case_of(case):
@@ -61,7 +58,7 @@ def case_of(case):
 @pytest.mark.parametrize("case", [case_of(c) for c in CASES if not conditions.must_be_refused(c)])
 def test_a_layout_trains_like_one_process_under_every_condition(case):
     try:
-        errors = compare(case)
+        errors = compare(case, InLayout(case, build_model(case)))
     except (ValueError, TypeError, NotImplementedError) as refusal:
         if not SWEEP:
             raise
@@ -90,7 +87,7 @@ def test_autocast_around_a_whole_step_holds_with_fsdp2_in_the_stages():
 @pytest.mark.ranks(2)
 def test_a_schedule_with_two_stages_on_a_rank_evaluates_between_steps(schedule):
     case = conditions.PLAIN | {"pp": 2, "calls": "eval between", "batch": "right padding", "labels": "uneven"}
-    worst = largest_anywhere(max(compare(case, schedule=schedule).values()))
+    worst = largest_anywhere(max(compare(case, InLayout(case, build_model(case), schedule=schedule)).values()))
     assert worst <= tolerance(case), f"off by {worst:.1e}"
 
 
@@ -104,41 +101,6 @@ def test_ranks_that_started_from_other_seeds_are_refused(seeds):
     assert conditions.must_be_refused(case)
     with pytest.raises(ValueError, match=r"seed|differ"):
         InLayout(case, build_model(case, seed=dist.get_rank())).say("step")
-
-
-def compare(case, **instead):
-    """Relative errors of every loss, gradient and norm of a program, and of the weights after it, by what and where."""
-    model = build_model(case)
-    one, laid_out = OneProcess(case, build_model(case)), InLayout(case, model, **instead)
-    errors = {}
-    for place, word in enumerate(program(case)):
-        said, expected = laid_out.say(word), one.say(word)
-        if expected is not None:
-            errors[f"{place} {word}"] = relative_error(said, expected, 1e-12)
-        if word in ("step", "longer"):
-            errors |= {f"{place} gradient of {n}": e for n, e in compare_gradients(laid_out, one).items()}
-    weights = dict(one.model.named_parameters(remove_duplicate=False))
-    for part in laid_out.parts:
-        for name, parameter in part.named_parameters():
-            errors[f"weight {name}"] = relative_error(parameter, weights[name])
-    return errors
-
-
-def compare_gradients(laid_out, one):
-    wanted = dict(one.model.named_parameters(remove_duplicate=False))
-    largest = max(p.grad.abs().max().item() for p in wanted.values() if p.grad is not None)
-    floor = ROUNDING.get(one.case["numbers"], 1e-1) * largest
-    errors = {}
-    for part in laid_out.parts:
-        for name, parameter in part.named_parameters(remove_duplicate=False):
-            expected = wanted[name].grad if wanted[name].requires_grad else None
-            if parameter.requires_grad != wanted[name].requires_grad:
-                raise AssertionError(f"{name} is trained here, or in one process, but not in both")
-            if parameter.grad is not None or expected is not None:
-                actual, expected = (torch.zeros(()) if g is None else whole(g) for g in (parameter.grad, expected))
-                actual, expected = torch.broadcast_tensors(actual, expected)
-                errors[name] = relative_error(actual, expected, floor)
-    return errors
 
 
 class InLayout(Loop):
@@ -205,21 +167,6 @@ def degrees_of(case):
     degrees = {axis: case[axis] for axis in compositions.AXES}
     sequence = degrees["tp"] == "2 sp"
     return Degrees(**degrees | {"tp": 2 if sequence else degrees["tp"]}, sequence_parallel=sequence)
-
-
-def mean_over_world(loss):
-    """Over the ranks that have a loss: each stands for its share of all labels."""
-    pair = torch.zeros(2, dtype=torch.float64)
-    if loss is not None:
-        pair += torch.stack([whole(loss).double(), torch.ones((), dtype=torch.float64)])
-    dist.all_reduce(pair)
-    return pair[0] / pair[1]
-
-
-def largest_anywhere(error):
-    worst = torch.tensor(error, dtype=torch.float64)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return worst.item()
 
 
 def record(case, **measured):

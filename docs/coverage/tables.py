@@ -16,11 +16,12 @@ HERE = pathlib.Path(__file__).parent
 # What nobody says is what the plainest run has.
 _FORM = "ids alone, a next-token loss over every token, no dropout, all weights trained."
 _FLOATS = "float64, or float32 where a row says so"
+_BOTH = "on two ranks the attention that transformers takes by itself (sdpa, where a type has it), on four ranks eager"
 ONE_STEP = f"Conditions: eager attention; {_FLOATS}; one step of one pass; {_FORM}"
 CONDITIONS = {
     "tensor": ONE_STEP,
-    "data": ONE_STEP,
-    "experts": f"Conditions: eager attention and experts; {_FLOATS}; two steps of one pass each; {_FORM}",
+    "data": f"Conditions: {_BOTH}; {_FLOATS}; one step of one pass; {_FORM}",
+    "experts": f"Conditions: {_BOTH}; eager experts; {_FLOATS}; two steps of one pass each; {_FORM}",
     "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table; am-moe tests some.",
     "compositions": f"Conditions: sdpa attention; float64; three steps of one pass each; {_FORM[:-1]}, of the Llama "
     "its adapters.",
@@ -29,11 +30,11 @@ VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers
 
 
 def main(folder: str, *names: str) -> None:
-    tables = (pipeline, tensor, data, experts, context, composed)
+    tables = (pipeline, images, tensor, data, experts, context, context_heads, composed)
     for name, write in ((t.__name__.replace("composed", "compositions"), t) for t in tables):
         if names and name not in names:
             continue
-        files = pathlib.Path(folder).glob(f"{name}-*.json")
+        files = sorted(pathlib.Path(folder).glob(f"{name}-*.json"))
         measured = {file.stem.removeprefix(f"{name}-"): json.loads(file.read_text()) for file in files}
         lines = write(measured)
         (HERE / f"{name}.md").write_text("\n".join(lines) + "\n")
@@ -75,6 +76,32 @@ def pipeline(measured: dict[str, dict]) -> list[str]:
         "",
         "| model type | class | sdpa, 2 stages | sdpa, 4 | eager, 2 | eager, 4 | | travels |",
         "|---|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def images(measured: dict[str, dict]) -> list[str]:
+    exact, refused = count(measured)
+    rows = []
+    for name, result in sorted(measured.items()):
+        what = f"refused: {result['refused'].splitlines()[0]}" if "refused" in result else cell(result["error"])
+        rows.append(f"| {name} | {result['kind']} | {what.replace('|', '/')} | {result['dtype']} |")
+    return [
+        "# Pipelining: models of images and text",
+        "",
+        f"Of {len(rows)} model types of `AutoModelForImageTextToText`, **{exact} train exactly** on two stages with an",
+        f"image in every row, {refused} are refused. The others of the class take images in forms that the test kit",
+        "does not make, and are not tried.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. A four-layer model of the type with random weights, cut and run over two",
+        "processes under 1F1B, four rows in two microbatches, each microbatch with its own images. The numbers are the",
+        "largest relative differences from one process among the logits and all gradients, the tower's too.",
+        "",
+        f"Conditions: the attention that transformers takes by itself; {_FLOATS}; one step of one pass; a next-token",
+        "loss over every token, no dropout, all weights trained.",
+        "",
+        "| model type | class | 2 stages | |",
+        "|---|---|---|---|",
         *rows,
     ]
 
@@ -136,8 +163,9 @@ def data(measured: dict[str, dict]) -> list[str]:
         cells = [cell(result[layout]) if result and layout in result else "" for layout in shown]
         if not result:
             cells[0] = why_not(name, None)
-        elif result["nan"]:
-            cells[0] += " (its own gradients have NaN)"
+        for place, layout in enumerate(shown):
+            if result and result.get(f"{layout} nan"):
+                cells[place] += " (its own gradients have NaN)"
         kind, dtype = (result["kind"], result["dtype"]) if result else ("", "")
         rows.append(f"| {name} | {kind} | {' | '.join(cells)} | {dtype} |")
     return [
@@ -222,6 +250,34 @@ def context(measured: dict[str, dict]) -> list[str]:
         "",
         "| model type | class | cp 2 | |",
         "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def context_heads(measured: dict[str, dict]) -> list[str]:
+    tried = {name: result for name, result in measured.items() if not str(result["cp2"]).startswith("not built")}
+    exact = sum(isinstance(result["cp2"], float) for result in tried.values())
+    rows = []
+    for name, result in sorted(tried.items()):
+        head, model_type = name.split("-", 1)
+        error = result["cp2"]
+        what = cell(error) if isinstance(error, float) else f"refused: {why(error)}"
+        rows.append(f"| {model_type} | {head} | {result['kind']} | {result['attention']} | {what} |")
+    return [
+        "# Context parallelism: heads that are not next-token heads",
+        "",
+        f"Of {len(rows)} heads, **{exact} are exact** over two context ranks with `p2p`; the rest are refused by name.",
+        f"{len(measured) - len(tried)} more cannot be built or run small by themselves and are not here.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `apply_cp` of a two-layer model with a head for sequences, tokens, masked tokens",
+        "or questions; the numbers are the largest relative differences from one process among the loss, what the",
+        "model returns and all gradients.",
+        "",
+        "Conditions: the attention that a row names; float64; one step of one pass; ids and labels, of tokens more on",
+        "one rank than on the other; no dropout, all weights trained.",
+        "",
+        "| model type | head | class | attention | cp 2 |",
+        "|---|---|---|---|---|",
         *rows,
     ]
 

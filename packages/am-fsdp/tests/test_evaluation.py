@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
@@ -20,8 +20,8 @@ from am_testkit.models import next_token_loss, tiny, token_batch
 AXES = ("data_parallel", "tensor_parallel")
 
 
-def laid_out(shape=(2, 1), **settings):
-    model = tiny("qwen3")
+def laid_out(shape=(2, 1), dtype=torch.float64, **settings):
+    model = tiny("qwen3", dtype=dtype)
     whole = copy.deepcopy(model)
     mesh = init_device_mesh(device_type(), shape, mesh_dim_names=AXES)
     return fsdp2_strategy_parallelize(model, mesh, torch.float64, **settings), whole
@@ -225,3 +225,19 @@ def test_the_norm_of_a_rank_without_gradients_is_that_of_all():
         parameter.grad = torch.ones(3)
     for given in ([parameter] if dist.get_rank() else [], [parameter]):
         assert clip_grad_norm_(given, 10.0, pipeline_shards=2).item() == pytest.approx(3**0.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+@pytest.mark.ranks(2)
+def test_a_unit_that_was_frozen_at_first_has_the_gradients_of_one_that_never_was(shape):
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found = []
+    for frozen in (False, True):
+        model, _ = laid_out(shape, mp_policy=mixed, dtype=torch.float32)
+        model.model.embed_tokens.requires_grad_(not frozen)
+        loss_of(model).backward()
+        model.requires_grad_(True)
+        model.zero_grad()
+        loss_of(model).backward()
+        found.append(gradients(model))
+    assert_same(found[1], found[0], 0.0, "gradients")

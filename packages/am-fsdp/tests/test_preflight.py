@@ -127,6 +127,12 @@ def test_the_command_refuses_absurd_sizes_at_once(capsys, option):
     assert "beyond what can be" in capsys.readouterr().err
 
 
+def test_the_command_refuses_a_config_of_absurd_depth_at_once(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}')
+    assert main(["plan", str(tmp_path), "--dp", "2"]) == 2
+    assert "1000000000 layers are beyond what can be" in capsys.readouterr().err
+
+
 @pytest.mark.ranks(1)
 def test_a_preflight_is_refused_inside_a_process_group():
     with pytest.raises(ValueError, match="run it where no other has been initialised"):

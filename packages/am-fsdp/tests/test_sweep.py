@@ -1,5 +1,7 @@
 """Every causal language model of transformers under FSDP2: one step with clipping, against one process.
 
+Two ranks run a type with the attention that transformers takes by itself, four ranks with eager.
+
 Every third type runs always. With `AM_SWEEP=folder` all do, on four ranks too (HSDP 2 x 2, and 2 x tensor 2 for those
 with a plan), and leave there what they measured; `nox -s sweep` makes `docs/coverage/data.md` of it.
 """
@@ -39,9 +41,8 @@ TYPES = [name for name in model_types() if name not in NOT_BUILT][:: 1 if SWEEP 
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.ranks(2, timeout=120)
 def test_every_model_trains_as_in_one_process_on_two_data_ranks(model_type):
-    measure(
-        model_type, {"fsdp2": (init_device_mesh(device_type(), (2,), mesh_dim_names=AXES[:1]), "data_parallel", None)}
-    )
+    layouts = {"fsdp2": (init_device_mesh(device_type(), (2,), mesh_dim_names=AXES[:1]), "data_parallel", None)}
+    measure(model_type, layouts, attention=None)
 
 
 if SWEEP:  # four ranks each take a quarter of an hour together
@@ -65,19 +66,19 @@ def on_four_ranks(model_type):
             break
         except (ValueError, TypeError):
             continue
-    measure(model_type, layouts)
+    measure(model_type, layouts, attention="eager")
 
 
-def measure(model_type, layouts):
-    reference, dtype = runnable(model_type)
+def measure(model_type, layouts, attention):
+    reference, dtype = runnable(model_type, attention=attention)
     if model_type in REFUSED:
         mesh, data_names, _ = next(iter(layouts.values()))
-        model = small(model_type, dtype=dtype)
+        model = small(model_type, dtype=dtype, attention=attention)
         with pytest.raises((ValueError, RuntimeError), match=REFUSED[model_type]) as refusal:
             step_of(fsdp2_strategy_parallelize(model, mesh, dtype, dp_mesh_name=data_names))
         record(
             model_type,
-            dict.fromkeys(layouts, f"refused: {refusal.value}") | {"nan": False, "kind": "", "dtype": ""},
+            dict.fromkeys(layouts, f"refused: {refusal.value}") | {"kind": "", "dtype": ""},
         )
         return
     ids = torch.randint(3, 60, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -87,9 +88,9 @@ def measure(model_type, layouts):
     wanted = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None}
     broken = any(not gradient.isfinite().all() for gradient in wanted.values())
     norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
-    results = {"dtype": str(dtype).removeprefix("torch."), "kind": type(reference).__name__, "nan": bool(broken)}
+    results = {"dtype": str(dtype).removeprefix("torch."), "kind": type(reference).__name__}
     for name, (mesh, data_names, plan) in layouts.items():
-        model = small(model_type, dtype=dtype)
+        model = small(model_type, dtype=dtype, attention=attention)
         fsdp2_strategy_parallelize(model, mesh, dtype, dp_mesh_name=data_names, tp_shard_plan=plan)
         data = mesh[data_names] if isinstance(data_names, str) else mesh[data_names]._flatten()
         share = slice(data.get_local_rank() * 4 // data.size(), (data.get_local_rank() + 1) * 4 // data.size())
@@ -110,7 +111,7 @@ def measure(model_type, layouts):
         tolerance = 1e-4 if model_type == "deepseek_v4" else TOLERANCE[dtype]  # its hyper-connections are in float32
         assert worst.item() < tolerance, f"{name} is off by {worst.item():.1e}"
         held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
-        results[name] = worst.item()
+        results[name], results[f"{name} nan"] = worst.item(), broken
         results[f"{name} held"] = held / sum(p.numel() for p in model.parameters())
     record(model_type, results)
 

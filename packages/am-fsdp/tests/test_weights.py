@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
 import am_fsdp.hf_folder
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize, load_hf_weights, save_hf_weights
+from am_fsdp.ledger import Ledger
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
@@ -602,3 +603,20 @@ def test_the_parts_of_a_pipeline_are_written_as_one_folder(tmp_path, family, int
     lacking = parts[:1] if interleaved or stage else [part_of(single, [0])]
     with pytest.raises(ValueError, match=r"the parts on the ranks of the group lack .* give all parts"):
         save_hf_weights(lacking, shared(tmp_path / "other"), pipeline_parts=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("mesh", ["dp4", "dp2tp2"])
+@pytest.mark.ranks(4, timeout=120)
+def test_a_save_never_holds_more_than_a_few_tensors_beside_the_shards(tmp_path, family, mesh):
+    """Those that this rank writes now and next, and the one that all ranks gather, however many there are."""
+    model = laid_out(tiny(family, layers=6, hidden_size=256, intermediate_size=256, vocab_size=256), mesh)
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    ledger = Ledger(next(p for p in model.parameters() if isinstance(p, DTensor)).device_mesh)
+    ledger.hold(*(p.to_local() for p in model.parameters()))
+    before = ledger.live
+    with ledger:
+        save_hf_weights(model, shared(tmp_path / "saved"), max_shard_size=sum(sizes) // 6)
+    assert ledger.peak > before, "the ledger saw nothing"
+    assert ledger.peak - before <= 5 * max(sizes) < sum(sizes) / 2
+    assert ledger.live <= before + max(sizes) // 100

@@ -32,8 +32,8 @@ HEADS = {
     "question": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
 ALWAYS = {
-    "sequence": ["llama", "qwen3_moe", "bert", "gpt2", "roberta"],
-    "token": ["mistral", "electra", "gpt_neox"],
+    "sequence": ["llama", "qwen3_moe", "bert", "gpt2", "roberta", "canine"],
+    "token": ["mistral", "electra", "gpt_neox", "biogpt"],
     "masked": ["bert", "modernbert"],
     "question": ["llama", "bert"],
 }
@@ -45,14 +45,18 @@ TYPES = [
 
 
 def with_head(head, model_type, attention="eager", dtype=torch.float64, **settings):
+    """A small model with a head; attention None for what transformers takes by itself."""
     config = small_config(model_type, 2, **settings)
     config.is_decoder = False
-    config.pad_token_id = 0
+    config.pad_token_id = config.get_text_config().pad_token_id = 0
     if head in ("sequence", "token"):
         config.num_labels = 3
     torch.manual_seed(0)
     kind = getattr(transformers, getattr(modeling_auto, HEADS[head])[model_type])
     model = kind._from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -104,7 +108,7 @@ def errors_of(one, model, batch, mesh, **call):
         if value.shape[:2] == real.shape:
             found, value = found[real], value[real]
         errors[name] = relative_error(found.detach(), value.detach(), 0.0)
-    wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+    wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None and p.numel()}
     largest = max(g.abs().max().item() for g in wanted.values())
     for name, parameter in model.named_parameters():
         if name in wanted:
@@ -125,16 +129,9 @@ def cp_mesh():
 @pytest.mark.parametrize(("head", "model_type"), TYPES)
 @pytest.mark.ranks(2, timeout=120)
 def test_every_head_is_exact_on_two_context_ranks_or_refused(head, model_type):
-    attention = "sdpa" if sum(map(ord, model_type)) % 2 else "eager"
-    try:
-        one = with_head(head, model_type, attention)
-        with torch.no_grad():
-            one(**batch_for(head))
-    except (ValueError, TypeError, RuntimeError, AttributeError, ImportError, KeyError, IndexError) as error:
-        record(head, model_type, {"cp2": f"not built: {type(error).__name__}"})
-        pytest.skip(f"{model_type} does not build or run small: {error}")
+    one = runnable(head, model_type, None if sum(map(ord, model_type)) % 2 else "eager")
     model, mesh = copy.deepcopy(one), cp_mesh()
-    results, refusal, errors = {"kind": type(one).__name__, "attention": attention}, None, {}
+    results, refusal, errors = {"kind": type(one).__name__, "attention": one.config._attn_implementation}, None, {}
     try:
         apply_cp(model, mesh)
         errors = errors_of(one, model, batch_for(head), mesh)
@@ -142,15 +139,29 @@ def test_every_head_is_exact_on_two_context_ranks_or_refused(head, model_type):
         refusal = str(error)
     record(head, model_type, results | {"cp2": f"refused: {refusal}" if refusal else max(errors.values())})
     if refusal is None:
-        assert_exact(errors)
+        assert_exact(errors, 1e-5 if next(one.parameters()).dtype == torch.float64 else 1e-3)
     else:
-        assert SWEEP or model_type == "roberta", refusal
+        assert SWEEP or model_type in ("roberta", "canine"), refusal
         assert "context parallelism" in refusal or "cannot be cut" in refusal, refusal
+
+
+def runnable(head, model_type, attention):
+    """The model in float64, or in float32 where its own code mixes the two."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            one = with_head(head, model_type, attention, dtype)
+            with torch.no_grad():
+                one(**batch_for(head))
+            return one
+        except Exception as error:  # of any kind: what a config or a forward thinks of small sizes
+            why = error
+    record(head, model_type, {"cp2": f"not built: {type(why).__name__}: {str(why).splitlines()[0][:80]}"})
+    pytest.skip(f"{model_type} does not build or run small: {why}")
 
 
 def record(head, model_type, results):
     if SWEEP and dist.get_rank() == 0:
-        pathlib.Path(SWEEP, f"heads-{head}-{model_type}.json").write_text(json.dumps(results))
+        pathlib.Path(SWEEP, f"context_heads-{head}-{model_type}.json").write_text(json.dumps(results))
 
 
 @pytest.mark.parametrize(("head", "model_type"), [("sequence", "llama"), ("token", "mistral"), ("question", "llama")])

@@ -213,8 +213,8 @@ CASES = {
     "padding, on other sides of the rows": ({"valid": PADDING}, 3, 60),
     "padding, a window": ({"valid": PADDING, "before": 1023}, 8, 170),
     "documents, other ones in each row": ({"positions": POSITIONS}, 5, 100),
-    "a soft-cap": ({"softcap": 2.0}, 0, 60),
-    "a soft-cap and padding": ({"softcap": 2.0, "valid": PADDING}, 0, 60),
+    "a soft-cap": ({"softcap": 2.0}, 0, 50),
+    "a soft-cap and padding": ({"softcap": 2.0, "valid": PADDING}, 0, 50),
 }
 
 

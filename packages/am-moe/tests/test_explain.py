@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 
 import pytest
@@ -86,6 +88,34 @@ def test_wrong_requests_are_refused(capsys):
     assert main(["explain", "no/such/folder", "--ep", "2"]) == 2
     with pytest.raises(ValueError, match="data 6 must be a multiple of ep 4"):
         explain(tiny("qwen3_moe", layers=1), 4, data=6)
+
+
+@pytest.mark.parametrize("option", ["--ep", "--data"])
+def test_the_command_refuses_absurd_numbers_of_ranks_at_once(capsys, option):
+    assert main(["explain", "qwen3_moe", "--ep", "2", option, "1000000000"]) == 2
+    assert "1000000000 ranks are beyond what can be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"num_local_experts": 10**9}, "1000000000 experts are beyond what can be"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers with 8 experts are beyond"),
+        ({"hidden_size": 10**18}, "the sizes in the config of .* make no model"),
+        ({"num_experts_per_tok": 10**9}, "a token cannot choose 1000000000 of 8 experts"),
+    ],
+)
+def test_the_command_refuses_absurd_sizes_of_a_config_at_once(tmp_path, capsys, size, words):
+    config = tiny("qwen3_moe", layers=1).config.to_dict() | size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["explain", str(tmp_path), "--ep", "2"]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("data", [0, -8])
+def test_no_data_ranks_are_refused(data):
+    with pytest.raises(ValueError, match=f"data {data} must be a multiple of ep 4"):
+        explain(tiny("qwen3_moe", layers=1), 4, data=data)
 
 
 def test_a_load_is_drawn(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Every mixture of experts among the causal language models of transformers: two steps with clipping on spread experts,
 against one process.
 
+Two ranks run a type with the attention that transformers takes by itself, four ranks with eager.
+
 One of each kind runs always; with `AM_SWEEP=folder` every type does, on four ranks too (experts over two with two
 copies of each, and over four), and leaves there what it measured: `nox -s sweep` writes `docs/coverage/experts.md`.
 """
@@ -83,7 +85,7 @@ def test_every_class_of_transformers_with_stacked_experts_is_called_in_a_way_we_
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.ranks(2, timeout=120)
 def test_every_mixture_of_experts_trains_as_in_one_process_on_two_ranks(model_type):
-    measure(model_type, {"ep 2": (1, 2)})
+    measure(model_type, {"ep 2": (1, 2)}, attention=None)
 
 
 if SWEEP:
@@ -91,11 +93,12 @@ if SWEEP:
     @pytest.mark.parametrize("model_type", TYPES)
     @pytest.mark.ranks(4, timeout=240)
     def test_every_mixture_of_experts_trains_as_in_one_process_on_four_ranks(model_type):
-        measure(model_type, {"ep 2 x ep_shard 2": (2, 2), "ep 4": (1, 4)})
+        measure(model_type, {"ep 2 x ep_shard 2": (2, 2), "ep 4": (1, 4)}, attention="eager")
 
 
-def measure(model_type, layouts):
-    reference, dtype = runnable(model_type, **SETTINGS.get(model_type, {}))
+def measure(model_type, layouts, attention):
+    settings = SETTINGS.get(model_type, {}) | {"attention": attention}
+    reference, dtype = runnable(model_type, **settings)
     found = describe_experts(reference)
     assert found
     kinds = {experts.kind: experts for experts in found}
@@ -110,7 +113,7 @@ def measure(model_type, layouts):
     for name, (copies, ep) in layouts.items():
         mesh = init_device_mesh(device_type(), (copies * ep,), mesh_dim_names=("dp",))
         moe_mesh = init_device_mesh(device_type(), (copies, ep), mesh_dim_names=("ep_shard", "ep"))
-        model = build(model_type, dtype)
+        model = small(model_type, dtype=dtype, **settings)
         names = set(model.state_dict())
         apply_ep(model, moe_mesh["ep"], moe_mesh)
         apply_fsdp(model, mesh, True, copies > 1, moe_mesh["ep_shard"])
@@ -166,7 +169,3 @@ def train(model, rank, ranks, step_size):
                 parameter.grad = None
         weights = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
         yield logits.detach(), loss.detach(), norm, {n: g.clone() for n, g in grads.items()}, weights
-
-
-def build(model_type, dtype):
-    return small(model_type, dtype=dtype, **SETTINGS.get(model_type, {}))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from am_moe._torch_compat import (
@@ -24,6 +24,7 @@ from am_moe._torch_compat import (
     is_unsharded,
     needs_numbers,
     operator_name,
+    reduce_as_asked,
     reduce_scatter,
     reduce_unused,
     side_by_side,
@@ -108,6 +109,19 @@ def test_the_private_state_of_units_is_still_there():
     end_forward(first)
     assert not is_unsharded(first)
     assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_a_unit_that_was_frozen_at_first_reduces_as_its_policy_says_once_it_is_trained():
+    mesh, policy = init_device_mesh(device_type(), (2,)), MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = fully_shard(nn.Linear(4, 4).requires_grad_(False), mesh=mesh, mp_policy=policy)
+    reduce_as_asked(model)  # before torch has looked
+    model(torch.ones(1, 4))
+    model.reshard()
+    model.requires_grad_(True)
+    reduce_as_asked(model)
+    model(torch.ones(1, 4)).sum().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_writes_to_a_tensor_are_counted():

@@ -2281,6 +2281,37 @@ class CountOfIdsByTheSizeOfTheirChoice(Decoder):
         return self.finish(x)
 
 
+class CountOfStatesByAMaskOfIds(Decoder):
+    """As models check that the places for images in the text are as many as their features: MiniMax M3."""
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        ends = (input_ids == EOS)[..., None].expand_as(x)
+        for layer in self.layers:
+            x = layer(x) / (1 + x[ends].numel() // D)
+        return self.finish(x)
+
+
+class CountOfStatesByAMaskOfTheirOwn(Decoder):
+    expect, words = REFUSED, "reads a number of what"
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x) / (1 + x[x > 0].numel())
+        return self.finish(x)
+
+
+class CountOfIdsByAMaskOfStates(Decoder):
+    expect, words = REFUSED, "reads a number of what"
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x) / (1 + input_ids[x[..., 0] > 0].numel())
+        return self.finish(x)
+
+
 class CountOfDistinctRows(Decoder):
     def forward(self, input_ids):
         rows = torch.unique(input_ids % 2, dim=0).shape[0]

@@ -41,8 +41,18 @@ def test_models_and_parts_that_something_else_has_wrapped_are_refused():
     def wrap(part, *meshes, **axes):
         return DistributedDataParallel(part, process_group=alone.get_group())
 
-    with pytest.raises(ValueError, match=r"the part of stage \d is wrapped in DistributedDataParallel.* use FSDP2"):
-        build(tiny("llama"), parallelize_fn=wrap)
+    class Wrapped(torch.nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.inner = part
+
+    for known in ({}, {"seq_len": 12}):  # shapes that are computed at once
+        with pytest.raises(ValueError, match=r"the part of stage \d is wrapped in DistributedDataParallel.* use FSDP2"):
+            build(tiny("llama"), parallelize_fn=wrap, **known)
+        with pytest.raises(ValueError, match=r"is now a Wrapped without the module 'model.layers'.*keep the names"):
+            build(tiny("llama"), parallelize_fn=lambda part, *_, **__: Wrapped(part), **known)
+        with pytest.raises(TypeError, match="parallelize_fn returned True for stage"):
+            build(tiny("llama"), parallelize_fn=lambda *_, **__: True, **known)
 
 
 @pytest.mark.ranks(2)

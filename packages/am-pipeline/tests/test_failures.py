@@ -153,6 +153,72 @@ def test_an_error_in_the_loss_ends_the_step_with_sharded_parts_and_one_in_a_part
         assert stage.failure.error is None, "data ranks wait for this one: it does not go on"
 
 
+def shard_layers(model, world_mesh, moe_mesh, **axes):
+    for layer in model.model.layers:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=world_mesh["dp"])
+    fully_shard(model, mesh=world_mesh["dp"])
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "GPipe"])
+@pytest.mark.ranks(4, timeout=120)
+def test_an_error_in_a_part_that_fsdp2_shards_ends_the_step_on_every_rank(schedule):
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
+    trouble, whole = Trouble(), tiny("llama")
+    ids, labels = token_batch(COUNT, 12)
+    for i, t in zip(ids.chunk(COUNT), labels.chunk(COUNT), strict=True):
+        (next_token_loss(whole(i, use_cache=False).logits, t) / COUNT).backward()
+    built = build(tiny("llama"), schedule, loss_fn=trouble.loss, mesh=mesh, parallelize_fn=shard_layers)
+    trouble.install(built[1])
+    assert not built[4][0].can_keep_company, "before a step that went well"
+    run(built, ids, labels)
+    run(built, ids, labels, kind="eval")
+    for part in built[1]:
+        assert_same(gradients(part), gradients(whole), 1e-10, "gradients")
+        part.zero_grad()
+    began = time.monotonic()
+    for place in ("forward 0", "forward 1", "forward 3", "backward 0", "backward 1", "backward 2", "loss"):
+        for after in (0, 1, COUNT - 1):
+            trouble.set(place if mesh.get_local_rank("dp") == 1 else None, after)  # in one pipeline, on one rank
+            words = rf"^the pipeline step failed: rank \d, stage \d, .* microbatch \d: KeyError.*{place}'?\"?$"
+            with pytest.raises(RuntimeError, match=words) as error:
+                run(built, ids, labels)
+            assert (error.value.__cause__ is not None) == (trouble.seen > after), "the exception where it happened"
+            assert all(p.grad is None for part in built[1] for p in part.parameters())
+    trouble.set("forward 3" if mesh.get_local_rank("dp") == 1 else None, 0)
+    with pytest.raises(RuntimeError, match=r"rank 3, stage 1, forward of microbatch 0: KeyError"):
+        run(built, ids, labels, kind="eval")
+    assert time.monotonic() - began < 60
+    trouble.set(None, 0)
+    run(built, ids, labels)
+    for part in built[1]:
+        assert_same(gradients(part), gradients(whole), 1e-10, "gradients after failed steps")
+
+
+def sums_in_a_layer(model, world_mesh, moe_mesh, **axes):
+    shard_layers(model, world_mesh, moe_mesh)
+    group = world_mesh["dp"].get_group()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: dist.all_reduce(torch.ones(1), group=group))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "parallelize_fn", "settings"),
+    [
+        ("1F1B", sums_in_a_layer, {}),
+        ("1F1B", shard_layers, {"reduce_grads": "microbatch"}),
+        ("Interleaved1F1B", shard_layers, {}),
+    ],
+)
+@pytest.mark.ranks(4, timeout=90)
+def test_ranks_that_wait_in_unknown_ways_are_not_kept_company(schedule, parallelize_fn, settings):
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("pp", "dp"))
+    built = build(tiny("llama"), schedule, mesh=mesh, parallelize_fn=parallelize_fn, **settings)
+    for _ in range(2):
+        run(built, *token_batch(COUNT, 12))
+        assert not any(stage.can_keep_company for stage in built[4])
+
+
 @pytest.mark.ranks(2)
 def test_wrong_calls_are_refused_on_every_rank_and_change_nothing():
     built = build(tiny("llama"))

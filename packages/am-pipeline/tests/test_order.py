@@ -141,3 +141,12 @@ def test_the_command_refuses_absurd_sizes(capsys, option):
 
     assert main(["timeline", "--schedule", "Interleaved1F1B", option, "1000000000000"]) == 2
     assert "beyond what can be" in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_config_of_absurd_depth_at_once(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from am_pipeline.__main__ import main
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}')
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "1000000000 layers are beyond what can be" in capsys.readouterr().err

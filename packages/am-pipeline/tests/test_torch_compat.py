@@ -252,3 +252,30 @@ def test_hooks_of_a_module_and_operators_that_look_at_values_are_known():
     aten = torch.ops.aten
     assert all(map(compat.looks_at_values, (aten.nonzero.default, aten.masked_select.default, aten.index.Tensor)))
     assert not compat.looks_at_values(aten.add.Tensor)
+
+
+@pytest.mark.ranks(2)
+def test_all_gathers_of_units_and_all_other_collectives_are_counted():
+    mesh = init_device_mesh(device_type(), (2,))
+    part = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in part:
+        fully_shard(layer, mesh=mesh)
+    seen = []
+    units = compat.watch_gathers(fully_shard(part, mesh=mesh), seen.append)
+    assert units == [part, *part], "the root first, though it has nothing of its own"
+    before = compat.collectives_issued()
+    part(torch.ones(1, 2)).sum().backward()
+    assert seen == [1, 2, 2, 1]
+    assert compat.collectives_issued() == before + 6, "four all-gathers, two reduce-scatters"
+    pair = dist.new_group(backend="gloo")
+    before = compat.collectives_issued()
+    dist.all_reduce(torch.ones(1), group=pair)
+    assert compat.collectives_issued() == before + 1
+    if compat.can_recover(part):
+        for layer in part:
+            part(torch.ones(1, 2))  # units are gathered, or wait for a backward
+            compat.settle_fsdp(part)
+            seen.clear()
+            compat.gather_once(layer)
+            compat.gather_once(layer)
+            assert seen == [units.index(layer)] * 2

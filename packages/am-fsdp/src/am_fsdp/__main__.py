@@ -6,13 +6,14 @@ import argparse
 import importlib
 import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
 
 from am_fsdp.preflight import StepReport, preflight
 
-_RANKS, _TOKENS = 1 << 20, 1 << 31
+_RANKS, _TOKENS, _LAYERS = 1 << 20, 1 << 31, 10_000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,6 +49,9 @@ def _plan(options: argparse.Namespace) -> StepReport:
             f"{ranks} ranks of {options.batch} x {options.seq_len} tokens are beyond what can be ({_RANKS} ranks, "
             f"{_TOKENS} tokens); look for a slip in the arguments"
         )
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if layers > _LAYERS:
+        raise ValueError(f"{layers} layers are beyond what can be ({_LAYERS}); look for a slip in the config")
     mode = options.checkpointing
     mode = False if mode == "none" else int(mode[:9]) if mode.isdecimal() else mode
     axes = {"replicas": options.replicas} if options.replicas > 1 else {}
@@ -64,7 +68,7 @@ def _plan(options: argparse.Namespace) -> StepReport:
     )
 
 
-def _config(name: str) -> object:
+def _config(name: str) -> Any:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:

@@ -45,6 +45,17 @@ def end_forward(module: FSDPModule) -> None:
     module.reshard()
 
 
+def reduce_as_asked(module: FSDPModule) -> None:
+    """Let a unit that was frozen at its first forward reduce gradients in the dtypes of its policy once it is trained.
+
+    FSDP2 looks at what is trained in the first forward alone.
+    """
+    for group in _groups(module._get_fsdp_state()):
+        frozen_at_first = getattr(group, "_orig_dtype", torch.float32) is None
+        if frozen_at_first and any(p.sharded_param.requires_grad for p in group.fsdp_params):
+            group._init_mp_dtypes()
+
+
 def stay_gathered_after_forward(module: FSDPModule) -> Callable[[], None]:
     """Let a unit keep its whole parameters after a forward; returns what undoes it."""
     before = [(group, group.post_forward_mesh_info) for group in _groups(module._get_fsdp_state())]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from am_fsdp._torch_compat import end_forward, is_unsharded, unit_key, unit_parameters, writes
+from am_fsdp._torch_compat import end_forward, is_unsharded, reduce_as_asked, unit_key, unit_parameters, writes
 
 
 def reshard_after_evaluation(model: nn.Module) -> None:
@@ -89,7 +89,9 @@ class _Unit:
         self.was_whole = is_unsharded(self.modules[0])
         if self.was_whole:
             self._follow_changes()
-        elif torch.is_inference_mode_enabled():
+            return
+        reduce_as_asked(self.modules[0])
+        if torch.is_inference_mode_enabled():
             for unit in self.within:
                 unit._gather_outside_inference_mode()
 

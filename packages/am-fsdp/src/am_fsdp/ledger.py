@@ -113,6 +113,8 @@ class Ledger(TorchDispatchMode):
         counted[1] += max(sizes)  # the whole tensor: what is gathered, or what is scattered
 
     def _weigh(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self._storages:

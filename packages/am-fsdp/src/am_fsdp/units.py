@@ -136,7 +136,10 @@ def edges(model: nn.Module) -> list[list[nn.Module]]:
 
 def _held(model: nn.Module, getter: str) -> nn.Module | None:
     """The module that a method of the model returns, if there is one and it has parameters."""
-    found = getattr(model, getter, lambda: None)()
+    try:
+        found = getattr(model, getter, lambda: None)()
+    except NotImplementedError:  # transformers does not know either
+        return None
     return found if isinstance(found, nn.Module) and any(True for _ in found.parameters()) else None
 
 

@@ -11,6 +11,9 @@ from torch import nn
 
 from am_moe.explain import explain
 
+_RANKS, _LAYERS, _EXPERTS = 1 << 20, 10_000, 1 << 20
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m am_moe", description=__doc__)
@@ -21,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--data", type=int, help="ranks with different tokens, a multiple of --ep; --ep if not given")
     options = parser.parse_args(arguments)
     try:
+        ranks = max(options.ep, options.data or 1)
+        if ranks > _RANKS:
+            raise ValueError(f"{ranks} ranks are beyond what can be ({_RANKS}); look for a slip in the arguments")
         print(explain(_model_on_meta(options.model), options.ep, data=options.data))
     except (ValueError, ImportError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -44,8 +50,19 @@ def _model_on_meta(name: str) -> nn.Module:
         config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    text = config.get_text_config(decoder=True)
+    sizes = [getattr(text, name, None) for name in ("num_hidden_layers", *_COUNTS)]
+    layers, *experts = (size if isinstance(size, int) else 0 for size in sizes)
+    if layers > _LAYERS or max(experts) > _EXPERTS:
+        raise ValueError(
+            f"{layers} layers with {max(experts)} experts are beyond what can be ({_LAYERS}, {_EXPERTS} experts); "
+            "look for a slip in the config"
+        )
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        raise ValueError(f"the sizes in the config of {name!r} make no model: {error}") from error
 
 
 if __name__ == "__main__":

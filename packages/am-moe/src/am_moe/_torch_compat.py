@@ -85,6 +85,17 @@ def end_forward(module: FSDPModule) -> None:
     module.reshard()
 
 
+def reduce_as_asked(module: FSDPModule) -> None:
+    """Let a unit that was frozen at its first forward reduce gradients in the dtypes of its policy once it is trained.
+
+    FSDP2 looks at what is trained in the first forward alone.
+    """
+    for group in _groups(module._get_fsdp_state()):
+        frozen_at_first = getattr(group, "_orig_dtype", torch.float32) is None
+        if frozen_at_first and any(p.sharded_param.requires_grad for p in group.fsdp_params):
+            group._init_mp_dtypes()
+
+
 def writes(tensor: torch.Tensor) -> int:
     """How many operations have written to a tensor in place; 0 where inference mode does not count."""
     return 0 if tensor.is_inference() else tensor._version

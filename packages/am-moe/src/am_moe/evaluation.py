@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from am_moe._torch_compat import end_forward, is_unsharded, unit_key, unit_parameters, writes
+from am_moe._torch_compat import end_forward, is_unsharded, reduce_as_asked, unit_key, unit_parameters, writes
 
 
 def reshard_after_evaluation(model: nn.Module) -> None:
@@ -56,7 +56,7 @@ def reshard_after_evaluation(model: nn.Module) -> None:
             module.register_forward_hook(unit.after)
 
 
-def _outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+def outside_graphs(hook: Callable[..., None]) -> Callable[..., None]:
     """Keep `torch.compile` out of a hook, as FSDP2 does with its own."""
 
     @functools.wraps(hook)
@@ -77,7 +77,7 @@ class _Unit:
     was_whole: bool = False  # before that forward
     seen: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # writes to shards and to gathered parameters
 
-    @_outside_graphs
+    @outside_graphs
     def before(self, module: nn.Module, _arguments: Any) -> None:
         if self.is_root:
             for unit in self.within:
@@ -89,11 +89,13 @@ class _Unit:
         self.was_whole = is_unsharded(self.modules[0])
         if self.was_whole:
             self._follow_changes()
-        elif torch.is_inference_mode_enabled():
+            return
+        reduce_as_asked(self.modules[0])
+        if torch.is_inference_mode_enabled():
             for unit in self.within:
                 unit._gather_outside_inference_mode()
 
-    @_outside_graphs
+    @outside_graphs
     def after(self, module: nn.Module, _arguments: Any, output: Any) -> None:
         self.to_run.discard(module)
         if not torch.is_grad_enabled() or (self.is_root and not _may_have_graph(output)):

@@ -107,8 +107,8 @@ def explain(model: nn.Module, ep: int, *, data: int | None = None, choices: int 
         if ep < 1 or experts.num_experts % ep:
             fits = [d for d in range(1, experts.num_experts + 1) if experts.num_experts % d == 0]
             raise ValueError(f"ep {ep} does not divide the {experts.num_experts} experts of {experts.name}: {fits}")
-    data = data or ep
-    if data % ep:
+    data = ep if data is None else data
+    if data < 1 or data % ep:
         raise ValueError(f"data {data} must be a multiple of ep {ep}: experts spread over the data ranks")
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -117,6 +117,8 @@ def explain(model: nn.Module, ep: int, *, data: int | None = None, choices: int 
     choices = choices or next((n for n in named if isinstance(n, int)), None)
     if not choices:
         raise ValueError(f"{type(model).__name__} does not say how many experts a token chooses; pass choices")
+    if not 0 < choices <= found[0].num_experts:
+        raise ValueError(f"a token cannot choose {choices} of {found[0].num_experts} experts")
     stacked = [model.get_parameter(f"{e.name}.{path}".lstrip(".")) for e in found for path in e.stacked]
     return Explanation(
         kind=type(model).__name__,

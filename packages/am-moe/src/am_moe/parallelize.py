@@ -15,6 +15,7 @@ from am_moe.checkpointing import apply_ac
 from am_moe.expert_parallel import apply_ep, check_spread
 from am_moe.experts import find_experts, routes_itself
 from am_moe.fsdp import apply_fsdp, check_units
+from am_moe.replicas import check_replicas, check_replicas_at_first_forward
 
 
 def parallelize_model(
@@ -60,12 +61,14 @@ def parallelize_model(
         tp_shard_plan: as in `am_tp_plans.resolve_plan`, instead of the model's own. A plan that is derived from the
             model's forward can only be made before a pipeline cut: make it of the whole model and give it here.
 
-    Collectives: with real weights, those of sharding them; then in every step those of `apply_ep`, `apply_fsdp`,
-        `apply_cp` and the tensor plan.
+    Collectives: with real weights, those of comparing (`check_replicas`) and sharding them; then in every step those of
+        `apply_ep`, `apply_fsdp`, `apply_cp` and the tensor plan.
 
     Raises:
         ValueError: an axis that its mesh does not have, data axes that go over the same ranks as each other or as the
-            tensor axis, and what the steps raise; on every rank alike.
+            tensor axis, real weights that differ between data, context or tensor ranks, and what the steps raise; on
+            every rank alike, before the model is changed. From the first forward: weights that a model from meta was
+            given, where ranks hold copies of them.
         ImportError: a tensor axis without am-tp-plans.
     """
     _check_axes(world_mesh, moe_mesh, dp_axis_names, cp_axis_name, tp_axis_name, ep_axis_name, ep_shard_axis_names)
@@ -78,6 +81,10 @@ def parallelize_model(
     spreads = moe_mesh is not None and ep_axis_name is not None and _has_experts_here(model)
     if spreads:
         check_spread(model, moe_mesh[ep_axis_name])
+    data_mesh = _data_mesh(world_mesh, dp_axis_names, cp_axis_name if cp_mesh is not None else None)
+    alike = [data_mesh] if tp_mesh is None else [data_mesh, tp_mesh]
+    check_replicas(model, alike)
+    from_meta = any(parameter.is_meta for parameter in model.parameters())
 
     if tp_mesh is not None:
         _apply_tp(model, tp_mesh, tp_shard_plan, sequence_parallel, keep_experts=ep_axis_name is not None)
@@ -93,7 +100,7 @@ def parallelize_model(
     copies = _joined(moe_mesh, ep_shard_axis_names) if ep_axis_name is not None and ep_shard_axis_names else None
     apply_fsdp(
         model,
-        _data_mesh(world_mesh, dp_axis_names, cp_axis_name if cp_mesh is not None else None),
+        data_mesh,
         ep_enabled=ep_axis_name is not None,
         ep_shard_enabled=copies is not None and copies.size() > 1,
         ep_shard_mesh=copies,
@@ -102,6 +109,8 @@ def parallelize_model(
         lm_head_precision=lm_head_precision,
         wrap_outer_model=wrap_outer_model,
     )
+    if from_meta:
+        check_replicas_at_first_forward(model, alike)
 
 
 def _check_axes(world, moe, dp_names, cp_name, tp_name, ep_name, ep_shard_names) -> None:

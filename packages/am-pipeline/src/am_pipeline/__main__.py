@@ -16,6 +16,8 @@ from am_pipeline.order import peak_live, read_order, schedule_order, simulate
 from am_pipeline.schedule import SCHEDULES
 from am_pipeline.timeline import plot_timeline, text_timeline
 
+_LAYERS = 10_000
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m am_pipeline", description=__doc__)
@@ -105,6 +107,9 @@ def _model_on_meta(name: str) -> nn.Module:
         config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if layers > _LAYERS:
+        raise ValueError(f"{layers} layers are beyond what can be ({_LAYERS}); look for a slip in the config")
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 

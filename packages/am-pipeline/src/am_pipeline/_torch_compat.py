@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _world
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -147,12 +148,64 @@ def settle_fsdp(part: nn.Module) -> None:
         settle_fsdp(child)
 
 
-def _drop_unreduced_gradients(module: FSDPModule) -> None:
+def watch_gathers(part: nn.Module, note: Callable[[int], None]) -> list[FSDPModule]:
+    """Call `note(unit)` whenever a unit of FSDP2 issues an all-gather; returns the units."""
+    units: dict[int, FSDPModule] = {}
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            units.setdefault(id(module._get_fsdp_state()), module)
+    for number, unit in enumerate(units.values()):
+        for group in _groups_of(unit):
+            group._all_gather_comm = _Watched(group._all_gather_comm, number, note)
+    return list(units.values())
+
+
+class _Watched:
+    """An all-gather of FSDP2 that tells of being issued."""
+
+    def __init__(self, comm: Any, unit: int, note: Callable[[int], None]) -> None:
+        self.comm, self.unit, self.note = comm, unit, note
+
+    def allocate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.comm.allocate(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.note(self.unit)
+        return self.comm(*args, **kwargs)
+
+
+def gather_once(unit: FSDPModule) -> None:
+    """Issue the all-gather of a unit, whatever its state, and let go of the weights."""
+    unit.reshard()
+    unit.unshard()
+    unit.reshard()
+
+
+def can_recover(part: nn.Module) -> bool:
+    """Whether FSDP2 can begin anew after an error in the middle of a forward or backward: since torch 2.13."""
+    return all(hasattr(module, "reset_iter_state") for module in part.modules() if isinstance(module, FSDPModule))
+
+
+def collectives_issued() -> int:
+    """How many collectives and messages this process has issued in all its groups."""
+    backends = {}
+    for group in _world.pg_map:
+        for device in group._device_types:
+            backend = group._get_backend(device)
+            backends[id(backend)] = backend._get_sequence_number_for_group()
+    return sum(backends.values())
+
+
+def _groups_of(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # torch before 2.13
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    for group in groups:
+    return groups
+
+
+def _drop_unreduced_gradients(module: FSDPModule) -> None:
+    for group in _groups_of(module):
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
@@ -161,11 +214,7 @@ def _drop_unreduced_gradients(module: FSDPModule) -> None:
 
 def data_ranks(module: FSDPModule) -> int:
     """Over how many ranks an FSDP module runs its collectives."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    return max((group.mesh_info.mesh.size() for group in groups), default=1)
+    return max((group.mesh_info.mesh.size() for group in _groups_of(module)), default=1)
 
 
 def load_csv(schedule: _PipelineScheduleRuntime, path: str) -> None:

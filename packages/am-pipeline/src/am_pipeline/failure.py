@@ -1,7 +1,7 @@
 """What went wrong on one rank in the middle of a step, so that the others hear of it when the step ends.
 
 A rank that waits for a message cannot be interrupted. So a rank that fails keeps the schedule going: it sends zeros of
-the agreed shapes, computes nothing more, and after the step all ranks of the pipeline vote.
+the agreed shapes, takes part in what others gather with it, computes nothing more, and after the step all ranks vote.
 """
 
 from __future__ import annotations
@@ -56,8 +56,16 @@ def vote(failure: StepFailure, groups: Sequence[dist.ProcessGroup]) -> None:
     Raises:
         RuntimeError: what each failing rank recorded, on every rank; on a failing one from the original exception.
     """
-    if _largest(int(failure.error is not None), groups):
+    if failed_anywhere(failure, groups):
         raise RuntimeError(f"the pipeline step failed: {_all_texts(failure.text, groups)}") from failure.error
+
+
+def failed_anywhere(failure: StepFailure, groups: Sequence[dist.ProcessGroup]) -> bool:
+    """Whether any rank that the groups connect has failed in this step so far.
+
+    Collectives (each of `groups`, on the CPU): an all-reduce of one int64.
+    """
+    return bool(_largest(int(failure.error is not None), groups))
 
 
 def refuse_together(refusal: Exception | None, groups: Sequence[dist.ProcessGroup]) -> None:

@@ -171,8 +171,6 @@ def pipeline_model(
                 parts[index] = stages[index].submod = replaced
             if isinstance(stages[index], DecoderStage):
                 stages[index].has_collectives = bool(peers)
-    if seq_len is not None:
-        precompute_stage_shapes(stages, getattr(model, "config", None), microbatch_size, seq_len)
     schedule = build_pipeline_schedule(
         pipeline_parallel_schedule_csv,
         pipeline_parallel_schedule,
@@ -183,6 +181,8 @@ def pipeline_model(
         scale_grads,
         reduce_grads,
     )
+    if seq_len is not None:
+        precompute_stage_shapes(stages, getattr(model, "config", None), microbatch_size, seq_len)
     schedule.batch_dims = batch_dims or {}
     schedule.mesh, schedule.averaged_axes, schedule.peer_axes = world_mesh, averaged, peers
     return schedule, parts, any(s.is_first for s in stages), any(s.is_last for s in stages), stages

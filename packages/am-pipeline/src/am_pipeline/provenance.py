@@ -339,25 +339,29 @@ class Tracer(TorchDispatchMode):
         if self.active is not None:
             self._read_inside(self.active, memories, seen)
             self.active.random |= draws
-        sources = frozenset().union(*(m.sources for m in memories)) if memories else frozenset()
-        if self.active is None:
-            for memory in memories:
-                sources |= self._weights_read(memory, None)
-            if draws:
-                sources |= {Draw(f"{name} of {_place()}")}
+        sources = self._sources(memories)
+        if self.active is None and draws:
+            sources |= {Draw(f"{name} of {_place()}")}
         unknown = any(self._of(t).unknown for t in tensors)
         if self.narrow and name in _BY_PLACE and any(isinstance(s, Inner) and s.call < 0 for s in sources):
             raise IndexError(f"{name} picks places of {_place()} that are not there")
-        looks = name in _GUESSES or (looks_at_values(func) and not _picks_by_number(name, args))
-        if looks and self.active is not None:
-            self.active.looks |= unknown or draws or self.active.random
-        if looks:
-            self._look(sources)
+        masks = _masks(args[1]) if name == "aten.index.Tensor" else None
+        if name in _GUESSES or (looks_at_values(func) and masks != []):
+            if self.active is not None:
+                self.active.looks |= unknown or draws or self.active.random
+            # How many a mask picks is a matter of the mask, whatever it picks from.
+            self._look(sources if masks is None else self._sources([self._of(mask) for mask in masks]))
         result = self._compute(func, name, args, kwargs, tensors, unknown)
         self._label(seen, sources, result, unknown, [t for t in tensors if id(t) in written])
         return result
 
     # What operators read and make.
+
+    def _sources(self, memories: list[_Memory]) -> frozenset[Source]:
+        sources = frozenset().union(*(memory.sources for memory in memories))
+        if self.active is None:
+            sources = sources.union(*(self._weights_read(memory, None) for memory in memories))
+        return sources
 
     def _notice_left(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -642,11 +646,9 @@ def sent_key(value: Value, tensor: torch.Tensor) -> int:
     return hash((_key_of(value), *_geometry(tensor)))
 
 
-def _picks_by_number(name: str, args: tuple) -> bool:
-    """Whether an indexing operator has places and no masks: its result has the shape of those."""
-    if name != "aten.index.Tensor":
-        return False
-    return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
+def _masks(indices: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Those of an indexing operator's indices that are masks; without any, its result has the shape of the indices."""
+    return [index for index in indices if index is not None and index.dtype in (torch.bool, torch.uint8)]
 
 
 def _key_of(value: Value) -> int:

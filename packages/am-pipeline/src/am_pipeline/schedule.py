@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
@@ -86,7 +87,7 @@ def build_pipeline_schedule(
         raise ValueError(f"reduce_grads must be 'step' or 'microbatch', got {reduce_grads!r}")
     if not stages:
         raise ValueError("stages is empty: every rank of the pipeline holds at least one stage")
-    _refuse_ddp(stages)
+    _refuse_wrapped(stages)
     count = local_batch_size // microbatch_size
     kind = schedule_class(pipeline_parallel_schedule_csv, pipeline_parallel_schedule)
     if issubclass(kind, PipelineScheduleSingle) and len(stages) != 1:
@@ -160,13 +161,30 @@ def _keep_unsharded_until_backward(stages: list[PipelineStage]) -> None:
                 module.set_reshard_after_forward(False, recurse=False)
 
 
-def _refuse_ddp(stages: list[PipelineStage]) -> None:
+def _refuse_wrapped(stages: list[PipelineStage]) -> None:
     for stage in stages:
+        if not isinstance(stage.submod, nn.Module):
+            raise TypeError(
+                f"parallelize_fn returned {stage.submod!r} for stage {stage.stage_index}; return a module, or None "
+                "where it has changed the part in place"
+            )
         if any(isinstance(module, DistributedDataParallel) for module in stage.submod.modules()):
             raise ValueError(
                 f"the part of stage {stage.stage_index} is wrapped in DistributedDataParallel, whose gradients a "
                 "pipeline does not average; in parallelize_fn, use FSDP2 (torch.distributed.fsdp.fully_shard) instead"
             )
+        if isinstance(stage, DecoderStage) and not _has(stage.submod, stage.plan.anatomy.stack):
+            raise ValueError(
+                f"the part of stage {stage.stage_index} is now a {type(stage.submod).__name__} without the module "
+                f"{stage.plan.anatomy.stack!r}; parallelize_fn must keep the names of what it wraps"
+            )
+
+
+def _has(part: nn.Module, name: str) -> bool:
+    try:
+        return part.get_submodule(name) is not None
+    except AttributeError:
+        return False
 
 
 def _talks_to_others(stage: PipelineStage) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.distributed.pipelining import PipelineStage
 from am_pipeline._torch_compat import is_view
 from am_pipeline.boundary import Boundary, Passage
 from am_pipeline.cut import CutPlan
-from am_pipeline.failure import StepFailure
+from am_pipeline.failure import StepFailure, failed_anywhere
+from am_pipeline.gathers import GatherRecord
 from am_pipeline.nested import tensors_in
 
 
@@ -27,8 +29,10 @@ class DecoderStage(PipelineStage):
         passages: what the stage does with each microbatch of the running step.
         receives, sends: meta tensors of what crosses the cut; empty before shapes are known.
         failure: what went wrong in the running step of a schedule of this package; None outside of one.
-        has_collectives: whether the part talks to other ranks (data, tensor, expert axes) while it computes. Those
-            cannot be kept company after an error in the part: it is raised at once.
+        has_collectives: whether the part talks to other ranks (data, tensor, expert axes) while it computes. After an
+            error in it these are kept company where `gathers` knows how; else it is raised at once.
+        gathers: what FSDP2 gathers in the part; None where it has no collectives, or cannot be left in the middle.
+        peers: host groups of the ranks that step together with this one, other than those of its pipeline.
     """
 
     reduces_every_microbatch = False
@@ -37,6 +41,8 @@ class DecoderStage(PipelineStage):
     sends: tuple[torch.Tensor, ...] = ()
     failure: StepFailure | None = None
     has_collectives = False
+    gathers: GatherRecord | None = None
+    peers: tuple[ProcessGroup, ...] = ()
 
     def __init__(
         self,
@@ -56,7 +62,8 @@ class DecoderStage(PipelineStage):
         if not self._skips:
             self.boundary.chosen = self.passages[fwd_chunk_id] if self.passages else None
             try:
-                output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+                with self._action(f"forward {fwd_chunk_id}"):
+                    output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
                 if self.is_last:
                     self._keep_output(fwd_chunk_id, output)
                 return output
@@ -64,6 +71,7 @@ class DecoderStage(PipelineStage):
                 self._keep_company(f"forward of microbatch {fwd_chunk_id}", error)
             finally:
                 self.boundary.chosen = None
+        self._gather_the_rest(f"forward {fwd_chunk_id}")
         outputs = self._zeros(self.sends)
         self.fwd_cache[fwd_chunk_id] = (outputs, [])
         return outputs
@@ -73,7 +81,8 @@ class DecoderStage(PipelineStage):
             return
         if not self._skips:
             try:
-                super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+                with self._action(f"backward {bwd_chunk_id}"):
+                    super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
                 for tensor in self._beside.pop(bwd_chunk_id, ()):
                     if not is_view(tensor):
                         tensor.detach_()
@@ -85,6 +94,9 @@ class DecoderStage(PipelineStage):
                 return
             except Exception as error:
                 self._keep_company(f"backward of microbatch {bwd_chunk_id}", error)
+        self._gather_the_rest(f"backward {bwd_chunk_id}")
+        if self.reduces_every_microbatch:
+            self.perform_reduce_grad(1)
         self.fwd_cache.pop(bwd_chunk_id, None)
         gradients = zip(self.receives, self._zeros(self.receives), strict=True)
         self.bwd_cache[bwd_chunk_id] = tuple(zeros if like.requires_grad else None for like, zeros in gradients)
@@ -92,14 +104,21 @@ class DecoderStage(PipelineStage):
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if not self._skips:
             try:
-                super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+                with self._action(f"weights {bwd_chunk_id}"):
+                    super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+                return
             except Exception as error:
                 self._keep_company(f"backward of the weights of microbatch {bwd_chunk_id}", error)
+        self._gather_the_rest(f"weights {bwd_chunk_id}")
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         # torch calls it in evaluation, too: there is nothing to reduce or to scale.
-        if self.has_backward and not self._skips:
-            super().perform_reduce_grad(grad_scale_factor)
+        if not self.has_backward:
+            return
+        # Peers reduce together or not at all.
+        if self.failure is not None and (failed_anywhere(self.failure, self.peers) if self.peers else self._skips):
+            return
+        super().perform_reduce_grad(grad_scale_factor)
 
     # Two stages of one rank hand gradients on without messages; torch does so in evaluation, too, and fails.
     def get_local_bwd_output(self, mb_index: int) -> Any:
@@ -122,10 +141,24 @@ class DecoderStage(PipelineStage):
 
     def _keep_company(self, what: str, error: Exception) -> None:
         """Record an error, to go on with zeros; raise it where that helps nobody."""
-        if self.failure is None or self.has_collectives:
+        if self.failure is None or (self.has_collectives and not self.can_keep_company):
             raise error
+        if self.gathers is not None:
+            self.gathers.settle()
         # torch wraps what a module raised.
         self.failure.record(f"stage {self.stage_index}, {what}", _original(error))
+
+    @property
+    def can_keep_company(self) -> bool:
+        """Whether those who talk to this part are known not to wait for more than what `gathers` knows."""
+        return self.gathers is not None and self.gathers.is_known
+
+    def _action(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.gathers is None else self.gathers.action(name)
+
+    def _gather_the_rest(self, action: str) -> None:
+        if self.gathers is not None:
+            self.gathers.gather_the_rest(action)
 
     def _zeros(self, like: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=self.device) for t in like)

@@ -18,6 +18,7 @@ from am_pipeline._torch_compat import (
     Schedule,
     StepHooks,
     call_loss,
+    can_recover,
     forget_step,
     has_loss,
     n_microbatches,
@@ -28,6 +29,7 @@ from am_pipeline.agreement import Agreement, Report, exchange_reports, read_repo
 from am_pipeline.boundary import Passage
 from am_pipeline.failure import StepFailure, host_group, refuse_together, vote
 from am_pipeline.forms import Piece
+from am_pipeline.gathers import GatherRecord
 from am_pipeline.gradients import GradientsSetAside
 from am_pipeline.inputs import ENCODER_INPUTS, describe_inputs, is_per_microbatch, receive_inputs, split_inputs
 from am_pipeline.nested import map_leaves, tensors_in
@@ -108,9 +110,11 @@ class PipelineSchedule(StepHooks, Schedule):
         Raises:
             ValueError, TypeError: a call that cannot run, on every rank of the pipeline, before anything is sent.
             RuntimeError: an exception in a stage or in `loss_fn`, on every rank of the pipeline when the step would
-                have ended; `.grad` is as before and the next step can run. Where the parts have collectives of their
-                own (FSDP2, tensor or expert parallelism over several ranks), an exception inside a part is raised on
-                its rank at once instead, since the peers of those collectives cannot be released: end the process.
+                have ended; `.grad` is as before and the next step can run. So too where FSDP2 shards the parts of a
+                schedule with one stage on a rank that reduces gradients once, after a first step that went well
+                (`gathers.py`). Where parts communicate in other ways (tensor, context or expert parallelism over
+                several ranks), an exception inside a part is raised on its rank at once instead, since the peers of
+                those collectives cannot be released: end the process, and torchrun ends the others.
         """
         stages = stages_of(self)
         for stage in stages:
@@ -151,6 +155,12 @@ class PipelineSchedule(StepHooks, Schedule):
             if self.mesh is not None and any(stage.has_collectives for stage in stages):
                 groups += [self.mesh[axis].get_group() for axis in self.peer_axes]
             self._host_groups = tuple(host_group(group) for group in groups)
+            for stage in stages:
+                if len(groups) > 1 and stage.has_collectives:
+                    stage.peers = self._host_groups[1:]
+                    # Where gradients are reduced between microbatches, what a step gathers depends on that.
+                    known = not stage.reduces_every_microbatch and can_recover(stage.submod)
+                    stage.gathers = GatherRecord(stage.submod) if known else None
         agreement, offered = self._agree(stages, call)
         shared = self._share(stages, agreement, offered)
         batch_dims = self._follow(stages, agreement, shared)
@@ -158,10 +168,15 @@ class PipelineSchedule(StepHooks, Schedule):
         self._running = _Running(failure)
         for stage in stages:
             stage.failure = failure
+            if stage.gathers is not None:
+                stage.gathers.begin(training=not self._evaluating)
         try:
             self._prepare(stages, call, shared, agreement.batch, batch_dims)
             outputs = super().step(**more)
             vote(failure, self._host_groups)
+            for stage in stages:
+                if stage.gathers is not None:
+                    stage.gathers.end()
             if not self._evaluating:
                 sum_shared_gradients(stages)
             losses = self._running.losses
@@ -332,7 +347,7 @@ class PipelineSchedule(StepHooks, Schedule):
             if call.target is not None:
                 running.targets = split_target(call.target, count)
         except Exception as error:
-            if any(stage.has_collectives for stage in stages):
+            if any(stage.has_collectives and not stage.can_keep_company for stage in stages):
                 raise
             running.failure.record("splitting the inputs", error)
         running.inputs = running.inputs or ([()] * count, [{} for _ in range(count)])

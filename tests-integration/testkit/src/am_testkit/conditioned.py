@@ -20,9 +20,10 @@ _KINDS = {
 }
 INNER = 2  # which of the hidden states a loss on inner states takes
 DROPPED = {"embd_pdrop": 0.3, "attn_pdrop": 0.3, "resid_pdrop": 0.3}
-# In bfloat16 two orders of one sum differ in the eighth bit, and gradients are sums of many.
+# In bfloat16 two orders of one sum differ in the eighth bit, and gradients are sums of many; those of adapters, small
+# beside what they are sums of, are 9e-2 off float32 in one process.
 TOLERANCES = {"float64": 1e-5, "float32": 1e-4}
-BFLOAT16_TOLERANCE = 6e-2
+BFLOAT16_TOLERANCE, OF_ADAPTERS = 6e-2, 1.5e-1
 
 
 def build_model(case: Case, seed: int = 0) -> nn.Module:
@@ -70,7 +71,7 @@ def autocast(case: Case) -> torch.dtype | None:
 
 def tolerance(case: Case) -> float:
     """The largest relative error that is rounding."""
-    return TOLERANCES.get(case["numbers"], BFLOAT16_TOLERANCE)
+    return TOLERANCES.get(case["numbers"], OF_ADAPTERS if case["trained"] == "adapters" else BFLOAT16_TOLERANCE)
 
 
 def groups(case: Case, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:

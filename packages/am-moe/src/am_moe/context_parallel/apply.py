@@ -198,7 +198,7 @@ class _Context:
         if proof is None:
             return given
         by_tokens = self._call(given, shape, False).by_tokens
-        for name in by_tokens:
+        for name in sorted(by_tokens):  # in one order on every rank, as each is a collective
             if proof.way.whole_labels if name in LABELS else proof.way.whole_inputs:
                 given[name] = gather_tokens(given[name], self.mesh)
         if proof.counted and given.get("num_items_in_batch") is not None:

@@ -20,6 +20,8 @@ def cut_tokens(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 def gather_tokens(tensor: torch.Tensor, mesh: DeviceMesh, part: Part = _TOKENS) -> torch.Tensor:
     """Whole sequences from each rank's tokens, which are at `part`, in order.
 
+    The result is contiguous, as a batch is that nobody cut: models view masks and labels as they like.
+
     Every rank computes the same with them, so each of their losses is the loss: gradients are summed over the ranks,
     which an average over the ranks divides again.
 
@@ -29,4 +31,4 @@ def gather_tokens(tensor: torch.Tensor, mesh: DeviceMesh, part: Part = _TOKENS) 
     tokens = tensor.unflatten(dim, (part.outer, -1, part.inner)).movedim(dim + 1, 0)[None]
     for axis in reversed(range(mesh.ndim)):
         tokens = gather_parts(tokens, mesh.get_group(axis))
-    return in_order(tokens, mesh.size())[0].movedim(0, dim + 1).flatten(dim, dim + 2)
+    return in_order(tokens, mesh.size())[0].movedim(0, dim + 1).flatten(dim, dim + 2).contiguous()

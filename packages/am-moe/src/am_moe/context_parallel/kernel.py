@@ -10,6 +10,8 @@ size S x T is held.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -105,12 +107,12 @@ def block_backward(
     for tile, q_at, k_at in _tiles(block, scores.rule, q_BHSD.shape[0] * q_BHSD.shape[1]):
         q, k, v = q_BHSD[:, :, q_at].to(dtype), k_BKTD[:, :, k_at].to(dtype), v_BKTE[:, :, k_at].to(dtype)
         grad, out = grad_BHSE[:, :, q_at].to(dtype), out_BHSE[:, :, q_at].to(dtype)
-        s, bend = _scores(q, k, tile, scores)
+        s, bent = _scores(q, k, tile, scores)
         p = (s - finite(lse_BHS[:, :, q_at])[..., None]).exp()
         dp = _ungrouped(_grouped(grad, k) @ v.mT, q)
         ds = p * (dp - (grad * out).sum(-1, keepdim=True))
-        if bend is not None:
-            ds *= bend
+        if bent is not None:
+            ds *= 1 - bent.square()  # the slope of the softcap
         ds_BKRT = _grouped(ds, k) * scores.scale
         dq[:, :, q_at] += _ungrouped(ds_BKRT @ k, q)
         dk[:, :, k_at] += ds_BKRT.mT @ _grouped(q, k)
@@ -174,32 +176,32 @@ def _within(part: Interval, whole: Interval) -> slice:
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, tile: Block, scores: Scores) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores `(B, H, S, T)`, minus infinity where the mask forbids, and the slope of the softcap if there is one."""
+    """Scores `(B, H, S, T)`, minus infinity where the mask forbids, and their share of the softcap if there is one."""
     s = _ungrouped(_grouped(q * scores.scale, k) @ k.mT, q)
-    bend = None
+    bent = None
     if scores.softcap is not None:
-        bent = (s / scores.softcap).tanh()
-        s, bend = bent * scores.softcap, 1 - bent.square()
+        bent = s.div_(scores.softcap).tanh_()
+        s = bent * scores.softcap
     if tile.kind is not Kind.FULL:
-        s = s.masked_fill(~_allowed(tile, scores, q.device), -torch.inf)
-    return s, bend
+        s.masked_fill_(_forbidden(tile, scores, q.device), -torch.inf)
+    return s, bent
 
 
-def _allowed(tile: Block, scores: Scores, device: torch.device) -> torch.Tensor:
-    """What the mask lets through, `(S, T)` or `(B, 1, S, T)`."""
+def _forbidden(tile: Block, scores: Scores, device: torch.device) -> torch.Tensor:
+    """What the mask does not let through, `(S, T)` or `(B, 1, S, T)`."""
     ahead = torch.arange(*tile.keys, device=device) - torch.arange(*tile.queries, device=device)[:, None]
-    allowed = torch.ones_like(ahead, dtype=torch.bool)
+    forbidden = []
     if scores.rule.after is not None:
-        allowed &= ahead <= scores.rule.after
+        forbidden.append(ahead > scores.rule.after)
     if scores.rule.before is not None:
-        allowed &= ahead >= -scores.rule.before
+        forbidden.append(ahead < -scores.rule.before)
     if scores.query_groups_BN is not None and scores.key_groups_BN is not None:
         of_queries, of_keys = (
             scores.query_groups_BN[:, slice(*tile.queries)],
             scores.key_groups_BN[:, slice(*tile.keys)],
         )
-        return allowed & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
-    return allowed
+        forbidden.append(of_queries[:, None, :, None] != of_keys[:, None, None, :])
+    return functools.reduce(operator.or_, forbidden or [torch.zeros((), dtype=torch.bool, device=device)])
 
 
 def _grouped(x_BHSX: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,10 @@ def mixers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def towers(model: Any) -> list[tuple[str, nn.Module]]:
     """What makes hidden states of images and sounds, with names: has convolutions and stands beside the embedding."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # transformers does not know: whatever has convolutions is then refused to run
+        embedding = None
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, CONVOLUTIONS):
