@@ -50,8 +50,12 @@ class ColwiseParallelLora(ColwiseParallel):
         """Let the layer compute on its shards, which it holds already."""
         _attach(self, module, axis, _kind(self, module, "column", "features"))
 
+    def computes_on_shards(self, module: nn.Module) -> bool:
+        """Whether the layer's forward may run on plain local tensors; if not, it runs on DTensors."""
+        return computes_on_shards(module)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if computes_on_shards(module):
+        if self.computes_on_shards(module):
             return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
@@ -89,8 +93,12 @@ class RowwiseParallelLora(RowwiseParallel):
         self.desired_input_layouts = (Shard(-1) if linear else Replicate(),)
         _attach(self, module, axis, _kind(self, module, "row", "rows"))
 
+    def computes_on_shards(self, module: nn.Module) -> bool:
+        """Whether the layer's forward may run on plain local tensors; if not, it runs on DTensors."""
+        return computes_on_shards(module)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if computes_on_shards(module):
+        if self.computes_on_shards(module):
             return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
@@ -126,8 +134,12 @@ class SequenceParallelLora(SequenceParallel):
         """Let the layer compute on its part of the sequence."""
         _attach(self, module, axis, "sequence")
 
+    def computes_on_shards(self, module: nn.Module) -> bool:
+        """Whether the layer's forward may run on plain local tensors; if not, it runs on DTensors."""
+        return is_wrapped(module) or treats_tokens_alike(module, self.sequence_sharding[0].dim)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if is_wrapped(module) or treats_tokens_alike(module, self.sequence_sharding[0].dim):
+        if self.computes_on_shards(module):
             return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
