@@ -13,6 +13,7 @@ from am_tp_plans.apply import check_plan
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.local import LocalShards
+from am_tp_plans.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
 from am_tp_plans.rehearsal import Findings, rehearse
 from am_tp_plans.styles import each
@@ -58,6 +59,7 @@ class PlanReport:
         collectives: how many per step, by phase and kind.
         hidden_bytes: of the hidden state between layers on one rank.
         layer_bytes: what one rank sends for one layer, forward and backward, on average.
+        numbers: what a run of a small twin with numbers showed.
         random: modules, by wildcard name, that draw random numbers for a rank's share in evaluation already.
     """
 
@@ -71,6 +73,7 @@ class PlanReport:
     collectives: dict[tuple[str, str], int]
     hidden_bytes: int
     layer_bytes: tuple[float, float]
+    numbers: NumericCheck
     random: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -96,6 +99,7 @@ class PlanReport:
             f"hidden state between layers: {_bytes(self.hidden_bytes)} on each rank",
             f"a layer sends {_bytes(forward)} forward and {_bytes(backward)} backward",
             f"collectives in a step: {counts or 'none'}",
+            f"proven by rules; {self.numbers}",
         ]
         if self.random:
             lines.append(f"random numbers are drawn for a rank's share in: {', '.join(self.random)}")
@@ -115,7 +119,8 @@ def explain_plan(
         seq_len: tokens in a sequence, for the bytes.
 
     Raises:
-        ValueError: the plan does not fit the model or the axis.
+        ValueError: the plan does not fit the model or the axis, or a small twin of the model computes other numbers
+            with it.
     """
     if ranks < 1 or batch < 1 or seq_len < 1:
         raise ValueError(f"ranks={ranks}, batch={batch} and seq_len={seq_len} must be positive")
@@ -159,6 +164,7 @@ def explain_plan(
         counts,
         _hidden_bytes(model, plan, ranks) * batch * seq_len * size,
         _per_layer(model, found, sent),
+        check_numbers(model, plan, ranks),
         tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
     )
 

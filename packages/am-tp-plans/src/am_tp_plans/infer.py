@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import check_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, is_conv1d
+from am_tp_plans.numeric_check import check_numbers
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import VocabParallelEmbedding
@@ -36,7 +37,8 @@ def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
         A plan with `*` for the layers' numbers.
 
     Raises:
-        ValueError: nothing in the model could be sharded.
+        ValueError: nothing in the model could be sharded, or a small twin of it computes other numbers with the plan
+            (`numeric_check.py`).
     """
     plan: dict[str, ParallelStyle] = {}
     for alternatives in (*_vocabulary(model), *_blocks(model, ranks)):
@@ -47,7 +49,9 @@ def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
                 break
     if not plan:
         raise ValueError(f"nothing in {type(model).__name__} was found that can be sharded over {ranks} ranks")
-    return share_inputs(model, complete(model, plan))
+    plan = share_inputs(model, complete(model, plan))
+    check_numbers(model, plan, ranks)
+    return plan
 
 
 def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> bool:

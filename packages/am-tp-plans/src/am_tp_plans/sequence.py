@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.numeric_check import check_numbers
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.shared import is_open_colwise, with_style
 from am_tp_plans.styles import (
@@ -46,7 +47,7 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
 
     Raises:
         ValueError: the plan has several stacks of layers, or what the layers do between their modules needs other
-            tokens; names it.
+            tokens; names it. Or a small twin of the model computes other numbers with the plan.
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
     concrete = expand_plan(model, plan)
@@ -68,7 +69,9 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
                 continue
             chosen[block] = placement
             break
-    return complete(model, _merged(plan, entry, chosen))
+    plan = complete(model, _merged(plan, entry, chosen))
+    check_numbers(model, plan, ranks)
+    return plan
 
 
 def _stack(model: nn.Module, concrete: Plan) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from am_tp_plans.local import (
     Replicated,
     ReplicatedWithGradAllReduce,
 )
+from am_tp_plans.numeric_check import check_numbers
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import (
@@ -87,8 +88,8 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Raises:
         ValueError: the model brings no plan, one with an unknown style, one whose parts contradict each other or that
-            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`);
-            or the model is a pipeline part.
+            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`)
+            and a small twin of it with numbers (`numeric_check.py`); or the model is a pipeline part.
     """
     named = named_styles(model)
     if _is_part(model):
@@ -119,7 +120,9 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         for name in filter(lambda name: matches(key, name), modules):
             owner = modules[name.rpartition(".")[0]]
             plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
-    return share_inputs(model, complete(model, without_half_ties(model, plan)))
+    plan = share_inputs(model, complete(model, without_half_ties(model, plan)))
+    check_numbers(model, plan, 2)
+    return plan
 
 
 def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:

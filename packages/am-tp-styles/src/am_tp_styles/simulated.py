@@ -82,8 +82,7 @@ def shard_on_simulated_rank(
     Raises:
         NeedsRealRanksError: the style computes on DTensors here, which need a device mesh.
     """
-    on_shards = getattr(style, "computes_on_shards", None)
-    if not hasattr(style, "attach") or (on_shards is not None and not on_shards(module)):
+    if not runs_on_simulated_ranks(style, module):
         raise NeedsRealRanksError(f"{type(style).__name__} computes on DTensors in a {type(module).__name__}")
     layout = style.layout(module, axis.size)  # type: ignore[attr-defined]
     for name, placement in layout.items():
@@ -93,6 +92,12 @@ def shard_on_simulated_rank(
         module.get_submodule(owner)._parameters[leaf] = part
     style.attach(module, axis)  # type: ignore[attr-defined]
     return layout
+
+
+def runs_on_simulated_ranks(style: ParallelStyle, module: nn.Module) -> bool:
+    """Whether a style lets this module compute on plain local tensors; DTensors need a mesh of real ranks."""
+    on_shards = getattr(style, "computes_on_shards", None)
+    return hasattr(style, "attach") and (on_shards is None or on_shards(module))
 
 
 def _part(parameter: nn.Parameter, placement: Placement, axis: SimulatedAxis) -> nn.Parameter:
