@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Shard
@@ -107,16 +108,23 @@ class PlanReport:
 
 
 def explain_plan(
-    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, *, batch: int = 1, seq_len: int = 2048
+    model: nn.Module,
+    plan: dict[str, ParallelStyle],
+    ranks: int,
+    *,
+    batch: int = 1,
+    seq_len: int = 2048,
+    example_inputs: dict[str, Any] | None = None,
 ) -> PlanReport:
     """Which module gets which style, what each rank holds and sends; without devices and without real weights.
 
     Args:
-        model: takes ids `(B, S)`; real or on meta.
+        model: real or on meta.
         plan: for it, from `resolve_plan`, `infer_plan`, or your own.
         ranks: size of the tensor-parallel axis.
         batch: sequences in a step, for the bytes.
         seq_len: tokens in a sequence, for the bytes.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`.
 
     Raises:
         ValueError: the plan does not fit the model or the axis, or a small twin of the model computes other numbers
@@ -125,7 +133,7 @@ def explain_plan(
     if ranks < 1 or batch < 1 or seq_len < 1:
         raise ValueError(f"ranks={ranks}, batch={batch} and seq_len={seq_len} must be positive")
     concrete = check_plan(model, plan, ranks)
-    found = rehearse(model, concrete, ranks)
+    found = rehearse(model, concrete, ranks, example_inputs)
     parameters = dict(model.named_parameters())
     held = {name: _held(name, parameter.numel(), concrete, ranks) for name, parameter in parameters.items()}
     size = next(iter(parameters.values())).element_size()
@@ -164,7 +172,7 @@ def explain_plan(
         counts,
         _hidden_bytes(model, plan, ranks) * batch * seq_len * size,
         _per_layer(model, found, sent),
-        check_numbers(model, plan, ranks),
+        check_numbers(model, plan, ranks, example_inputs),
         tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Replicate
@@ -21,7 +22,9 @@ from am_tp_plans.translate import complete, matches, without_half_ties
 _MOST = 5
 
 
-def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
+def infer_plan(
+    model: nn.Module, ranks: int = 2, *, example_inputs: dict[str, Any] | None = None
+) -> dict[str, ParallelStyle]:
     """Look for projections that can be sharded, and keep those that a rehearsal shows to be right.
 
     In every kind of layer, runs of linears that read the hidden state, each followed by one that leads back to it, are
@@ -30,34 +33,39 @@ def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
     the plan, edit it if you like, and give it to `apply_plan`; nothing uses it unless you do.
 
     Args:
-        model: any model whose forward takes ids `(B, S)`, real or on meta.
+        model: real or on meta.
         ranks: the size of the axis that widths have to divide over.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
+            ones do, with at least two sequences and a length that divides over the ranks.
 
     Returns:
         A plan with `*` for the layers' numbers.
 
     Raises:
-        ValueError: nothing in the model could be sharded, or a small twin of it computes other numbers with the plan
-            (`numeric_check.py`).
+        ValueError: nothing in the model could be sharded, its forward fails on the inputs, or a small twin of it
+            computes other numbers with the plan (`numeric_check.py`).
     """
     plan: dict[str, ParallelStyle] = {}
     for alternatives in (*_vocabulary(model), *_blocks(model, ranks)):
         for candidate in alternatives:
             trial = without_half_ties(model, plan | candidate)
-            if not set(candidate) & set(plan) and len(trial) > len(plan) and _fits(model, trial, ranks):
+            if not set(candidate) & set(plan) and len(trial) > len(plan) and _fits(model, trial, ranks, example_inputs):
                 plan = trial
                 break
     if not plan:
+        rehearse(model, {}, ranks, example_inputs)  # what its forward itself says
         raise ValueError(f"nothing in {type(model).__name__} was found that can be sharded over {ranks} ranks")
-    plan = share_inputs(model, complete(model, plan))
-    check_numbers(model, plan, ranks)
+    plan = share_inputs(model, complete(model, plan, example_inputs), example_inputs)
+    check_numbers(model, plan, ranks, example_inputs)
     return plan
 
 
-def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> bool:
+def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None) -> bool:
     try:
         concrete = check_plan(model, plan, ranks)
-        return rehearse(model, concrete, ranks).ran == set(concrete)  # nothing is shown of what did not run
+        return rehearse(model, concrete, ranks, example_inputs).ran == set(
+            concrete
+        )  # nothing is shown of what did not run
     except (ValueError, TypeError):
         return False
 

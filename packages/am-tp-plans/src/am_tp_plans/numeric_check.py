@@ -65,7 +65,9 @@ class NumericCheck:
         return f"run with numbers on {self.ranks} simulated ranks: largest error {self.error:.0e} ({under})"
 
 
-def check_numbers(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> NumericCheck:
+def check_numbers(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None = None
+) -> NumericCheck:
     """Run a small twin of the model with numbers, in one process and on simulated ranks, and compare.
 
     Compared are the outputs (with padding, labels and hidden states where the model takes and returns them) and all
@@ -73,9 +75,10 @@ def check_numbers(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) 
     plan is kept. Issues no collective, and leaves random state, modes, default dtype and the model as they are.
 
     Args:
-        model: takes ids `(B, S)`; real or on meta.
+        model: real or on meta.
         plan: for it, with `*` or without.
         ranks: of the axis; of more than eight a divisor is simulated.
+        example_inputs: keyword arguments of its forward; None for ids `(B, S)`.
 
     Raises:
         ValueError: an output or gradient is another than in one process; names it.
@@ -85,9 +88,9 @@ def check_numbers(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) 
         concrete = check_plan(model, plan, ranks)
     except (ValueError, TypeError) as why:
         return NumericCheck(ranks, why_not=str(why))
-    key = _key(model, concrete, ranks)
+    key = _key(model, concrete, ranks) if example_inputs is None else None
     with _one_at_a_time:
-        found = _known.get(key) or _checked(model, concrete, ranks)
+        found = _known.get(key) or _checked(model, concrete, ranks, example_inputs)
         if key is not None:
             _known[key] = found
     if isinstance(found, str):
@@ -105,14 +108,18 @@ def _key(model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int) -> An
     return config.to_json_string(), _attention(model), modules, styles, ranks
 
 
-def _checked(model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int) -> NumericCheck | str:
+def _checked(
+    model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None
+) -> NumericCheck | str:
     """What the run showed, or the words of an error."""
     default = torch.get_default_dtype()
     if default is not torch.float32:
         torch.set_default_dtype(torch.float32)
     try:
         # in a thread of its own, where no mode or context of the caller reaches
-        twin, left_out, runs, dtype = on_simulated_ranks(1, lambda _: _in_one_process(model, concrete, ranks))[0]
+        twin, left_out, runs, dtype = on_simulated_ranks(
+            1, lambda _: _in_one_process(model, concrete, ranks, example_inputs)
+        )[0]
         largest = 0.0
         for run in runs:
             _set_attention(twin.model, run.attention)
@@ -155,8 +162,8 @@ class _Run:
 
     inputs_in_words: str
     attention: str | None
-    ids: torch.Tensor
-    inputs: dict[str, Any]
+    args: tuple
+    kwargs: dict[str, Any]
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
@@ -166,7 +173,7 @@ class _Run:
 
 
 def _in_one_process(
-    model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int
+    model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None
 ) -> tuple[Twin, tuple[str, ...], list[_Run], torch.dtype]:
     """The twin, what runs whole in it, and what it computes as it is; in float32 where its own code wants that."""
     twin = make_twin(model, concrete, ranks)
@@ -180,7 +187,7 @@ def _in_one_process(
     for dtype in _TOLERANCE:
         twin.model.to(dtype)
         try:
-            return twin, left_out, list(_runs(twin, ranks)), dtype
+            return twin, left_out, list(_runs(twin, ranks, example_inputs)), dtype
         except Exception as why:  # whatever the model's own code says to ids alone
             error = error or why
     raise NoTwinError(f"a small {type(model).__name__} fails in one process with {type(error).__name__}: {error}")
@@ -200,43 +207,65 @@ def _left_out(twin: Twin) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*names, *tied]))
 
 
-def _runs(twin: Twin, ranks: int) -> Iterator[_Run]:
-    """Ids alone; then as much of hidden states, padding and labels as the model takes; that under sdpa too.
+def _runs(twin: Twin, ranks: int, example_inputs: dict[str, Any] | None) -> Iterator[_Run]:
+    """Ids alone, or the example; then as much of hidden states, padding and labels as the model takes; that under sdpa.
 
-    Of three sequences one is full, one padded on its left, one on its right.
+    Of three sequences of ids one is full, one padded on its left, one on its right.
     """
     model, random = twin.model, torch.Generator().manual_seed(1)
-    tokens, vocabulary = -(-10 // ranks) * ranks, _vocabulary(twin.model)
-    ids = torch.randint(min(3, vocabulary - 1), max(vocabulary - 1, 1), (3, tokens), generator=random)
     takes = inspect.signature(model.forward).parameters
-    fixed = {"use_cache": False} if "use_cache" in takes else {}
+    fixed: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     own = _attention(model)
-    alone = _Run("ids alone", own, ids, fixed)
-    _run(copy.deepcopy(model), alone)  # a copy, because some models change in their first forward
-    yield alone
-    padding: dict[str, Any] = {}
-    if "attention_mask" in takes:
-        padding["attention_mask"] = mask = torch.ones_like(ids)
-        mask[1, : tokens // 3], mask[2, -(tokens // 3) :] = 0, 0
-        number = getattr(getattr(model, "config", None), "pad_token_id", None)
-        ids = ids.masked_fill(mask == 0, number) if isinstance(number, int) and 0 <= number < vocabulary else ids
+    if example_inputs is None:
+        ids, padding, padded = _ids(model, ranks, random)
+        padding = {name: mask for name, mask in padding.items() if name in takes}
+        first = _Run("ids alone", own, (ids,), fixed)
+        args: tuple = (padded if padding else ids,)
+    else:
+        given, padding, args = _for_twin(model, example_inputs), {}, ()
+        first = _Run("the example inputs", own, args, fixed | given)
+    _run(copy.deepcopy(model), first)  # a copy, because some models change in their first forward
+    yield first
+    run = first
     sharded = any(getattr(part, "shards_sequence", False) for style in twin.plan.values() for part in each(style))
     hidden = {} if sharded or not hasattr(model, "config") else {"output_hidden_states": True}
-    labels = _labels(takes, alone.outputs, random)
+    labels = {} if "labels" in first.kwargs else _labels(takes, first.outputs, random)
     for parts in (("hidden states", "labels"), ("hidden states",), ("labels",), ()):
         inputs = padding | (hidden if "hidden states" in parts else {}) | (labels if "labels" in parts else {})
         said = [part for part in parts if {"hidden states": hidden, "labels": labels}[part]]
-        run = _Run(", ".join(["padding"] * bool(padding) + said), own, ids, fixed | inputs)
-        if inputs and _takes(model, run):
-            yield run
+        more = _Run(", ".join(["padding"] * bool(padding) + said), own, args, first.kwargs | inputs)
+        if inputs and _takes(model, more):
+            yield (run := more)
             break
-    else:
-        run = alone
     if own not in (None, "sdpa") and _set_attention(model, "sdpa"):
-        run = _Run(run.inputs_in_words, "sdpa", run.ids, run.inputs)
-        if _takes(model, run):
-            yield run
+        again = _Run(run.inputs_in_words, "sdpa", run.args, run.kwargs)
+        if _takes(model, again):
+            yield again
         _set_attention(model, own)
+
+
+def _ids(model: nn.Module, ranks: int, random: torch.Generator) -> tuple[torch.Tensor, dict, torch.Tensor]:
+    """Ids of three sequences, a mask that pads two of them, and the ids with padding where it says."""
+    tokens, vocabulary = -(-10 // ranks) * ranks, _vocabulary(model)
+    ids = torch.randint(min(3, vocabulary - 1), max(vocabulary - 1, 1), (3, tokens), generator=random)
+    mask = torch.ones_like(ids)
+    mask[1, : tokens // 3], mask[2, -(tokens // 3) :] = 0, 0
+    number = getattr(getattr(model, "config", None), "pad_token_id", None)
+    known = isinstance(number, int) and 0 <= number < vocabulary
+    return ids, {"attention_mask": mask}, ids.masked_fill(mask == 0, number) if known else ids
+
+
+def _for_twin(model: nn.Module, example_inputs: dict[str, Any]) -> dict[str, Any]:
+    """The example on the CPU, in the twin's dtype and with ids that it has."""
+    dtype, vocabulary = next(p.dtype for p in model.parameters() if p.is_floating_point()), _vocabulary(model)
+    given = {}
+    for name, value in example_inputs.items():
+        if isinstance(value, torch.Tensor):
+            value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().to("cpu", copy=True)
+            value = value.to(dtype) if value.is_floating_point() else value
+            value = value % vocabulary if name.endswith("input_ids") else value
+        given[name] = value
+    return given
 
 
 def _takes(model: nn.Module, run: _Run) -> bool:
@@ -285,7 +314,7 @@ def _set_attention(model: Any, implementation: str | None) -> bool:
 def _run(model: nn.Module, run: _Run) -> None:
     """Forward and backward of a number made of all outputs; fills the run's results."""
     torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
-    output = model(run.ids, **run.inputs)
+    output = model(*run.args, **run.kwargs)
     outputs, random = dict(_named(output)), torch.Generator().manual_seed(2)
     terms = []
     for tensor in outputs.values():
@@ -324,7 +353,7 @@ class _Share:
 
 def _share(twin: Twin, run: _Run, axis: SimulatedAxis) -> _Share:
     model, parts, layouts = copy.deepcopy(twin.model), {}, {}
-    mine = _Run(run.inputs_in_words, run.attention, run.ids, run.inputs)
+    mine = _Run(run.inputs_in_words, run.attention, run.args, run.kwargs)
     try:
         for name, style in twin.plan.items():
             layout = shard_on_simulated_rank(model.get_submodule(name), copy.copy(local_form(style)), axis, parts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,26 +54,61 @@ class Findings:
     tokens: int
 
 
-def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> Findings:
+def rehearse(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None = None
+) -> Findings:
     """What a plan lacks to be right. No device, no collective, no real weight.
 
     Args:
-        model: takes ids `(B, S)`; it is not changed.
+        model: it is not changed.
         plan: concrete, without `*`: from `expand_plan`.
         ranks: size of the axis.
+        example_inputs: keyword arguments of the forward; None for ids `(B, S)` alone.
 
     Raises:
         ValueError: the plan would give wrong results, and where.
+        TypeError: `example_inputs` is no dict with names as keys.
     """
-    tokens = -(-_TOKENS // ranks) * ranks
-    whole = _run(model, plan, ranks, tokens, None)
-    share = _run(model, plan, ranks, tokens, whole.steps)
+    inputs = _inputs(model, ranks, example_inputs)
+    whole = _run(model, plan, ranks, inputs, None)
+    share = _run(model, plan, ranks, inputs, whole.steps)
     covers = {name for name, styles in plan.items() if any(isinstance(style, _COVERS) for style in each(styles))}
     partial = {name for name in share.partial if not any(name.startswith(f"{owner}.") for owner in covers)}
     traffic = tuple(share.traffic)
     return Findings(
-        frozenset(partial), frozenset(share.modified), frozenset(share.ran), tuple(share.random), traffic, tokens
+        frozenset(partial), frozenset(share.modified), frozenset(share.ran), tuple(share.random), traffic, inputs.tokens
     )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the forward is called with, and how many tokens a sequence in it has."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    tokens: int
+
+
+def _inputs(model: nn.Module, ranks: int, example_inputs: dict[str, Any] | None) -> _Inputs:
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if example_inputs is None:
+        tokens = -(-_TOKENS // ranks) * ranks
+        return _Inputs((torch.ones(2, tokens, dtype=torch.int64, device="cpu"),), settings, tokens)
+    check_example_inputs(example_inputs)
+    given = settings | dict(example_inputs)
+    sizes = [tensor.shape[1] for tensor in tensors(given) if tensor.dim() > 1]
+    return _Inputs((), given, sizes[0] if sizes else 1)
+
+
+def check_example_inputs(example_inputs: Any) -> None:
+    """
+    Raises:
+        TypeError: it is no dict of keyword arguments.
+    """
+    if not isinstance(example_inputs, Mapping) or not all(isinstance(name, str) for name in example_inputs):
+        raise TypeError(
+            f"example_inputs must be a dict of keyword arguments of the forward, got {type(example_inputs).__name__}"
+        )
 
 
 # Styles that take care of the gradients of the parameters under their module.
@@ -88,15 +124,17 @@ _COVERS = (
 )
 
 
-def _run(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, tokens: int, whole: list[Step] | None) -> Watch:
+def _run(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, inputs: _Inputs, whole: list[Step] | None
+) -> Watch:
     """The whole model's run, or one rank's if it is given the whole's."""
     # whatever device the caller makes tensors on; a context costs every operator something
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        return _run_on_the_cpu(model, plan, ranks, tokens, whole)
+        return _run_on_the_cpu(model, plan, ranks, inputs, whole)
 
 
 def _run_on_the_cpu(
-    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, tokens: int, whole: list[Step] | None
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, inputs: _Inputs, whole: list[Step] | None
 ) -> Watch:
     twin = _weightless(model)
     watch = Watch(dict(twin.named_parameters()), ranks, whole)
@@ -104,12 +142,10 @@ def _run_on_the_cpu(
         _name_where(watch, name, module)
         stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
     modules = list(twin.modules())
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(twin.forward).parameters else {}
     no_fit = f"the plan does not fit {type(model).__name__}"
     try:
         with torch.no_grad(), watch:
-            ids = watch.note(torch.ones(2, tokens, dtype=torch.int64), active=True, alike=frozenset())
-            output = twin(ids, **settings)
+            output = twin(*_noted(watch, inputs.args), **_noted(watch, inputs.kwargs))
     except (WrongError, ReadDirectlyError) as why:
         raise ValueError(f"{no_fit}: {why}") from why
     except Exception as error:  # whatever the model's own code raises on a rank's share
@@ -123,6 +159,18 @@ def _run_on_the_cpu(
     if whole is not None and len(watch.steps) != len(whole):
         raise ValueError(f"{no_fit}: on one rank's share it ends before {whole[len(watch.steps)].name}")
     return watch
+
+
+def _noted(watch: Watch, value: Any) -> Any:
+    """Copies of the inputs that the run knows as such, of the weightless twin's dtype; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_noted(watch, item) for item in value)
+    if isinstance(value, dict):
+        return {name: _noted(watch, item) for name, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().to("cpu", copy=True)
+    return watch.note(value.float() if value.is_floating_point() else value, active=True, alike=frozenset())
 
 
 def _name_where(watch: Watch, name: str, module: nn.Module) -> None:

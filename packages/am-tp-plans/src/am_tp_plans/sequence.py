@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
@@ -29,7 +30,9 @@ from am_tp_plans.translate import complete
 Plan = dict[str, ParallelStyle]
 
 
-def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Plan:
+def add_sequence_parallelism(
+    model: nn.Module, plan: Plan, ranks: int = 2, *, example_inputs: dict[str, Any] | None = None
+) -> Plan:
     """A tensor-parallel plan with the sequence sharded between the blocks of the layers.
 
     The layers take and return `(B, S / n, D)`. Each module of a layer is placed in the cheapest way that a rehearsal
@@ -38,9 +41,11 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
     its result. The gradients of parameters on a shard are summed over the ranks during backward.
 
     Args:
-        model: takes ids `(B, S)`; real or on meta, whole (before a pipeline cut).
+        model: real or on meta, whole (before a pipeline cut).
         plan: a tensor-parallel plan for it, without sequence parallelism.
         ranks: how many to rehearse with, 2, 4 or 8.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
+            ones do, with at least two sequences and a length that divides over the ranks.
 
     Returns:
         A new plan. With it, S must divide over the axis.
@@ -58,19 +63,19 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
     blocks = _blocks(model, stack, plan)
     chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
     try:
-        _rehearse(model, plan, entry, chosen, ranks)
+        _rehearse(model, plan, entry, chosen, ranks, example_inputs)
     except ValueError as error:
         raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
     for block, inner in blocks.items():
         for placement in list(_placements(block, inner, plan))[:-1]:
             try:
-                _rehearse(model, plan, entry, chosen | {block: placement}, ranks)
+                _rehearse(model, plan, entry, chosen | {block: placement}, ranks, example_inputs)
             except ValueError:
                 continue
             chosen[block] = placement
             break
-    plan = complete(model, _merged(plan, entry, chosen))
-    check_numbers(model, plan, ranks)
+    plan = complete(model, _merged(plan, entry, chosen), example_inputs)
+    check_numbers(model, plan, ranks, example_inputs)
     return plan
 
 
@@ -143,8 +148,15 @@ def _without_shared_input(style: ParallelStyle) -> ParallelStyle | None:
     return Several(*left) if left else None
 
 
-def _rehearse(model: nn.Module, plan: Plan, entry: Plan, chosen: dict[str, Plan], ranks: int) -> None:
-    rehearse(model, expand_plan(model, _merged(plan, entry, chosen)), ranks)
+def _rehearse(
+    model: nn.Module,
+    plan: Plan,
+    entry: Plan,
+    chosen: dict[str, Plan],
+    ranks: int,
+    example_inputs: dict[str, Any] | None,
+) -> None:
+    rehearse(model, expand_plan(model, _merged(plan, entry, chosen)), ranks, example_inputs)
 
 
 def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:

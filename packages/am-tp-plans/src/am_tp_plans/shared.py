@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
@@ -12,7 +14,9 @@ from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.styles import Several, SharedInput, each
 
 
-def share_inputs(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def share_inputs(
+    model: nn.Module, plan: dict[str, ParallelStyle], example_inputs: dict[str, Any] | None = None
+) -> dict[str, ParallelStyle]:
     """The plan with a `SharedInput` wherever a rehearsal shows that nothing but colwise projections reads an input.
 
     It saves an all-reduce of the hidden state's gradient for each projection beyond the first.
@@ -24,7 +28,7 @@ def share_inputs(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, 
             continue
         try:
             trial = shared | {owner: with_style(shared.get(owner), SharedInput())}
-            rehearse(model, expand_plan(model, trial), 2)
+            rehearse(model, expand_plan(model, trial), 2, example_inputs)
         except (ValueError, TypeError):
             continue
         shared = trial

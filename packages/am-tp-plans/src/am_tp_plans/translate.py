@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
@@ -73,7 +74,7 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
     return _STYLES[style]()
 
 
-def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | None = None) -> dict[str, ParallelStyle]:
     """The tensor-parallel plan that a transformers model brings, collected from its class, itself and its inner models.
 
     Keys that match nothing in this model are left out (the plans list alternatives, such as dense and sparse layers),
@@ -82,6 +83,8 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Args:
         model: any transformers model; anything with `_tp_plan` dicts of style names.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
+            ones do, with at least two sequences and a length that divides over the ranks.
 
     Returns:
         A plan for `apply_plan`, with full module names (`*` for one level) as keys.
@@ -120,16 +123,18 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         for name in filter(lambda name: matches(key, name), modules):
             owner = modules[name.rpartition(".")[0]]
             plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
-    plan = share_inputs(model, complete(model, without_half_ties(model, plan)))
-    check_numbers(model, plan, 2)
+    plan = share_inputs(model, complete(model, without_half_ties(model, plan), example_inputs), example_inputs)
+    check_numbers(model, plan, 2, example_inputs)
     return plan
 
 
-def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def complete(
+    model: nn.Module, plan: dict[str, ParallelStyle], example_inputs: dict[str, Any] | None = None
+) -> dict[str, ParallelStyle]:
     """The plan with what a rehearsal finds missing: whole parameters that meet a rank's share of the activations."""
     while True:
         try:
-            found = rehearse(model, expand_plan(model, plan), 2)
+            found = rehearse(model, expand_plan(model, plan), 2, example_inputs)
         except ValueError as error:
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise
