@@ -70,9 +70,7 @@ def test_a_head_is_exact_with_padding_and_labels(model_type, head):
         out.loss.backward()
         assert_same(outputs(out), outputs(expected), 1e-10, f"outputs, sequence={sequence}")
         wanted = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
-        floor = 1e-6 * max(
-            gradient.abs().max().item() for gradient in wanted.values()
-        )  # a bias of keys has none
+        floor = 1e-6 * max(gradient.abs().max().item() for gradient in wanted.values())  # a bias of keys has none
         for name, gradient in wanted.items():
             assert relative_error(model.get_parameter(name).grad, gradient, floor) < 1e-7, (name, sequence)
 

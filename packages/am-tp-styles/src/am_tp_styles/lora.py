@@ -60,8 +60,12 @@ class ColwiseParallelLora(ColwiseParallel):
         return _finish_output(super()._apply(module, device_mesh))
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not name:  # its lora_A and lora_B are done together with it
+        if _is_to_be_sharded(name, module, nn.Linear):
             _shard(module, "column", device_mesh, self.src_data_rank)
+
+    def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if _is_to_be_sharded(name, module, nn.Embedding):
+            _shard(module, "features", device_mesh, self.src_data_rank)
 
 
 class RowwiseParallelLora(RowwiseParallel):
@@ -103,11 +107,14 @@ class RowwiseParallelLora(RowwiseParallel):
         return _finish_output(super()._apply(module, device_mesh))
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if name:  # its lora_A and lora_B are done together with it
-            return
-        _shard(module, "row", device_mesh, self.src_data_rank)
-        if has_own_adapter(module):
-            _keep_adapter_partial(module)
+        if _is_to_be_sharded(name, module, nn.Linear):
+            _shard(module, "row", device_mesh, self.src_data_rank)
+            if has_own_adapter(module):
+                _keep_adapter_partial(module)
+
+    def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if _is_to_be_sharded(name, module, nn.Embedding):
+            _shard(module, "rows", device_mesh, self.src_data_rank)
 
 
 class SequenceParallelLora(SequenceParallel):
@@ -144,7 +151,7 @@ class SequenceParallelLora(SequenceParallel):
         return _finish_output(super()._apply(module, device_mesh))
 
     def _replicate_module_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not name:
+        if _is_to_be_sharded(name, module, nn.Module):
             _shard(module, "sequence", device_mesh, self.src_data_rank)
             if not FLATTENS_SHARDED_DIMS:
                 use_tp_linear(module)
@@ -216,6 +223,18 @@ def _shard(module: Any, kind: str, mesh: DeviceMesh, source: int | None) -> None
         for child in module.children():
             shard_dropout(child, MeshAxis(mesh), Replicate())  # sees DTensors, which say how they are sharded
     reduce_replicated_gradients(module)
+
+
+def _is_to_be_sharded(name: str, module: nn.Module, kind: type) -> bool:
+    """Whether a partition function is to shard a module: one that it is called with, by `distribute_module` or by hand.
+
+    `distribute_module` calls it with the layer itself, whose name is empty, then with each module in it by its name;
+    what is in a layer (`lora_A`, `lora_B`) was sharded together with it.
+    """
+    if not name:
+        return True
+    parameters = list(module.parameters())
+    return isinstance(module, kind) and bool(parameters) and not any(isinstance(p, DTensor) for p in parameters)
 
 
 def _keep_adapter_partial(module: Any) -> None:
