@@ -15,7 +15,7 @@ from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.numeric_check import check_numbers
 from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.shared import is_open_colwise, with_style
+from am_tp_plans.shared import with_style
 from am_tp_plans.styles import (
     SequenceGatherInput,
     SequenceGatherOutput,
@@ -24,6 +24,7 @@ from am_tp_plans.styles import (
     Several,
     SharedInput,
     each,
+    is_open_colwise,
 )
 from am_tp_plans.translate import complete
 

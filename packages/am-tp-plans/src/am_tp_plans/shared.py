@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import expand_plan
-from am_tp_plans.fused import PackedColwiseParallel
 from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.styles import Several, SharedInput, each
+from am_tp_plans.styles import Several, SharedInput, each, is_open_colwise
 
 
 def share_inputs(
@@ -33,13 +31,6 @@ def share_inputs(
             continue
         shared = trial
     return shared
-
-
-def is_open_colwise(style: ParallelStyle) -> bool:
-    """Whether a style leaves each rank with its own features."""
-    return isinstance(style, PackedColwiseParallel) or (
-        isinstance(style, ColwiseParallel) and style.output_layouts[0] != Replicate()
-    )
 
 
 def with_style(style: ParallelStyle | None, further: ParallelStyle) -> ParallelStyle:
