@@ -8,7 +8,8 @@ that sums its share, a rank draws from a state of its *own*; with sequence paral
 
 The own state is made of the common one and the rank, and nothing else is remembered from one layer to the next. So
 whatever restores the generators, as a recomputation of a layer and a resumed run do, draws the same numbers again. The
-common state moves on by one number for every stretch of own ones, on all ranks alike.
+common state moves on by one number for every stretch in which own ones were drawn, on all ranks alike; where there is
+none, the ranks draw what one process would.
 """
 
 from __future__ import annotations
@@ -99,11 +100,12 @@ def _put(module: Any, behaviour: type, states: _States) -> None:
 
 
 class _States:
-    """The generator of a device, and the common state of it while the rank draws from its own."""
+    """The generator of a device: its common state, and where its own state began, while the rank draws from that."""
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
         self.common: torch.Tensor | None = None
+        self.own: torch.Tensor | None = None
         self.device = torch.device("cpu")
         self.frames = 0
 
@@ -111,18 +113,20 @@ class _States:
     def begin_own(self, device: torch.device) -> None:
         if self.common is not None:
             return
-        self.device = device
-        state = _state(device)
-        torch.rand(1, device=device)
-        self.common = _state(device)
-        digest = hashlib.sha256(state.numpy().tobytes() + self.axis.rank.to_bytes(4, "big")).digest()
+        self.device, self.common = device, _state(device)
+        digest = hashlib.sha256(self.common.numpy().tobytes() + self.axis.rank.to_bytes(4, "big")).digest()
         _seed(device, int.from_bytes(digest[:7], "big"))
+        self.own = _state(device)
 
     @torch.compiler.disable
     def end_own(self) -> None:
-        if self.common is not None:
-            _set_state(self.device, self.common)
-            self.common = None
+        if self.common is None or self.own is None:
+            return
+        drew = not _state(self.device).equal(self.own)
+        _set_state(self.device, self.common)
+        self.common = self.own = None
+        if drew:
+            torch.rand(1, device=self.device)
 
 
 class _Frame:
