@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -20,9 +21,11 @@ from am_tp_plans import (
     check_gradients,
     expand_plan,
     infer_plan,
+    rehearsal,
     resolve_plan,
 )
 from am_tp_plans.random_numbers import draw_for_shares
+from am_tp_plans.rehearsal import rehearse_training
 from am_tp_styles.simulated import on_simulated_ranks
 
 IDS = torch.arange(16).view(2, 8)
@@ -187,3 +190,55 @@ def test_a_model_without_dropout_is_left_as_it_is():
     for rank in on_simulated_ranks(2, lambda axis: draw_for_shares(model, plan, axis, shards_sequence=False)):
         assert rank is None
     assert [type(module) for module in model.modules()] == classes
+
+
+class Attention(nn.Module):
+    """Drops what it is told to between its projections."""
+
+    def __init__(self, drops):
+        super().__init__()
+        self.up, self.down, self.drop, self.drops = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.5), drops
+
+    def forward(self, hidden):
+        inner = self.up(hidden)
+        hidden = self.drop(hidden) if self.drops == "whole" else hidden
+        inner = self.drop(inner) if self.drops == "share" else inner
+        noise = torch.rand(inner.shape[:-1])[..., None] if self.drops == "tokens" else 1
+        return hidden + self.down(inner * noise)
+
+
+class Model(nn.Module):
+    def __init__(self, drops):
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(16, 8), nn.ModuleList(Attention(drops) for _ in range(2))
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+def test_a_whole_value_dropped_where_ranks_draw_differently_is_refused():
+    assert {"layers.*.up", "layers.*.down"} <= set(infer_plan(Model("share")))
+    with pytest.raises(ValueError, match=r"draws \(bernoulli_\) for a whole value, in layers.0.drop what every rank"):
+        infer_plan(Model("whole"))
+    with pytest.raises(
+        ValueError, match=r"draws \(rand\) for a whole value, in layers.0 what every rank draws differently"
+    ):
+        infer_plan(Model("tokens"))
+    still = Model("whole")
+    for layer in still.layers:
+        layer.drop.p = 0.0
+    assert "layers.*.up" in infer_plan(still)
+
+
+def test_a_share_dropped_where_ranks_draw_alike_is_refused(monkeypatch):
+    model = Model("share")
+    plan = expand_plan(model, infer_plan(model))
+    state = torch.get_rng_state()
+    rehearse_training(model, plan, 2)
+    assert torch.get_rng_state().equal(state)
+    monkeypatch.setattr(rehearsal, "ends_of_shares", lambda *_, **__: [])  # as if no rank had a state of its own
+    with pytest.raises(ValueError, match=r"draws \(bernoulli_\) for one rank's share, in layers.0.drop what all ranks"):
+        rehearse_training(model, plan, 2)

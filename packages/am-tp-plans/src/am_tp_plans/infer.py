@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import check_plan
+from am_tp_plans.apply import check_plan, expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, is_conv1d
 from am_tp_plans.numeric_check import check_numbers
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.rehearsal import rehearse, rehearse_training
 from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import VocabParallelEmbedding
 from am_tp_plans.translate import complete, matches, without_half_ties
@@ -56,6 +56,7 @@ def infer_plan(
         rehearse(model, {}, ranks, example_inputs)  # what its forward itself says
         raise ValueError(f"nothing in {type(model).__name__} was found that can be sharded over {ranks} ranks")
     plan = share_inputs(model, complete(model, plan, example_inputs), example_inputs)
+    rehearse_training(model, expand_plan(model, plan), ranks, example_inputs)
     check_numbers(model, plan, ranks, example_inputs)
     return plan
 

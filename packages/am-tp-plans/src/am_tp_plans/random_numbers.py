@@ -66,7 +66,7 @@ def draw_for_shares(model: nn.Module, concrete: dict[str, ParallelStyle], axis: 
     if axis.size == 1 or not has_dropout(model):
         return
     states = _States(axis)
-    ends = list(_ends_of_sequence(concrete) if shards_sequence else _ends_of_features(model, concrete))
+    ends = ends_of_shares(model, concrete, shards_sequence=shards_sequence)
     names = {name.rsplit(".", levels)[0] for name, _ in ends for levels in range(1, name.count(".") + 1)}
     for name in ("", *sorted(names)):
         if not isinstance(model.get_submodule(name), (nn.ModuleList, nn.ModuleDict)):
@@ -75,7 +75,14 @@ def draw_for_shares(model: nn.Module, concrete: dict[str, ParallelStyle], axis: 
         _put(model.get_submodule(name), behaviour, states)
 
 
-def _ends_of_features(model: nn.Module, concrete: dict[str, ParallelStyle]) -> Iterator[tuple[str, type]]:
+def ends_of_shares(
+    model: nn.Module, concrete: dict[str, ParallelStyle], *, shards_sequence: bool
+) -> list[tuple[str, type[Draws]]]:
+    """The names of the modules where shares begin and end, and what is drawn in and after them."""
+    return list(_ends_of_sequence(concrete) if shards_sequence else _ends_of_features(model, concrete))
+
+
+def _ends_of_features(model: nn.Module, concrete: dict[str, ParallelStyle]) -> Iterator[tuple[str, type[Draws]]]:
     for name, style in concrete.items():
         rowwise = isinstance(style, (RowwiseParallel, Conv1DRowwiseParallel))
         if is_open_colwise(style):
@@ -84,7 +91,7 @@ def _ends_of_features(model: nn.Module, concrete: dict[str, ParallelStyle]) -> I
             yield name, _EndsShare
 
 
-def _ends_of_sequence(concrete: dict[str, ParallelStyle]) -> Iterator[tuple[str, type]]:
+def _ends_of_sequence(concrete: dict[str, ParallelStyle]) -> Iterator[tuple[str, type[Draws]]]:
     """Where the sequence is first split, and where it is gathered for the last time."""
     first = [name for name, style in concrete.items() if any(isinstance(p, SequenceShardInput) for p in each(style))]
     yield from ((name, _BeginsSequence) for name in first or [""])  # a part of a pipeline gets a part of the sequence
@@ -147,8 +154,17 @@ class _Frame:
         return output
 
 
-class _BeginsShare:
+class Draws:
+    """What a rank draws in a module and after it: numbers of its own, or common ones; None for those from before it."""
+
+    own_inside: bool | None = None
+    own_afterwards = False
+
+
+class _BeginsShare(Draws):
     """Over a colwise layer: what it draws itself, for its whole input, is common."""
+
+    own_inside, own_afterwards = False, True
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -159,16 +175,20 @@ class _BeginsShare:
         return output
 
 
-class _EndsShare:
+class _EndsShare(Draws):
     """Over a rowwise layer."""
+
+    own_inside = False
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.random_states.end_own()
         return super().forward(*args, **kwargs)
 
 
-class _BeginsSequence(_Frame):
+class _BeginsSequence(_Frame, Draws):
     """Over the first layer of a stack whose tokens are sharded."""
+
+    own_inside = own_afterwards = True
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training:
@@ -176,7 +196,7 @@ class _BeginsSequence(_Frame):
         return super().forward(*args, **kwargs)
 
 
-class _EndsSequence(_Frame):
+class _EndsSequence(_Frame, Draws):
     """Over the module that gathers the tokens again."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -21,9 +21,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
+from am_tp_plans.check import has_dropout
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.local import MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.random_numbers import Draws, ends_of_shares
 from am_tp_plans.shares import WrongError
 from am_tp_plans.stand_ins import stand_in
 from am_tp_plans.styles import each
@@ -80,6 +82,28 @@ def rehearse(
     )
 
 
+def rehearse_training(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None = None
+) -> None:
+    """Show that a model with dropout draws its random numbers alike for whole values, and differently for shares.
+
+    Args:
+        model, plan, ranks, example_inputs: as for `rehearse`.
+
+    Raises:
+        ValueError: it does not, or it cannot be shown in training mode; and where.
+    """
+    if not has_dropout(model):
+        return
+    inputs = _inputs(model, ranks, example_inputs)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            whole = _run(model, plan, ranks, inputs, None, training=True)
+            _run(model, plan, ranks, inputs, whole.steps, training=True)
+        except ValueError as why:
+            raise ValueError(f"{why}. That is in training mode; with all dropout 0 it may be another matter") from why
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What the forward is called with, and how many tokens a sequence in it has."""
@@ -125,19 +149,34 @@ _COVERS = (
 
 
 def _run(
-    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, inputs: _Inputs, whole: list[Step] | None
+    model: nn.Module,
+    plan: dict[str, ParallelStyle],
+    ranks: int,
+    inputs: _Inputs,
+    whole: list[Step] | None,
+    *,
+    training: bool = False,
 ) -> Watch:
     """The whole model's run, or one rank's if it is given the whole's."""
     # whatever device the caller makes tensors on; a context costs every operator something
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        return _run_on_the_cpu(model, plan, ranks, inputs, whole)
+        return _run_on_the_cpu(model, plan, ranks, inputs, whole, training)
 
 
 def _run_on_the_cpu(
-    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, inputs: _Inputs, whole: list[Step] | None
+    model: nn.Module,
+    plan: dict[str, ParallelStyle],
+    ranks: int,
+    inputs: _Inputs,
+    whole: list[Step] | None,
+    training: bool,
 ) -> Watch:
-    twin = _weightless(model)
+    twin = _weightless(model).train(training)
     watch = Watch(dict(twin.named_parameters()), ranks, whole)
+    if training:
+        sequence = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+        for name, draws in ends_of_shares(twin, plan, shards_sequence=sequence):
+            _follow_draws(watch, twin.get_submodule(name), draws)
     for name, module in list(twin.named_modules()):
         _name_where(watch, name, module)
         stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
@@ -171,6 +210,19 @@ def _noted(watch: Watch, value: Any) -> Any:
         return value
     value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().to("cpu", copy=True)
     return watch.note(value.float() if value.is_floating_point() else value, active=True, alike=frozenset())
+
+
+def _follow_draws(watch: Watch, module: nn.Module, draws: type[Draws]) -> None:
+    """Keep whether a rank draws from its own random state."""
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        watch.draws_own = watch.draws_own if draws.own_inside is None else draws.own_inside
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        watch.draws_own = draws.own_afterwards
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
 
 
 def _name_where(watch: Watch, name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.numeric_check import check_numbers
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.rehearsal import rehearse, rehearse_training
 from am_tp_plans.shared import with_style
 from am_tp_plans.styles import (
     SequenceGatherInput,
@@ -76,6 +76,7 @@ def add_sequence_parallelism(
             chosen[block] = placement
             break
     plan = complete(model, _merged(plan, entry, chosen), example_inputs)
+    rehearse_training(model, expand_plan(model, plan), ranks, example_inputs)
     check_numbers(model, plan, ranks, example_inputs)
     return plan
 
