@@ -21,8 +21,8 @@ from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
-from am_tp_plans.hidden_states import refuse_hidden_states
 from am_tp_plans.random_numbers import check_dropout, draw_for_shares
+from am_tp_plans.read_outputs import refuse_parts
 from am_tp_plans.styles import VocabParallelEmbedding, each
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
@@ -70,8 +70,8 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     draw_for_shares(model, concrete, MeshAxis(tp_mesh), shards_sequence=shards)
     model.sequence_shards = tp_mesh.size() if shards else 1
-    if shards and tp_mesh.size() > 1:
-        refuse_hidden_states(model)
+    if tp_mesh.size() > 1:
+        refuse_parts(model, concrete, shards_sequence=shards)
     return model
 
 
