@@ -354,3 +354,13 @@ def test_explain_tells_it():
     assert "proven by rules; run with numbers on 2 simulated ranks: largest error" in str(report)
     report = explain_plan(small("falcon"), infer_plan(small("falcon")), 2)
     assert "proven by rules; not run with numbers: ColwiseParallel computes on DTensors" in str(report)
+
+
+def test_adapters_are_run_with_the_model_that_has_them():
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "gate_proj"], use_dora=True)
+    model = get_peft_model(small("mistral", attention=None), config).get_base_model()
+    found = check_numbers(model, get_hf_tp_shard_plan(model), 2)
+    assert found.error is not None, found
+    assert found.error < 1e-9
