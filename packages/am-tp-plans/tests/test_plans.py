@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
+from am_testkit.zoo import small
 from am_tp_plans import (
     PARALLELIZE_FUNCTIONS,
     RotaryEmbedParallel,
@@ -380,6 +381,27 @@ def test_the_registry_takes_names_classes_and_subclasses():
     assert PARALLELIZE_FUNCTIONS[name] is PARALLELIZE_FUNCTIONS[LlamaForCausalLM] is PARALLELIZE_FUNCTIONS[Mine]
     assert Mine in PARALLELIZE_FUNCTIONS
     assert Qwen3Config not in PARALLELIZE_FUNCTIONS
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.ranks(2)
+def test_attention_weights_of_one_ranks_heads_are_refused(name):
+    ids, _ = token_batch(2, 12, vocab_size=60)
+    model = tiny("llama") if name == "llama" else small(name)
+    plan = resolve_plan(model, infer=True)
+    whole = {key: style for key, style in plan.items() if "att" not in key}
+    apply_plan(model, axis(), plan)
+    with pytest.raises(ValueError, match=r"output_attentions=True of \w+: .* weights of its own heads only"):
+        model(ids, output_attentions=True)
+    model(ids)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model(ids)
+    one = tiny("llama") if name == "llama" else small(name)
+    expected = one(ids, output_attentions=True).attentions
+    found = apply_plan(one, axis(), whole)(ids, output_attentions=True).attentions
+    for mine, wanted in zip(found, expected, strict=True):
+        assert_same(mine, wanted, 1e-10)
 
 
 @pytest.mark.ranks(2)

@@ -286,3 +286,40 @@ def test_a_translated_plan_trains_an_adapter_of_any_rank(rank):
     one_step(model, x, target)
     assert_same(gradients(model), gradients(reference), TOLERANCE)
     assert Partial() not in model.up.lora_A.weight.grad.placements
+
+
+@pytest.mark.ranks(2)
+def test_a_partition_function_called_by_hand_shards_the_module_that_it_is_given_under_any_name():
+    mesh = init_device_mesh(device_type(), (2,))
+    for name in ("", "proj", "layers.0.proj"):
+        for style, make, placement in (
+            (ColwiseParallelLora(), lambda: nn.Linear(8, 8), Shard(0)),
+            (RowwiseParallelLora(), lambda: nn.Linear(8, 8), Shard(1)),
+            (ColwiseParallelLora(), lambda: nn.Embedding(8, 8), Shard(1)),
+            (RowwiseParallelLora(), lambda: nn.Embedding(8, 8), Shard(0)),
+        ):
+            torch.manual_seed(0)
+            layer = make()
+            before = layer.weight.detach().clone()
+            partition = style._partition_linear_fn if isinstance(layer, nn.Linear) else style._partition_embedding_fn
+            partition(name, layer, mesh)
+            assert layer.weight.placements == (placement,), (name, style)
+            assert layer.weight.full_tensor().equal(before)
+        norm = nn.LayerNorm(8)
+        SequenceParallelLora()._replicate_module_fn(name, norm, mesh)
+        assert norm.weight.placements == norm.bias.placements == (Replicate(),)
+
+
+@pytest.mark.ranks(2)
+def test_a_partition_function_shards_an_adapter_with_its_layer_and_neither_twice():
+    mesh = init_device_mesh(device_type(), (2,))
+    layer = LoraLinear(8, 12)
+    style = ColwiseParallelLora()
+    for name, module in layer.named_modules():  # as `distribute_module` does
+        style._partition_linear_fn(name, module, mesh)
+    assert layer.weight.placements == layer.lora_B.weight.placements == (Shard(0),)
+    assert layer.lora_A.weight.placements == (Replicate(),)
+    named = LoraLinear(8, 12)
+    style._partition_linear_fn("up", named, mesh)
+    style._partition_linear_fn("up.lora_A", named.lora_A, mesh)
+    assert [p.placements for p in named.parameters()] == [p.placements for p in layer.parameters()]

@@ -21,7 +21,8 @@ from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
-from am_tp_plans.hidden_states import refuse_hidden_states
+from am_tp_plans.random_numbers import check_dropout, draw_for_shares
+from am_tp_plans.read_outputs import refuse_parts
 from am_tp_plans.styles import VocabParallelEmbedding, each
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
@@ -50,13 +51,15 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
 
     Raises:
         ValueError: a key matches nothing, heads or features do not divide over the axis, tied weights would be sharded
-            differently, a module is sharded already, or the model has dropout and the ranks have different seeds; on
-            every rank alike, before anything is sharded.
+            differently, a module is sharded already, the model has dropout and the ranks have different seeds, or
+            dropout of a whole sequence between parts of it; on every rank alike, before anything is sharded.
         TypeError: a colwise or rowwise style is given to a module that is no linear and no embedding.
     """
     if tp_mesh.ndim != 1:
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
     concrete = check_plan(model, plan, tp_mesh.size())
+    if tp_mesh.size() > 1:
+        check_dropout(model, concrete)
     check_seeds(model, tp_mesh)
     tied = _tied_weights(model)
     for name, style in concrete.items():
@@ -65,9 +68,10 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     _tie_again(model, tied)
     sum_gradients_together(model, MeshAxis(tp_mesh))
     shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+    draw_for_shares(model, concrete, MeshAxis(tp_mesh), shards_sequence=shards)
     model.sequence_shards = tp_mesh.size() if shards else 1
-    if shards and tp_mesh.size() > 1:
-        refuse_hidden_states(model)
+    if tp_mesh.size() > 1:
+        refuse_parts(model, concrete, shards_sequence=shards)
     return model
 
 

@@ -73,7 +73,7 @@ def check_seeds(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     Raises:
         ValueError: they would draw others.
     """
-    if not _has_dropout(model):
+    if not has_dropout(model):
         return
     states = [torch.get_rng_state()]
     if tp_mesh.device_type != "cpu":
@@ -91,7 +91,7 @@ def check_seeds(model: nn.Module, tp_mesh: DeviceMesh) -> None:
         )
 
 
-def _has_dropout(model: nn.Module) -> bool:
+def has_dropout(model: nn.Module) -> bool:
     if any(isinstance(module, _DROPOUT) and module.p > 0 for module in model.modules()):
         return True
     owners = [vars(module) for module in model.modules()]

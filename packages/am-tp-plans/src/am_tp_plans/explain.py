@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Shard
@@ -13,6 +14,7 @@ from am_tp_plans.apply import check_plan
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.local import LocalShards
+from am_tp_plans.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
 from am_tp_plans.rehearsal import Findings, rehearse
 from am_tp_plans.styles import each
@@ -58,6 +60,7 @@ class PlanReport:
         collectives: how many per step, by phase and kind.
         hidden_bytes: of the hidden state between layers on one rank.
         layer_bytes: what one rank sends for one layer, forward and backward, on average.
+        numbers: what a run of a small twin with numbers showed.
         random: modules, by wildcard name, that draw random numbers for a rank's share in evaluation already.
     """
 
@@ -71,6 +74,7 @@ class PlanReport:
     collectives: dict[tuple[str, str], int]
     hidden_bytes: int
     layer_bytes: tuple[float, float]
+    numbers: NumericCheck
     random: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -96,6 +100,7 @@ class PlanReport:
             f"hidden state between layers: {_bytes(self.hidden_bytes)} on each rank",
             f"a layer sends {_bytes(forward)} forward and {_bytes(backward)} backward",
             f"collectives in a step: {counts or 'none'}",
+            f"proven by rules; {self.numbers}",
         ]
         if self.random:
             lines.append(f"random numbers are drawn for a rank's share in: {', '.join(self.random)}")
@@ -103,24 +108,32 @@ class PlanReport:
 
 
 def explain_plan(
-    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, *, batch: int = 1, seq_len: int = 2048
+    model: nn.Module,
+    plan: dict[str, ParallelStyle],
+    ranks: int,
+    *,
+    batch: int = 1,
+    seq_len: int = 2048,
+    example_inputs: dict[str, Any] | None = None,
 ) -> PlanReport:
     """Which module gets which style, what each rank holds and sends; without devices and without real weights.
 
     Args:
-        model: takes ids `(B, S)`; real or on meta.
+        model: real or on meta.
         plan: for it, from `resolve_plan`, `infer_plan`, or your own.
         ranks: size of the tensor-parallel axis.
         batch: sequences in a step, for the bytes.
         seq_len: tokens in a sequence, for the bytes.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`.
 
     Raises:
-        ValueError: the plan does not fit the model or the axis.
+        ValueError: the plan does not fit the model or the axis, or a small twin of the model computes other numbers
+            with it.
     """
     if ranks < 1 or batch < 1 or seq_len < 1:
         raise ValueError(f"ranks={ranks}, batch={batch} and seq_len={seq_len} must be positive")
     concrete = check_plan(model, plan, ranks)
-    found = rehearse(model, concrete, ranks)
+    found = rehearse(model, concrete, ranks, example_inputs)
     parameters = dict(model.named_parameters())
     held = {name: _held(name, parameter.numel(), concrete, ranks) for name, parameter in parameters.items()}
     size = next(iter(parameters.values())).element_size()
@@ -159,6 +172,7 @@ def explain_plan(
         counts,
         _hidden_bytes(model, plan, ranks) * batch * seq_len * size,
         _per_layer(model, found, sent),
+        check_numbers(model, plan, ranks, example_inputs),
         tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
     )
 

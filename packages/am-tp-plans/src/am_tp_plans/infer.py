@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import check_plan
+from am_tp_plans.apply import check_plan, expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, is_conv1d
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.numeric_check import check_numbers
+from am_tp_plans.rehearsal import rehearse, rehearse_training
 from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import VocabParallelEmbedding
 from am_tp_plans.translate import complete, matches, without_half_ties
@@ -20,7 +22,9 @@ from am_tp_plans.translate import complete, matches, without_half_ties
 _MOST = 5
 
 
-def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
+def infer_plan(
+    model: nn.Module, ranks: int = 2, *, example_inputs: dict[str, Any] | None = None
+) -> dict[str, ParallelStyle]:
     """Look for projections that can be sharded, and keep those that a rehearsal shows to be right.
 
     In every kind of layer, runs of linears that read the hidden state, each followed by one that leads back to it, are
@@ -29,31 +33,40 @@ def infer_plan(model: nn.Module, ranks: int = 2) -> dict[str, ParallelStyle]:
     the plan, edit it if you like, and give it to `apply_plan`; nothing uses it unless you do.
 
     Args:
-        model: any model whose forward takes ids `(B, S)`, real or on meta.
+        model: real or on meta.
         ranks: the size of the axis that widths have to divide over.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
+            ones do, with at least two sequences and a length that divides over the ranks.
 
     Returns:
         A plan with `*` for the layers' numbers.
 
     Raises:
-        ValueError: nothing in the model could be sharded.
+        ValueError: nothing in the model could be sharded, its forward fails on the inputs, or a small twin of it
+            computes other numbers with the plan (`numeric_check.py`).
     """
     plan: dict[str, ParallelStyle] = {}
     for alternatives in (*_vocabulary(model), *_blocks(model, ranks)):
         for candidate in alternatives:
             trial = without_half_ties(model, plan | candidate)
-            if not set(candidate) & set(plan) and len(trial) > len(plan) and _fits(model, trial, ranks):
+            if not set(candidate) & set(plan) and len(trial) > len(plan) and _fits(model, trial, ranks, example_inputs):
                 plan = trial
                 break
     if not plan:
+        rehearse(model, {}, ranks, example_inputs)  # what its forward itself says
         raise ValueError(f"nothing in {type(model).__name__} was found that can be sharded over {ranks} ranks")
-    return share_inputs(model, complete(model, plan))
+    plan = share_inputs(model, complete(model, plan, example_inputs), example_inputs)
+    rehearse_training(model, expand_plan(model, plan), ranks, example_inputs)
+    check_numbers(model, plan, ranks, example_inputs)
+    return plan
 
 
-def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> bool:
+def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None) -> bool:
     try:
         concrete = check_plan(model, plan, ranks)
-        return rehearse(model, concrete, ranks).ran == set(concrete)  # nothing is shown of what did not run
+        return rehearse(model, concrete, ranks, example_inputs).ran == set(
+            concrete
+        )  # nothing is shown of what did not run
     except (ValueError, TypeError):
         return False
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +21,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
+from am_tp_plans.check import has_dropout
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.local import MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_plans.random_numbers import Draws, ends_of_shares
 from am_tp_plans.shares import WrongError
 from am_tp_plans.stand_ins import stand_in
 from am_tp_plans.styles import each
@@ -52,26 +56,83 @@ class Findings:
     tokens: int
 
 
-def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> Findings:
+def rehearse(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None = None
+) -> Findings:
     """What a plan lacks to be right. No device, no collective, no real weight.
 
     Args:
-        model: takes ids `(B, S)`; it is not changed.
+        model: it is not changed.
         plan: concrete, without `*`: from `expand_plan`.
         ranks: size of the axis.
+        example_inputs: keyword arguments of the forward; None for ids `(B, S)` alone.
 
     Raises:
         ValueError: the plan would give wrong results, and where.
+        TypeError: `example_inputs` is no dict with names as keys.
     """
-    tokens = -(-_TOKENS // ranks) * ranks
-    whole = _run(model, plan, ranks, tokens, None)
-    share = _run(model, plan, ranks, tokens, whole.steps)
+    inputs = _inputs(model, ranks, example_inputs)
+    whole = _run(model, plan, ranks, inputs, None)
+    share = _run(model, plan, ranks, inputs, whole.steps)
     covers = {name for name, styles in plan.items() if any(isinstance(style, _COVERS) for style in each(styles))}
     partial = {name for name in share.partial if not any(name.startswith(f"{owner}.") for owner in covers)}
     traffic = tuple(share.traffic)
     return Findings(
-        frozenset(partial), frozenset(share.modified), frozenset(share.ran), tuple(share.random), traffic, tokens
+        frozenset(partial), frozenset(share.modified), frozenset(share.ran), tuple(share.random), traffic, inputs.tokens
     )
+
+
+def rehearse_training(
+    model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None = None
+) -> None:
+    """Show that a model with dropout draws its random numbers alike for whole values, and differently for shares.
+
+    Args:
+        model, plan, ranks, example_inputs: as for `rehearse`.
+
+    Raises:
+        ValueError: it does not, or it cannot be shown in training mode; and where.
+    """
+    if not has_dropout(model):
+        return
+    inputs = _inputs(model, ranks, example_inputs)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            whole = _run(model, plan, ranks, inputs, None, training=True)
+            _run(model, plan, ranks, inputs, whole.steps, training=True)
+        except ValueError as why:
+            raise ValueError(f"{why}. That is in training mode; with all dropout 0 it may be another matter") from why
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the forward is called with, and how many tokens a sequence in it has."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    tokens: int
+
+
+def _inputs(model: nn.Module, ranks: int, example_inputs: dict[str, Any] | None) -> _Inputs:
+    settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if example_inputs is None:
+        tokens = -(-_TOKENS // ranks) * ranks
+        return _Inputs((torch.ones(2, tokens, dtype=torch.int64, device="cpu"),), settings, tokens)
+    check_example_inputs(example_inputs)
+    given = settings | dict(example_inputs)
+    sizes = [tensor.shape[1] for tensor in tensors(given) if tensor.dim() > 1]
+    return _Inputs((), given, sizes[0] if sizes else 1)
+
+
+def check_example_inputs(example_inputs: Any) -> None:
+    """
+    Raises:
+        TypeError: it is no dict of keyword arguments.
+    """
+    if not isinstance(example_inputs, Mapping) or not all(isinstance(name, str) for name in example_inputs):
+        raise TypeError(
+            f"example_inputs must be a dict of keyword arguments of the forward, got {type(example_inputs).__name__}"
+        )
 
 
 # Styles that take care of the gradients of the parameters under their module.
@@ -87,20 +148,43 @@ _COVERS = (
 )
 
 
-def _run(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, tokens: int, whole: list[Step] | None) -> Watch:
+def _run(
+    model: nn.Module,
+    plan: dict[str, ParallelStyle],
+    ranks: int,
+    inputs: _Inputs,
+    whole: list[Step] | None,
+    *,
+    training: bool = False,
+) -> Watch:
     """The whole model's run, or one rank's if it is given the whole's."""
-    twin = _weightless(model)
+    # whatever device the caller makes tensors on; a context costs every operator something
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        return _run_on_the_cpu(model, plan, ranks, inputs, whole, training)
+
+
+def _run_on_the_cpu(
+    model: nn.Module,
+    plan: dict[str, ParallelStyle],
+    ranks: int,
+    inputs: _Inputs,
+    whole: list[Step] | None,
+    training: bool,
+) -> Watch:
+    twin = _weightless(model).train(training)
     watch = Watch(dict(twin.named_parameters()), ranks, whole)
+    if training:
+        sequence = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+        for name, draws in ends_of_shares(twin, plan, shards_sequence=sequence):
+            _follow_draws(watch, twin.get_submodule(name), draws)
     for name, module in list(twin.named_modules()):
         _name_where(watch, name, module)
         stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
     modules = list(twin.modules())
-    settings = {"use_cache": False} if "use_cache" in inspect.signature(twin.forward).parameters else {}
     no_fit = f"the plan does not fit {type(model).__name__}"
     try:
         with torch.no_grad(), watch:
-            ids = watch.note(torch.ones(2, tokens, dtype=torch.int64), active=True, alike=frozenset())
-            output = twin(ids, **settings)
+            output = twin(*_noted(watch, inputs.args), **_noted(watch, inputs.kwargs))
     except (WrongError, ReadDirectlyError) as why:
         raise ValueError(f"{no_fit}: {why}") from why
     except Exception as error:  # whatever the model's own code raises on a rank's share
@@ -114,6 +198,31 @@ def _run(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, tokens: i
     if whole is not None and len(watch.steps) != len(whole):
         raise ValueError(f"{no_fit}: on one rank's share it ends before {whole[len(watch.steps)].name}")
     return watch
+
+
+def _noted(watch: Watch, value: Any) -> Any:
+    """Copies of the inputs that the run knows as such, of the weightless twin's dtype; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_noted(watch, item) for item in value)
+    if isinstance(value, dict):
+        return {name: _noted(watch, item) for name, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.detach().to("cpu", copy=True)
+    return watch.note(value.float() if value.is_floating_point() else value, active=True, alike=frozenset())
+
+
+def _follow_draws(watch: Watch, module: nn.Module, draws: type[Draws]) -> None:
+    """Keep whether a rank draws from its own random state."""
+
+    def enter(_module: nn.Module, _args: Any) -> None:
+        watch.draws_own = watch.draws_own if draws.own_inside is None else draws.own_inside
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        watch.draws_own = draws.own_afterwards
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
 
 
 def _name_where(watch: Watch, name: str, module: nn.Module) -> None:

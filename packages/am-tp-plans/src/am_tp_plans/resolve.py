@@ -21,6 +21,7 @@ def resolve_plan(
     *,
     sequence_parallel: bool = False,
     infer: bool = False,
+    example_inputs: dict[str, Any] | None = None,
 ) -> dict[str, ParallelStyle]:
     """The tensor-parallel plan for a model, as a dict from module names (with `*` for one level) to styles.
 
@@ -28,6 +29,7 @@ def resolve_plan(
     `(model, sequence_parallel)`, of the model, or of nothing; the function that `PARALLELIZE_FUNCTIONS` has for the
     model's class; the plan that the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. With
     `infer`, what `infer_plan` finds takes the place of a plan that there is none of, or that shards no layer.
+    `example_inputs` are keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`.
 
     Raises:
         ValueError: the path does not lead to a plan, or the model's class has none; names what there is.
@@ -41,7 +43,7 @@ def resolve_plan(
         raise TypeError(f"plan must be a dict, an import path or None, got {type(plan).__name__}")
     if type(model) in PARALLELIZE_FUNCTIONS:
         return PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
-    derived = _derived(model, infer)
+    derived = _derived(model, infer, example_inputs)
     if derived is None:
         kind = "sequence-parallel" if sequence_parallel else "tensor-parallel"
         known = "\n  ".join(PARALLELIZE_FUNCTIONS)
@@ -49,20 +51,22 @@ def resolve_plan(
             f"there is no {kind} plan for {type(model).__module__}.{type(model).__qualname__}; "
             f"pass one as a dict or an import path, or infer=True (infer_plan may find one). Known are\n  {known}"
         )
-    return add_sequence_parallelism(model, derived) if sequence_parallel else derived
+    if sequence_parallel:
+        return add_sequence_parallelism(model, derived, example_inputs=example_inputs)
+    return derived
 
 
-def _derived(model: nn.Module, infer: bool) -> dict[str, ParallelStyle] | None:
+def _derived(model: nn.Module, infer: bool, example_inputs: dict[str, Any] | None) -> dict[str, ParallelStyle] | None:
     """The plan that the model brings if it shards the layers, else the inferred one if that is asked for."""
-    brought = get_hf_tp_shard_plan(model) if getattr(model, "_tp_plan", None) else None
+    brought = get_hf_tp_shard_plan(model, example_inputs=example_inputs) if getattr(model, "_tp_plan", None) else None
     if brought is not None and not (left := unsharded_stack(model, brought)):
         return brought
     if infer:
-        return infer_plan(model)
+        return infer_plan(model, example_inputs=example_inputs)
     if brought is None:
         return None
     try:
-        inner = sorted(key for key in infer_plan(model) if key.startswith(f"{left}."))
+        inner = sorted(key for key in infer_plan(model, example_inputs=example_inputs) if key.startswith(f"{left}."))
         found = f"infer_plan finds {inner}" if inner else "infer_plan finds nothing in it either"
     except ValueError:
         found = "infer_plan finds nothing either"

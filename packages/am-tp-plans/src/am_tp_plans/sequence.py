@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
@@ -12,8 +13,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
-from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.shared import is_open_colwise, with_style
+from am_tp_plans.numeric_check import check_numbers
+from am_tp_plans.rehearsal import rehearse, rehearse_training
+from am_tp_plans.shared import with_style
 from am_tp_plans.styles import (
     SequenceGatherInput,
     SequenceGatherOutput,
@@ -22,13 +24,16 @@ from am_tp_plans.styles import (
     Several,
     SharedInput,
     each,
+    is_open_colwise,
 )
 from am_tp_plans.translate import complete
 
 Plan = dict[str, ParallelStyle]
 
 
-def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Plan:
+def add_sequence_parallelism(
+    model: nn.Module, plan: Plan, ranks: int = 2, *, example_inputs: dict[str, Any] | None = None
+) -> Plan:
     """A tensor-parallel plan with the sequence sharded between the blocks of the layers.
 
     The layers take and return `(B, S / n, D)`. Each module of a layer is placed in the cheapest way that a rehearsal
@@ -37,16 +42,18 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
     its result. The gradients of parameters on a shard are summed over the ranks during backward.
 
     Args:
-        model: takes ids `(B, S)`; real or on meta, whole (before a pipeline cut).
+        model: real or on meta, whole (before a pipeline cut).
         plan: a tensor-parallel plan for it, without sequence parallelism.
         ranks: how many to rehearse with, 2, 4 or 8.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
+            ones do, with at least two sequences and a length that divides over the ranks.
 
     Returns:
         A new plan. With it, S must divide over the axis.
 
     Raises:
         ValueError: the plan has several stacks of layers, or what the layers do between their modules needs other
-            tokens; names it.
+            tokens; names it. Or a small twin of the model computes other numbers with the plan.
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
     concrete = expand_plan(model, plan)
@@ -57,18 +64,21 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
     blocks = _blocks(model, stack, plan)
     chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
     try:
-        _rehearse(model, plan, entry, chosen, ranks)
+        _rehearse(model, plan, entry, chosen, ranks, example_inputs)
     except ValueError as error:
         raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
     for block, inner in blocks.items():
         for placement in list(_placements(block, inner, plan))[:-1]:
             try:
-                _rehearse(model, plan, entry, chosen | {block: placement}, ranks)
+                _rehearse(model, plan, entry, chosen | {block: placement}, ranks, example_inputs)
             except ValueError:
                 continue
             chosen[block] = placement
             break
-    return complete(model, _merged(plan, entry, chosen))
+    plan = complete(model, _merged(plan, entry, chosen), example_inputs)
+    rehearse_training(model, expand_plan(model, plan), ranks, example_inputs)
+    check_numbers(model, plan, ranks, example_inputs)
+    return plan
 
 
 def _stack(model: nn.Module, concrete: Plan) -> tuple[str, int]:
@@ -140,8 +150,15 @@ def _without_shared_input(style: ParallelStyle) -> ParallelStyle | None:
     return Several(*left) if left else None
 
 
-def _rehearse(model: nn.Module, plan: Plan, entry: Plan, chosen: dict[str, Plan], ranks: int) -> None:
-    rehearse(model, expand_plan(model, _merged(plan, entry, chosen)), ranks)
+def _rehearse(
+    model: nn.Module,
+    plan: Plan,
+    entry: Plan,
+    chosen: dict[str, Plan],
+    ranks: int,
+    example_inputs: dict[str, Any] | None,
+) -> None:
+    rehearse(model, expand_plan(model, _merged(plan, entry, chosen)), ranks, example_inputs)
 
 
 def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import expand_plan
-from am_tp_plans.fused import PackedColwiseParallel
 from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.styles import Several, SharedInput, each
+from am_tp_plans.styles import Several, SharedInput, each, is_open_colwise
 
 
-def share_inputs(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def share_inputs(
+    model: nn.Module, plan: dict[str, ParallelStyle], example_inputs: dict[str, Any] | None = None
+) -> dict[str, ParallelStyle]:
     """The plan with a `SharedInput` wherever a rehearsal shows that nothing but colwise projections reads an input.
 
     It saves an all-reduce of the hidden state's gradient for each projection beyond the first.
@@ -24,18 +26,11 @@ def share_inputs(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, 
             continue
         try:
             trial = shared | {owner: with_style(shared.get(owner), SharedInput())}
-            rehearse(model, expand_plan(model, trial), 2)
+            rehearse(model, expand_plan(model, trial), 2, example_inputs)
         except (ValueError, TypeError):
             continue
         shared = trial
     return shared
-
-
-def is_open_colwise(style: ParallelStyle) -> bool:
-    """Whether a style leaves each rank with its own features."""
-    return isinstance(style, PackedColwiseParallel) or (
-        isinstance(style, ColwiseParallel) and style.output_layouts[0] != Replicate()
-    )
 
 
 def with_style(style: ParallelStyle | None, further: ParallelStyle) -> ParallelStyle:

@@ -558,7 +558,8 @@ _ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable scaled_dot_product_attention"
 )
 _ALONG = (
-    "_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort topk flip roll _fft_c2c _fft_r2c _fft_c2r"
+    "_softmax _safe_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort topk flip roll "
+    "_fft_c2c _fft_r2c _fft_c2r"
 )
 RULES: dict[str, Rule] = {
     **MOVES,

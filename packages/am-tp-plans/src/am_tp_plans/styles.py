@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ParallelStyle, SequenceParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, SequenceParallel
 
 from am_tp_plans.around import change_input, change_output
+from am_tp_plans.fused import PackedColwiseParallel
 from am_tp_styles import RowwiseParallelLora, SequenceParallelLora
 from am_tp_styles.axis import Axis, MeshAxis
 from am_tp_styles.communication import gather, split
@@ -221,6 +222,13 @@ def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
     if style is None:
         return ()
     return style.styles if isinstance(style, Several) else (style,)
+
+
+def is_open_colwise(style: ParallelStyle) -> bool:
+    """Whether a style leaves each rank with its own features."""
+    return isinstance(style, PackedColwiseParallel) or (
+        isinstance(style, ColwiseParallel) and style.output_layouts[0] != Replicate()
+    )
 
 
 def gather_sequence(axis: Axis, hidden: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
@@ -20,7 +21,8 @@ from am_tp_plans.local import (
     Replicated,
     ReplicatedWithGradAllReduce,
 )
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.numeric_check import check_numbers
+from am_tp_plans.rehearsal import rehearse, rehearse_training
 from am_tp_plans.shared import share_inputs
 from am_tp_plans.styles import (
     NormOnShard,
@@ -72,7 +74,7 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
     return _STYLES[style]()
 
 
-def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
+def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | None = None) -> dict[str, ParallelStyle]:
     """The tensor-parallel plan that a transformers model brings, collected from its class, itself and its inner models.
 
     Keys that match nothing in this model are left out (the plans list alternatives, such as dense and sparse layers),
@@ -81,14 +83,16 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
 
     Args:
         model: any transformers model; anything with `_tp_plan` dicts of style names.
+        example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
+            ones do, with at least two sequences and a length that divides over the ranks.
 
     Returns:
         A plan for `apply_plan`, with full module names (`*` for one level) as keys.
 
     Raises:
         ValueError: the model brings no plan, one with an unknown style, one whose parts contradict each other or that
-            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`);
-            or the model is a pipeline part.
+            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`)
+            and a small twin of it with numbers (`numeric_check.py`); or the model is a pipeline part.
     """
     named = named_styles(model)
     if _is_part(model):
@@ -119,14 +123,19 @@ def get_hf_tp_shard_plan(model: nn.Module) -> dict[str, ParallelStyle]:
         for name in filter(lambda name: matches(key, name), modules):
             owner = modules[name.rpartition(".")[0]]
             plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
-    return share_inputs(model, complete(model, without_half_ties(model, plan)))
+    plan = share_inputs(model, complete(model, without_half_ties(model, plan), example_inputs), example_inputs)
+    rehearse_training(model, expand_plan(model, plan), 2, example_inputs)
+    check_numbers(model, plan, 2, example_inputs)
+    return plan
 
 
-def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def complete(
+    model: nn.Module, plan: dict[str, ParallelStyle], example_inputs: dict[str, Any] | None = None
+) -> dict[str, ParallelStyle]:
     """The plan with what a rehearsal finds missing: whole parameters that meet a rank's share of the activations."""
     while True:
         try:
-            found = rehearse(model, expand_plan(model, plan), 2)
+            found = rehearse(model, expand_plan(model, plan), 2, example_inputs)
         except ValueError as error:
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise

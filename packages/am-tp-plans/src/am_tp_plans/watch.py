@@ -34,6 +34,7 @@ _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 # Whether these run depends on how a tensor lies in memory; what they return is what they took.
 _COPIES = ("clone", "alias", "detach", "contiguous")
 _SAME = {"reshape": "view", "_unsafe_view": "view", "_reshape_alias": "view", "lift_fresh_copy": "lift_fresh"}
+_DRAWS = RANDOM | {"rand", "randn", "randint", "randperm", "multinomial", "normal", "poisson"}
 # Arguments that are sizes of the output, which is compared itself.
 _SIZES = ("size", "stride", "split_size", "split_sizes")
 
@@ -130,6 +131,7 @@ class Watch(TorchDispatchMode):
     random: dict[str, None] = field(default_factory=dict)  # modules that draw random numbers for a share
     traffic: list[Collective] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)  # those that run, the innermost last
+    draws_own: bool = False  # whether a rank draws from its own random state here (see `random_numbers.py`)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -213,8 +215,16 @@ class Watch(TorchDispatchMode):
             self.partial |= names
             if name in RANDOM:
                 self.random[self.modules[-1] if self.modules else ""] = None
+        if name in _DRAWS and self.whole is not None:
+            self._check_draw(name, any(facts.share for facts in known))
         self._note_outputs(func, name, inputs, known, outputs, step, names)
         return output
+
+    def _check_draw(self, name: str, share: bool) -> None:
+        if share and not self.draws_own:
+            raise WrongError(f"it draws ({name}) for one rank's share{self._where()} what all ranks draw alike")
+        if self.draws_own and not share:
+            raise WrongError(f"it draws ({name}) for a whole value{self._where()} what every rank draws differently")
 
     def _where(self) -> str:
         return f", in {self.modules[-1]}" if self.modules and self.modules[-1] else ""

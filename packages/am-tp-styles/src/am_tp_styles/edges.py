@@ -191,8 +191,12 @@ def mesh_of(axis: Axis) -> Any:
     """The mesh that DTensors need.
 
     Raises:
-        TypeError: the axis has none, because one process stands for its ranks.
+        NeedsRealRanksError: the axis has none, because one process stands for its ranks.
     """
     if not isinstance(axis, MeshAxis):
-        raise TypeError("these layouts need DTensors, and those a mesh of real ranks")
+        raise NeedsRealRanksError("these layouts need DTensors, and those a mesh of real ranks")
     return axis.mesh
+
+
+class NeedsRealRanksError(TypeError):
+    """A style computes on DTensors, which simulated ranks have none of."""

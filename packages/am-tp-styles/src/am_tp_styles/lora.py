@@ -50,14 +50,22 @@ class ColwiseParallelLora(ColwiseParallel):
         """Let the layer compute on its shards, which it holds already."""
         _attach(self, module, axis, _kind(self, module, "column", "features"))
 
+    def computes_on_shards(self, module: nn.Module) -> bool:
+        """Whether the layer's forward may run on plain local tensors; if not, it runs on DTensors."""
+        return computes_on_shards(module)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if computes_on_shards(module):
+        if self.computes_on_shards(module):
             return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not name:  # its lora_A and lora_B are done together with it
+        if _is_to_be_sharded(name, module, nn.Linear):
             _shard(module, "column", device_mesh, self.src_data_rank)
+
+    def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if _is_to_be_sharded(name, module, nn.Embedding):
+            _shard(module, "features", device_mesh, self.src_data_rank)
 
 
 class RowwiseParallelLora(RowwiseParallel):
@@ -89,17 +97,24 @@ class RowwiseParallelLora(RowwiseParallel):
         self.desired_input_layouts = (Shard(-1) if linear else Replicate(),)
         _attach(self, module, axis, _kind(self, module, "row", "rows"))
 
+    def computes_on_shards(self, module: nn.Module) -> bool:
+        """Whether the layer's forward may run on plain local tensors; if not, it runs on DTensors."""
+        return computes_on_shards(module)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if computes_on_shards(module):
+        if self.computes_on_shards(module):
             return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if name:  # its lora_A and lora_B are done together with it
-            return
-        _shard(module, "row", device_mesh, self.src_data_rank)
-        if has_own_adapter(module):
-            _keep_adapter_partial(module)
+        if _is_to_be_sharded(name, module, nn.Linear):
+            _shard(module, "row", device_mesh, self.src_data_rank)
+            if has_own_adapter(module):
+                _keep_adapter_partial(module)
+
+    def _partition_embedding_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if _is_to_be_sharded(name, module, nn.Embedding):
+            _shard(module, "rows", device_mesh, self.src_data_rank)
 
 
 class SequenceParallelLora(SequenceParallel):
@@ -126,13 +141,17 @@ class SequenceParallelLora(SequenceParallel):
         """Let the layer compute on its part of the sequence."""
         _attach(self, module, axis, "sequence")
 
+    def computes_on_shards(self, module: nn.Module) -> bool:
+        """Whether the layer's forward may run on plain local tensors; if not, it runs on DTensors."""
+        return is_wrapped(module) or treats_tokens_alike(module, self.sequence_sharding[0].dim)
+
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if is_wrapped(module) or treats_tokens_alike(module, self.sequence_sharding[0].dim):
+        if self.computes_on_shards(module):
             return _distribute_and_attach(self, module, device_mesh)
         return _finish_output(super()._apply(module, device_mesh))
 
     def _replicate_module_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if not name:
+        if _is_to_be_sharded(name, module, nn.Module):
             _shard(module, "sequence", device_mesh, self.src_data_rank)
             if not FLATTENS_SHARDED_DIMS:
                 use_tp_linear(module)
@@ -204,6 +223,18 @@ def _shard(module: Any, kind: str, mesh: DeviceMesh, source: int | None) -> None
         for child in module.children():
             shard_dropout(child, MeshAxis(mesh), Replicate())  # sees DTensors, which say how they are sharded
     reduce_replicated_gradients(module)
+
+
+def _is_to_be_sharded(name: str, module: nn.Module, kind: type) -> bool:
+    """Whether a partition function is to shard a module: one that it is called with, by `distribute_module` or by hand.
+
+    `distribute_module` calls it with the layer itself, whose name is empty, then with each module in it by its name;
+    what is in a layer (`lora_A`, `lora_B`) was sharded together with it.
+    """
+    if not name:
+        return True
+    parameters = list(module.parameters())
+    return isinstance(module, kind) and bool(parameters) and not any(isinstance(p, DTensor) for p in parameters)
 
 
 def _keep_adapter_partial(module: Any) -> None:
