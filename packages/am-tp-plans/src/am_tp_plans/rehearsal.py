@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.heads import share_key_value_heads
 from am_tp_plans.local import MlaKvAProjection, ReplicatedWithGradAllReduce
 from am_tp_plans.shares import WrongError
 from am_tp_plans.stand_ins import stand_in
@@ -63,6 +64,7 @@ def rehearse(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> Fi
     Raises:
         ValueError: the plan would give wrong results, and where.
     """
+    plan = share_key_value_heads(model, plan, ranks)
     tokens = -(-_TOKENS // ranks) * ranks
     whole = _run(model, plan, ranks, tokens, None)
     share = _run(model, plan, ranks, tokens, whole.steps)

@@ -12,8 +12,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.heads import is_open_colwise
 from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.shared import is_open_colwise, with_style
+from am_tp_plans.shared import with_style
 from am_tp_plans.styles import (
     SequenceGatherInput,
     SequenceGatherOutput,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
+from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import expand_plan
-from am_tp_plans.fused import PackedColwiseParallel
+from am_tp_plans.heads import is_open_colwise
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.styles import Several, SharedInput, each
 
@@ -29,13 +28,6 @@ def share_inputs(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, 
             continue
         shared = trial
     return shared
-
-
-def is_open_colwise(style: ParallelStyle) -> bool:
-    """Whether a style leaves each rank with its own features."""
-    return isinstance(style, PackedColwiseParallel) or (
-        isinstance(style, ColwiseParallel) and style.output_layouts[0] != Replicate()
-    )
 
 
 def with_style(style: ParallelStyle | None, further: ParallelStyle) -> ParallelStyle:
