@@ -45,7 +45,7 @@ def grouped(family, heads=8, key_value_heads=2, **settings):
     return tiny(family, hidden_size=64, **sizes)
 
 
-def compare(model, plan=None, sequence_parallel=False, steps=2, then=lambda model: None):
+def compare(model, plan=None, sequence_parallel=False, steps=2, tokens=16, then=lambda model: None):
     """A model in the plan and a copy of it in one process, step by step."""
     exact = 1e-6  # the weights are float64, but norms and the softmax of eager attention are float32
     whole, names = copy.deepcopy(model), list(model.state_dict())
@@ -57,7 +57,7 @@ def compare(model, plan=None, sequence_parallel=False, steps=2, then=lambda mode
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9) for m in (model, whole)
     ]
     for step in range(steps):
-        ids, labels = token_batch(2, 16, seed=step)
+        ids, labels = token_batch(2, tokens, seed=step)
         losses = [next_token_loss(each(ids, use_cache=False).logits, labels) for each in (model, whole)]
         assert_same(*losses, exact, f"loss of step {step}")
         for loss in losses:
@@ -191,6 +191,17 @@ def test_brought_and_inferred_plans_share_heads_by_themselves(name, make, sequen
     else:
         plan = resolve_plan(model)
     compare(model, add_sequence_parallelism(model, plan) if sequence_parallel else plan)
+
+
+@SEQUENCE
+@pytest.mark.ranks(3)
+def test_nine_query_and_three_key_value_heads_are_tried_on_three_ranks_and_train_there(sequence_parallel):
+    sizes = {"hidden_size": 72, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = tiny("mistral", layers=2, attention="sdpa", **sizes)
+    plan = resolve_plan(model, sequence_parallel=sequence_parallel)
+    with pytest.raises(ValueError, match=r"num_attention_heads=9 does not divide over 2 .*; an axis can have \[1, 3\]"):
+        fit_plan(model, plan, 2)
+    compare(model, plan, tokens=12)
 
 
 @pytest.mark.ranks(4)

@@ -72,6 +72,16 @@ def share_key_value_heads(model: nn.Module, plan: dict[str, ParallelStyle], rank
     return {name: shared[name] for name, _ in model.named_modules() if name in shared}
 
 
+def fewest_ranks(model: nn.Module, least: int = 2) -> int:
+    """The smallest axis of at least so many ranks that the heads in the model's config fit; `least` if none does."""
+    heads = config_value(model, "num_attention_heads")
+    of_keys = config_value(model, "num_key_value_heads") or heads
+    if not isinstance(heads, int) or not isinstance(of_keys, int):
+        return least
+    fitting = (n for n in range(least, heads + 1) if heads % n == 0 and (of_keys % n == 0 or n % of_keys == 0))
+    return next(fitting, least)
+
+
 def shares_heads(style: ParallelStyle | None) -> bool:
     return isinstance(style, KeyValueColwiseParallel)
 

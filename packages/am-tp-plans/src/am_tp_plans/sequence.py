@@ -12,7 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
-from am_tp_plans.heads import is_open_colwise
+from am_tp_plans.heads import fewest_ranks, is_open_colwise
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.shared import with_style
 from am_tp_plans.styles import (
@@ -40,7 +40,7 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
     Args:
         model: takes ids `(B, S)`; real or on meta, whole (before a pipeline cut).
         plan: a tensor-parallel plan for it, without sequence parallelism.
-        ranks: how many to rehearse with, 2, 4 or 8.
+        ranks: how many to rehearse with, or the next number that the model's heads fit.
 
     Returns:
         A new plan. With it, S must divide over the axis.
@@ -50,7 +50,7 @@ def add_sequence_parallelism(model: nn.Module, plan: Plan, ranks: int = 2) -> Pl
             tokens; names it.
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
-    concrete = expand_plan(model, plan)
+    concrete, ranks = expand_plan(model, plan), fewest_ranks(model, ranks)
     stack, length = _stack(model, concrete)
     entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
     if length == 1:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import expand_plan
-from am_tp_plans.heads import is_open_colwise
+from am_tp_plans.heads import fewest_ranks, is_open_colwise
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.styles import Several, SharedInput, each
 
@@ -23,7 +23,7 @@ def share_inputs(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, 
             continue
         try:
             trial = shared | {owner: with_style(shared.get(owner), SharedInput())}
-            rehearse(model, expand_plan(model, trial), 2)
+            rehearse(model, expand_plan(model, trial), fewest_ranks(model))
         except (ValueError, TypeError):
             continue
         shared = trial

@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from am_tp_plans.apply import expand_plan, is_part
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
+from am_tp_plans.heads import fewest_ranks
 from am_tp_plans.local import (
     DividedInput,
     LocalShards,
@@ -126,7 +127,7 @@ def complete(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, Para
     """The plan with what a rehearsal finds missing: whole parameters that meet a rank's share of the activations."""
     while True:
         try:
-            found = rehearse(model, expand_plan(model, plan), 2)
+            found = rehearse(model, expand_plan(model, plan), fewest_ranks(model))
         except ValueError as error:
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise
