@@ -193,6 +193,38 @@ def test_brought_and_inferred_plans_share_heads_by_themselves(name, make, sequen
     compare(model, add_sequence_parallelism(model, plan) if sequence_parallel else plan)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.ranks(4)
+def test_padded_batches_and_generation_read_the_shared_heads(attention):
+    """A mask, and a step of one token, take other ways through the attention than a batch of ids alone."""
+    model = grouped("qwen2", attention=attention, dtype=torch.float32)
+    whole, (ids, labels) = copy.deepcopy(model), token_batch(2, 12)
+    apply_plan(model, axis(), resolve_plan(model))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    losses = [
+        next_token_loss(each(ids, attention_mask=mask, use_cache=False).logits, labels) for each in (model, whole)
+    ]
+    assert_same(*losses, 1e-5)
+    for loss in losses:
+        loss.backward()
+    assert_same(gradients(model), gradients(whole), 1e-4, "gradients")
+    settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": True, "attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(*(each.generate(ids, **settings) for each in (model, whole)))
+
+
+@pytest.mark.ranks(4)
+def test_shared_heads_under_autocast_are_those_of_one_process_under_autocast():
+    model = grouped("llama", attention="sdpa", dtype=torch.float32)
+    whole, (ids, labels) = copy.deepcopy(model), token_batch(2, 16)
+    apply_plan(model, axis(), resolve_plan(model))
+    for each in (model, whole):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = next_token_loss(each(ids, use_cache=False).logits, labels)
+        loss.backward()
+    assert_same(gradients(model), gradients(whole), 0.05, "gradients")
+
+
 @SEQUENCE
 @pytest.mark.ranks(3)
 def test_nine_query_and_three_key_value_heads_are_tried_on_three_ranks_and_train_there(sequence_parallel):
