@@ -26,7 +26,8 @@ class PackedColwiseParallel(LocalStyle):
     """Colwise for a fused linear: each rank computes its share of every one of the projections in it.
 
     The weight is stored in plain rows, `Shard(0)` of the whole, so that checkpoints, FSDP2 and optimizers see an
-    ordinary DTensor; before use the ranks exchange the rows that belong to another's share. For `nn.Linear`, and with
+    ordinary DTensor; before use the ranks exchange the rows that belong to another's share. (A placement that says
+    which part of each projection a rank has would save that, but neither checkpoints nor FSDP2 keep torch's.) For `nn.Linear`, and with
     `parts=1` the colwise style for `Conv1D`.
 
     Args:
