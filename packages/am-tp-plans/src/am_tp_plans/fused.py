@@ -27,8 +27,9 @@ class PackedColwiseParallel(LocalStyle):
 
     The weight is stored in plain rows, `Shard(0)` of the whole, so that checkpoints, FSDP2 and optimizers see an
     ordinary DTensor; before use the ranks exchange the rows that belong to another's share. (A placement that says
-    which part of each projection a rank has would save that, but neither checkpoints nor FSDP2 keep torch's.) For `nn.Linear`, and with
-    `parts=1` the colwise style for `Conv1D`.
+    which part of each projection a rank has would save that, but neither checkpoints nor FSDP2 keep torch's.)
+
+    For `nn.Linear`, and with `parts=1` the colwise style for `Conv1D`.
 
     Args:
         parts: the widths of the projections in the output, or how many equal ones there are.

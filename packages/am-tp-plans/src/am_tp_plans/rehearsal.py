@@ -137,7 +137,7 @@ def _weightless(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.ones(()).expand(parameter.shape), requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = torch.ones_like(buffer, device="cpu") if buffer.is_meta else buffer.to("cpu", copy=True)
+        memo[id(buffer)] = _values(buffer)
         if buffer.dtype == torch.float64:
             memo[id(buffer)] = memo[id(buffer)].float()
     for module in model.modules():
@@ -145,5 +145,16 @@ def _weightless(model: nn.Module) -> nn.Module:
             memo[id(module.config)] = module.config
         for value in vars(module).values():
             if isinstance(value, torch.Tensor):
-                memo.setdefault(id(value), value.detach())
+                memo.setdefault(id(value), _values(value) if _is_fake(value) else value.detach())
     return copy.deepcopy(model, memo).eval()
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; ones for a tensor without values, on the meta device or fake."""
+    if tensor.is_meta or _is_fake(tensor):
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+    return tensor.to("cpu", copy=True)
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return type(tensor).__name__ == "FakeTensor"
