@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_tp_plans import (
+    HeadsPerRank,
     add_sequence_parallelism,
     apply_plan,
     check_gradients,
@@ -31,7 +32,7 @@ from am_tp_plans import (
 from am_tp_plans.apply import check_plan
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.translate import complete
-from am_tp_styles import use_tp_linear
+from am_tp_styles import KeyValueColwiseParallel, use_tp_linear
 
 SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
 
@@ -455,6 +456,19 @@ def test_fused_projections_and_other_styles_do_not_share_heads():
     plan = resolve_plan(model) | {"model.layers.*.self_attn.k_proj": ColwiseParallel(use_local_output=False)}
     with pytest.raises(ValueError, match=r"k_proj has ColwiseParallel, but 2 heads are shared .* plain output"):
         fit_plan(model, plan, 4)
+    plan = resolve_plan(model) | {"model.layers.*.self_attn.k_proj": KeyValueColwiseParallel(2)}
+    with pytest.raises(ValueError, match=r"k_proj has KeyValueColwiseParallel, but 2 heads are shared"):
+        fit_plan(model, plan, 4)
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_a_plan_that_shares_heads_and_does_not_tell_the_attention_is_refused(ranks):
+    model = grouped("llama")
+    own = {f"model.layers.*.self_attn.{name}_proj": KeyValueColwiseParallel(2) for name in "kv"}
+    with pytest.raises(ValueError, match="the plan does not fit LlamaForCausalLM"):
+        fit_plan(model, resolve_plan(model) | own, ranks)
+    told = {"model.layers.*.self_attn": HeadsPerRank(by={"num_key_value_groups": ranks // 2})}
+    assert fit_plan(model, resolve_plan(model) | own | told, ranks)
 
 
 @pytest.mark.ranks(4)

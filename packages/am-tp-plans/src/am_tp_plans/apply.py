@@ -137,12 +137,15 @@ def _prove_shared_heads(
 ) -> None:
     """Rehearse the plan if ranks share heads: an attention may count them in a way of its own.
 
-    Not for the families here, whose attentions are known, nor for what the given plan says itself.
+    Not for the families here, whose attentions are known, nor on a part of a pipeline whose plan says it itself.
     """
     sharing = [name for name, style in concrete.items() if shares_heads(style)]
-    if not sharing or any(map(shares_heads, given.values())) or is_family(model):
+    explicit = any(map(shares_heads, given.values()))
+    if not sharing or (not explicit and is_family(model)):
         return
     if is_part(model):
+        if explicit:
+            return
         raise ValueError(
             f"{sharing[0]} has fewer key/value heads than the {ranks} ranks, and this {type(model).__name__} is a part "
             f"of a cut model, on which nothing can be shown; give the parts fit_plan(model, plan, {ranks}) of the whole"

@@ -53,7 +53,7 @@ def share_key_value_heads(model: nn.Module, plan: dict[str, ParallelStyle], rank
         attention: Any = model.get_submodule(owner)
         own = [leaf for leaf in leaves if _KEY_OR_VALUE.fullmatch(leaf)]
         heads = _key_value_heads(model, attention, own)
-        if heads is None or heads % ranks == 0 or any(shares_heads(plan[f"{owner}.{leaf}"]) for leaf in own):
+        if heads is None or heads % ranks == 0 or (own and all(shares_heads(plan[f"{owner}.{leaf}"]) for leaf in own)):
             continue
         copies, groups = ranks // heads, getattr(attention, _GROUPS)
         if ranks % heads or groups % copies:
