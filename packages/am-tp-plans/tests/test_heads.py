@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -261,17 +262,27 @@ def test_copies_and_pickles_compute_with_their_own_weights():
     assert model.config.num_key_value_heads == 2
 
 
-@pytest.mark.ranks(8)
+@pytest.mark.ranks(8, timeout=120)
 def test_a_checkpoint_of_shared_heads_is_one_of_the_plain_model(tmp_path_factory):
+    folder = [str(tmp_path_factory.mktemp("checkpoint"))]
+    dist.broadcast_object_list(folder)
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
     model = grouped("qwen2", layers=1)
     plain = {name: value.clone() for name, value in model.state_dict().items()}
-    apply_plan(model, axis(), resolve_plan(model))
-    for name, value in model.state_dict().items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
-        assert torch.equal(full, plain[name]), name
+    apply_plan(model, mesh["tp"], resolve_plan(model))
+    assert torch.equal(model.model.layers[0].self_attn.k_proj.weight.to_local(), plain[KEYS])
+    fully_shard(model, mesh=mesh["dp"])
+    dcp.save(model.state_dict(), checkpoint_id=folder[0])
+    read = {name: torch.zeros_like(value) for name, value in plain.items()}
+    dcp.load(read, checkpoint_id=folder[0])
+    assert all(torch.equal(read[name], value) for name, value in plain.items())
     with torch.no_grad():
-        whole = model.model.layers[0].self_attn.k_proj.weight.to_local()
-        assert torch.equal(whole, plain["model.layers.0.self_attn.k_proj.weight"])
+        model.model.layers[0].self_attn.k_proj.weight.zero_()
+    dcp.load(model.state_dict(), checkpoint_id=folder[0])
+    assert torch.equal(model.model.layers[0].self_attn.k_proj.weight.full_tensor(), plain[KEYS])
+
+
+KEYS = "model.layers.0.self_attn.k_proj.weight"
 
 
 def test_a_report_says_which_heads_are_shared():
