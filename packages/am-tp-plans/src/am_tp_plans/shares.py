@@ -128,6 +128,22 @@ def alike_after(call: Call, pointwise: bool) -> frozenset[int]:
     return frozenset(found)
 
 
+def dims_added_up(call: Call, tensor: torch.Tensor) -> frozenset[int]:
+    """The dims of an input that an operator adds up or orders: how many alike values there are changes the result."""
+    name, rank = call.name.rstrip("_") or call.name, tensor.dim()
+    if name in _FACTORS:
+        left, right = (call.arguments[factor] for factor in _FACTORS[name])
+        return frozenset([rank - 1] * (tensor is left) + [rank - 2] * (tensor is right))
+    if name in _ATTENTION.split():
+        return frozenset(range(rank - 2, rank))
+    if name in _REDUCTIONS.split() or name in _ALONG.split():
+        dims = _normalized(next((call.arguments[n] for n in ("dim", "dims") if n in call.arguments), None), rank)
+        return frozenset(dims or range(rank))
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        return frozenset(range(rank - len(call.arguments["normalized_shape"]), rank))
+    return frozenset(range(rank)) if name in ("convolution", "scatter_add", "unfold") else frozenset()
+
+
 def _same_along(call: Call, tensor: torch.Tensor, dim: int, output: torch.Tensor) -> bool:
     own = dim - output.dim() + tensor.dim()
     return own < 0 or tensor.shape[own] == 1 or own in call.alike(tensor)

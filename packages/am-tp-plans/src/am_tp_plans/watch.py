@@ -28,6 +28,7 @@ from am_tp_plans.shares import (
     Share,
     WrongError,
     alike_after,
+    dims_added_up,
     shares_after,
 )
 
@@ -281,17 +282,20 @@ class Watch(TorchDispatchMode):
         moves = step.moves or any(tensor.share for tensor in step.inputs)
         for which, mine, theirs in (("of", call.inputs, step.inputs), ("to", call.outputs, step.outputs)):
             for tensor, whole in zip(mine, theirs, strict=True):
-                self._compare(call.name, which, tuple(tensor.shape), whole, moves)
+                fixed = dims_added_up(call, tensor) if which == "of" else frozenset()
+                self._compare(
+                    call.name, which, tuple(tensor.shape), whole, whole.alike - fixed if moves else frozenset()
+                )
                 if which == "of":
                     self._compare_copies(call.name, tensor, whole)
         return step
 
-    def _compare(self, name: str, which: str, shape: tuple[int, ...], whole: Tensor, moves: bool) -> None:
-        """Whether a shape is the whole's, with its part of what is a share."""
+    def _compare(self, name: str, which: str, shape: tuple[int, ...], whole: Tensor, alike: frozenset[int]) -> None:
+        """Whether a shape is the whole's, with its part of what is a share, or of the dims of `alike` values."""
         wanted = list(whole.shape)
         if whole.share:
             wanted[whole.share.dim] = whole.share.held(wanted[whole.share.dim], self.ranks)
-        for dim in whole.alike if moves and len(shape) == len(wanted) else ():
+        for dim in alike if len(shape) == len(wanted) else ():
             times, over = divmod(whole.shape[dim], shape[dim] or 1)
             if not over and times and self.ranks % times == 0:
                 wanted[dim] = shape[dim]
