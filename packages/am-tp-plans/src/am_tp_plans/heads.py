@@ -126,11 +126,15 @@ def _sharing(name: str, style: Any, heads: int) -> KeyValueColwiseParallel:
 
 def _with_numbers(style: ParallelStyle | None, heads: int, copies: int) -> ParallelStyle:
     """The attention's style, and the numbers of a rank."""
-    by = {_GROUPS: copies}
-    others = []
+    others: list[ParallelStyle] = []
+    attributes: list[str] = []
+    config: list[str] = []
+    by: dict[str, int] = {}
     for part in each(style):
-        if isinstance(part, HeadsPerRank):
-            by |= {name: heads for name in part.attributes if name in _HEADS}
-            part = HeadsPerRank([name for name in part.attributes if name not in _HEADS], part.config, by=part.by)
-        others.append(part)
-    return Several(*others, HeadsPerRank(by=by))
+        if not isinstance(part, HeadsPerRank):
+            others.append(part)
+            continue
+        attributes += [name for name in part.attributes if name not in _HEADS]
+        config += part.config
+        by |= part.by | {name: heads for name in part.attributes if name in _HEADS}
+    return Several(*others, HeadsPerRank(attributes, config, by=by | {_GROUPS: copies}))
