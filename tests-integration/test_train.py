@@ -108,6 +108,7 @@ def test_degrees_that_do_not_fit_are_refused_by_the_launch_before_any_collective
 
 DENSE = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4, "model_type": "llama"}
 WIDE = DENSE | {"num_key_value_heads": 4}
+SIX = DENSE | {"num_attention_heads": 6}
 SPARSE = DENSE | {"num_experts": 8, "model_type": "qwen3_moe"}
 
 
@@ -118,7 +119,8 @@ SPARSE = DENSE | {"num_experts": 8, "model_type": "qwen3_moe"}
         ({"dp_shard": 0}, 2, SPARSE, (16, 2, 128), r"--dp must be at least 1, got 0"),
         ({"dp_shard": 2, "ep": 2}, 2, DENSE, (16, 2, 128), r"llama has no experts; use --ep 1"),
         ({"dp_shard": 3, "ep": 3}, 3, SPARSE, (18, 2, 128), r"--ep 3 must divide the model's 8 experts"),
-        ({"tp": 4}, 4, SPARSE, (16, 2, 128), r"--tp 4 must divide num_key_value_heads=2: it can be 1, 2"),
+        ({"tp": 8}, 8, SPARSE, (16, 2, 128), r"--tp 8 .* num_attention_heads=4 and .*=2: it can be 1, 2, 4"),
+        ({"tp": 3}, 3, SIX | {"num_key_value_heads": 2}, (18, 2, 126), r"--tp 3 does not fit .*: it can be 1, 2, 6"),
         ({"pp": 8}, 8, DENSE, (16, 2, 128), r"--pp 8 is more than the model's 4 layers"),
         ({"dp_shard": 2}, 2, DENSE, (7, 1, 128), r"--batch 7 must be a multiple of --dp 2: 8"),
         ({"pp": 2}, 2, DENSE, (6, 4, 128), r"--microbatch 4 must divide the 6 sequences"),

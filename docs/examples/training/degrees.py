@@ -65,10 +65,12 @@ class Degrees:
             degree = getattr(self, axis)
             if experts and experts % degree and (axis == "ep" or self.ep == 1):
                 raise ValueError(f"--{axis} {degree} must divide the model's {experts} experts: {divisors(experts)}")
-        for name in ("num_attention_heads", "num_key_value_heads"):
-            heads = getattr(config, name, None) or getattr(config, "num_attention_heads", None)
-            if heads and heads % self.tp:
-                raise ValueError(f"--tp {self.tp} must divide {name}={heads}: {divisors(heads)}")
+        heads = getattr(config, "num_attention_heads", None) or self.tp
+        of_keys = getattr(config, "num_key_value_heads", None) or heads
+        fitting = [tp for tp in range(1, heads + 1) if heads % tp == 0 and (of_keys % tp == 0 or tp % of_keys == 0)]
+        if self.tp not in fitting:
+            known = f"num_attention_heads={heads} and num_key_value_heads={of_keys}"
+            raise ValueError(f"--tp {self.tp} does not fit {known}: it can be {', '.join(map(str, fitting))}")
         layers = getattr(config, "num_hidden_layers", self.pp)
         if layers < self.pp:
             raise ValueError(f"--pp {self.pp} is more than the model's {layers} layers")

@@ -102,6 +102,13 @@ def test_recomputation_lowers_the_peak_and_gathers_again():
     assert full.traffic == none.traffic
 
 
+@pytest.mark.parametrize("ranks", [2, 4], ids=["", "with shared heads"])
+def test_the_command_takes_models_whose_plan_is_derived(tmp_path, capsys, ranks):
+    small("mistral").config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--dp", "2", "--tp", str(ranks), "--seq-len", "32"]) == 0
+    assert f"on each of {2 * ranks} ranks" in capsys.readouterr().out
+
+
 def test_the_command_prints_a_table_and_says_what_is_wrong(tmp_path, capsys):
     small("qwen3").config.save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--dp", "64", "--tp", "2", "--sp", "--seq-len", "32"]) == 0

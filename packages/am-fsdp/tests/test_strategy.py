@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_fsdp import apply_fsdp_sharding_recursively, clip_grad_norm_, fsdp2_strategy_parallelize, unshard_fsdp2_model
 from am_testkit.device import device_type
@@ -76,6 +77,17 @@ def test_a_model_on_a_data_and_tensor_mesh_trains_like_one_process(family, tied,
     )
     assert set(model.state_dict()) == names
     train_both(model, whole, mesh)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+@pytest.mark.ranks(8, timeout=120)
+def test_ranks_that_share_key_value_heads_train_like_one_process(family):
+    model = tiny(family, hidden_size=64, num_attention_heads=8, attention="sdpa", layers=2)
+    whole = copy.deepcopy(model)
+    mesh = mesh_of(2, 4)
+    fsdp2_strategy_parallelize(model, mesh, torch.float64, sequence_parallel=True, activation_checkpointing=True)
+    assert model.model.layers[0].self_attn.num_key_value_groups == 2
+    train_both(model, whole, mesh, steps=2, tolerance=1e-4)  # float32 in norms, whose rounding AdamW enlarges
 
 
 @pytest.mark.ranks(2)
@@ -270,6 +282,31 @@ def test_a_request_is_refused_before_the_first_parameter_is_touched(settings, da
     assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before
     assert [module.forward for module in model.modules()] == forwards
     assert model.config.use_cache is True
+
+
+class Collectives(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.ranks(2)
+def test_heads_that_do_not_fit_are_refused_before_the_first_collective():
+    model = tiny("llama", hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    mesh = mesh_of(1, 2)
+    with Collectives() as collectives, pytest.raises(ValueError, match=r"heads=9 .* 2 tensor-parallel ranks; .*1, 3"):
+        fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    assert collectives.seen == []
+    with Collectives() as collectives:
+        fsdp2_strategy_parallelize(tiny("llama"), mesh, torch.float64)
+    assert collectives.seen
 
 
 @pytest.mark.ranks(2)

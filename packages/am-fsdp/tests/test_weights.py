@@ -21,7 +21,7 @@ from am_testkit.exact import assert_same, gradients, whole
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
 
-MESHES = {"dp2": (2,), "dp4": (4,), "tp2": (1, 2), "dp2tp2": (2, 2), "hsdp2x2": (2, 2)}
+MESHES = {"dp2": (2,), "dp4": (4,), "tp2": (1, 2), "dp2tp2": (2, 2), "dp2tp4": (2, 4), "hsdp2x2": (2, 2)}
 AXES = ("data_parallel", "tensor_parallel")
 HYBRID = ("replicas", "shards")
 
@@ -115,6 +115,14 @@ def test_shards_that_do_not_divide_are_read_and_written(tmp_path, mesh):
     model = tiny("llama", intermediate_size=50, hidden_size=36, vocab_size=98)
     read_into_shards(tmp_path, model, mesh)
     save_and_compare(tmp_path, laid_out(model, mesh), from_pretrained(model, shared(tmp_path / "hf")))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+@pytest.mark.ranks(8, timeout=120)
+def test_key_value_heads_that_ranks_share_are_read_and_written(tmp_path, family):
+    model = made(family)
+    read_into_shards(tmp_path, model, "dp2tp4")
+    save_and_compare(tmp_path, laid_out(model, "dp2tp4"), from_pretrained(model, shared(tmp_path / "hf")))
 
 
 def read_into_shards(tmp_path, model, mesh):

@@ -67,6 +67,17 @@ def test_a_layout_trains_like_one_process(layout):
     step_both(model, one, data)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.ranks(8, timeout=120)
+def test_ranks_that_share_key_value_heads_train_beside_spread_experts(family):
+    pytest.importorskip("am_tp_plans")
+    model = tiny(family, layers=2, num_key_value_heads=2)
+    one = copy.deepcopy(model)
+    world, moe = build_meshes(device_type(), dp_shard=2, tp=4, ep=4)
+    parallelize_model(model, world, moe, **AXES, activation_checkpointing=True)
+    step_both(model, one, world["dp_shard"], 1e-6)  # norms are float32
+
+
 @pytest.mark.ranks(4)
 def test_shared_experts_are_tensor_parallel_beside_spread_ones():
     pytest.importorskip("am_tp_plans")
@@ -158,11 +169,13 @@ WITH_CONTEXT = {
     "replicas x context": {"dp_replicate": 2, "cp": 2, "ep": 2},
     "replicas x data x context": {"dp_replicate": 2, "dp_shard": 2, "cp": 2, "ep": 4},
     "context x tensor with sequence parallelism": {"cp": 2, "tp": 2, "ep": 2},
+    "context x tensor over more ranks than key heads": {"cp": 2, "tp": 4, "ep": 2},
 }
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(n, marks=pytest.mark.ranks(8 if "x data" in n else 4)) for n in WITH_CONTEXT]
+    "layout",
+    [pytest.param(n, marks=pytest.mark.ranks(8 if "x data" in n or "more ranks" in n else 4)) for n in WITH_CONTEXT],
 )
 def test_a_layout_with_a_context_axis_trains_like_one_process(layout):
     tensor = "tensor" in layout

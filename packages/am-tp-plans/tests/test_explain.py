@@ -101,8 +101,8 @@ def test_a_report_adds_up_and_grows_with_the_tokens():
         "model.norm.weight": 32,
     }
     assert {row.source for row in once.rows} == {"family llama"}
-    with pytest.raises(ValueError, match="num_key_value_heads=2 does not divide over 4"):
-        explain_plan(tiny("llama"), plan, 4)
+    with pytest.raises(ValueError, match="num_attention_heads=4 does not divide over 8"):
+        explain_plan(model, plan, 8)
     with pytest.raises(ValueError, match="seq_len=0 must be positive"):
         explain_plan(model, plan, 4, seq_len=0)
 

@@ -71,6 +71,17 @@ def sloped(x):
     return (x.unflatten(-1, (-1, 4)) * torch.arange(x.shape[-1] // 4)[:, None]).flatten(-2)
 
 
+def for_every_head(x):
+    """Heads `(B, S, H, 4)` repeated as often as there are heads."""
+    heads = x.unflatten(-1, (-1, 4))
+    return heads.unsqueeze(-1).expand(*heads.shape, heads.shape[-2])
+
+
+def weighed_for_every_head(x):
+    repeated = for_every_head(x)
+    return (repeated @ torch.ones(repeated.shape[-1], 1, dtype=x.dtype)).squeeze(-1).flatten(-2)
+
+
 SCORES = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ORDER = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))
 # name: (columns that go back, the activation, with which styles of `up` it is exact)
@@ -128,6 +139,10 @@ BLOCKS = {
     "einsum over tokens": (24, lambda x: torch.einsum("st,btf->bsf", SCORES.to(x.dtype), x), "colwise"),
     "einsum over features": (24, lambda x: torch.einsum("bsf,btf->bst", x, x) @ x, ""),
     "masked by column": (24, lambda x: x * (torch.arange(x.shape[-1]) < 5), ""),
+    "added up for every head": (24, lambda x: for_every_head(x).sum(-1).flatten(-2), ""),
+    "multiplied for every head": (24, lambda x: for_every_head(x).prod(-1).flatten(-2), ""),
+    "the norm for every head": (24, lambda x: for_every_head(x).norm(dim=-1).flatten(-2), ""),
+    "weighed for every head": (24, weighed_for_every_head, ""),
     "a slope for every head": (24, sloped, ""),
     "written in place": (24, lambda x: x.clone().mul_(2).clamp_(-1, 1), "colwise"),
     "written into a buffer": (24, into_a_buffer, ""),

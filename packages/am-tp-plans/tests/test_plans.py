@@ -301,7 +301,10 @@ def test_an_embedding_may_be_called_again_before_its_backward():
     ("settings", "words"),
     [
         ({"num_attention_heads": 1, "num_key_value_heads": 1}, r"num_attention_heads=1 .* \[1\]"),
-        ({"num_key_value_heads": 1}, "num_key_value_heads=1"),
+        (
+            {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3},
+            r"num_key_value_heads=3, .* 2 tensor-parallel ranks",
+        ),
         ({"vocab_size": 1}, r"1 rows of model\.embed_tokens"),
         ({"intermediate_size": 49}, r"49 output features of model\.layers\.0\.mlp\.gate_proj"),
     ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -124,6 +127,34 @@ def test_a_slice_takes_whole_parts_or_every_second_or_is_refused(parts, data):
         first = start if step > 1 or start == 0 else start // RANKS
         taken = mine[:, first::step][:, : output.shape[1] // RANKS]
         assert torch.equal(taken, part(output, found, rank))
+
+
+@given(
+    heads=st.sampled_from([1, 2, 3]),
+    copies=st.sampled_from([2, 3]),
+    queries=st.sampled_from([1, 2]),
+    tail=st.sampled_from([(), (3,), (2, 3)]),
+    data=st.data(),
+)
+def test_a_head_that_ranks_share_becomes_their_own_where_each_repeats_it_for_itself(heads, copies, queries, tail, data):
+    ranks, times = heads * copies, copies * queries
+    whole = torch.arange(math.prod((2, heads, *tail))).view(2, heads, *tail)
+    expanded = whole.unsqueeze(2).expand(2, heads, times, *tail)
+    # heads and their repetitions together, alone or with some of what follows
+    joined = data.draw(st.integers(0, len(tail)))
+    shape = (2, heads * times * math.prod(tail[:joined]), *tail[joined:])
+    share = Share(1, FEATURES, (heads,), copies)
+    call = replace(call_of("view", expanded, share, [expanded.reshape(shape)]), ranks=ranks, alike=lambda t: {2})
+    (found,) = shares_after(call, pointwise=False)
+    assert (found.dim, found.copies) == (1, 1)
+    for rank in range(ranks):
+        mine = whole[:, rank // copies].view(2, 1, 1, *tail).expand(2, 1, queries, *tail)
+        width = shape[1] // ranks
+        wanted = expanded.reshape(shape).narrow(1, rank * width, width)
+        assert torch.equal(mine.reshape(2, width, *tail[joined:]), wanted)
+    with contextlib.suppress(WrongError):  # of what is not alike along the repetitions
+        (found,) = shares_after(replace(call, alike=lambda t: frozenset()), pointwise=False)
+        assert found.copies == copies
 
 
 @pytest.mark.parametrize("name", ["mish_of_tomorrow", "histc", "cdist", "_local_scalar_dense"])

@@ -21,7 +21,8 @@ from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small, small_config
-from am_tp_plans import add_sequence_parallelism, apply_plan, get_hf_tp_shard_plan, infer_plan
+from am_tp_plans import add_sequence_parallelism, apply_plan, fit_plan, get_hf_tp_shard_plan, infer_plan
+from am_tp_plans.heads import shares_heads
 
 # Why a plan that transformers brings is not applied, in the words of the error.
 REFUSED = {
@@ -73,6 +74,21 @@ def test_the_plan_of_every_model_is_exact_or_refused(model_type):
     assert ("sequence_refused" in measured) == (model_type in SEQUENCE_REFUSED.split()), measured
 
 
+@pytest.mark.parametrize("model_type", TYPES[:: 1 if SWEEP else 6])
+@pytest.mark.ranks(4, timeout=240)
+def test_a_plan_whose_ranks_share_key_value_heads_is_exact_or_refused(model_type):
+    """The small models have four query heads and two key/value heads."""
+    make_plan = get_hf_tp_shard_plan if brings_a_plan(model_type) else infer_plan
+    attention = ("sdpa", "eager")[TYPES.index(model_type) % 2]
+    model = small(model_type, attention=IMPLEMENTATION[attention])
+    try:
+        fitted = fit_plan(model, make_plan(model), 4)
+    except (ValueError, TypeError):
+        return
+    if any(map(shares_heads, fitted.values())):
+        measure(model_type, make_plan, attention)
+
+
 def measure(model_type, make_plan, attention):
     """The largest errors of a type's plans under one attention implementation."""
     model, dtype = runnable(model_type, attention=IMPLEMENTATION[attention])
@@ -98,7 +114,7 @@ def measure(model_type, make_plan, attention):
 
 def compare(sharded, dtype, plan, ids, labels, expected, wanted):
     """The largest error of logits and gradients under a plan, on any rank, and the share of parameters it holds."""
-    apply_plan(sharded, init_device_mesh(device_type(), (2,), mesh_dim_names=("tp",)), plan)
+    apply_plan(sharded, init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",)), plan)
     logits = logits_of(sharded, ids)
     next_token_loss(whole(logits), labels).backward()
     largest = max(grad.nan_to_num().abs().max().item() for grad in wanted.values())

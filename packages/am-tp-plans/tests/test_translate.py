@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
@@ -36,6 +37,15 @@ def test_every_style_of_the_installed_transformers_is_translated():
     for name in names:
         assert isinstance(translate_to_torch_parallel_style(name), ParallelStyle), name
     assert translate_to_torch_parallel_style("colwise") is not translate_to_torch_parallel_style("colwise")
+
+
+@pytest.mark.parametrize("name", ["mistral", "stablelm"])
+def test_a_plan_is_derived_for_a_model_on_meta_and_one_of_fake_tensors(name):
+    keys = list(resolve_plan(small(name), sequence_parallel=True, infer=True))
+    for without_values in (torch.device("meta"), FakeTensorMode()):
+        with without_values:
+            model = small(name)
+        assert list(resolve_plan(model, sequence_parallel=True, infer=True)) == keys
 
 
 def test_unknown_styles_are_refused_by_name():

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from am_tp_plans.apply import apply_plan, expand_plan
+from am_tp_plans.apply import apply_plan, expand_plan, fit_plan
 from am_tp_plans.check import check_gradients
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.explain import PlanReport, explain_plan
@@ -71,6 +71,7 @@ __all__ = [
     "check_gradients",
     "expand_plan",
     "explain_plan",
+    "fit_plan",
     "get_hf_tp_shard_plan",
     "infer_plan",
     "keep_logits_sharded",

@@ -21,9 +21,12 @@ from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
+from am_tp_plans.heads import HeadsError, share_key_value_heads, shares_heads
 from am_tp_plans.random_numbers import check_dropout, draw_for_shares
 from am_tp_plans.read_outputs import refuse_parts
-from am_tp_plans.styles import VocabParallelEmbedding, each
+from am_tp_plans.registry import is_family
+from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.styles import VocabParallelEmbedding, each, is_open_colwise
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
@@ -50,14 +53,15 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
         styles.
 
     Raises:
-        ValueError: a key matches nothing, heads or features do not divide over the axis, tied weights would be sharded
-            differently, a module is sharded already, the model has dropout and the ranks have different seeds, or
-            dropout of a whole sequence between parts of it; on every rank alike, before anything is sharded.
+        ValueError: a key matches nothing, heads or features do not divide over the axis, ranks would share key/value
+            heads in an attention that no rehearsal shows to be right, tied weights would be sharded differently, a
+            module is sharded already, the model has dropout and the ranks have different seeds, or dropout of a whole
+            sequence between parts of it; on every rank alike, before anything is sharded.
         TypeError: a colwise or rowwise style is given to a module that is no linear and no embedding.
     """
     if tp_mesh.ndim != 1:
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
-    concrete = check_plan(model, plan, tp_mesh.size())
+    concrete = fit_plan(model, plan, tp_mesh.size())
     if tp_mesh.size() > 1:
         check_dropout(model, concrete)
     check_seeds(model, tp_mesh)
@@ -81,16 +85,47 @@ def local_form(style: ParallelStyle) -> ParallelStyle:
     return cast(ParallelStyle, translate_to_lora(style)) if sharding else style
 
 
-def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
-    """The expanded plan, if it fits the model and an axis of so many ranks; with LoRA styles where adapters are.
+def fit_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
+    """The plan for an axis of so many ranks, without wildcards, checked as `apply_plan` does; it changes nothing.
+
+    Where an attention has fewer key/value heads than there are ranks, it says which ranks share one. `apply_plan` does
+    this by itself; of a model that no family here knows, the parts of a pipeline need the plan that was fitted to the
+    whole model, because nothing can be shown on a part.
 
     Raises:
         ValueError: as `apply_plan`.
         TypeError: as `apply_plan`.
     """
-    concrete = expand_plan(model, plan)
-    if any(_shards_attention(key, style) for key, style in plan.items()):
-        _check_heads(model, ranks)
+    concrete = check_plan(model, plan, ranks)
+    _prove_shared_heads(model, plan, concrete, ranks)
+    return concrete
+
+
+def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
+    """`fit_plan`, without the rehearsal of attentions whose key/value heads are shared."""
+    try:
+        return _checked(model, plan, ranks)
+    except HeadsError as error:
+        heads = config_value(model, "num_attention_heads") or ranks
+        sizes = [size for size in _divisors(heads) if _fits(model, plan, size)]
+        raise ValueError(f"{error}; an axis can have {sizes}") from error
+
+
+def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> bool:
+    try:
+        return bool(_checked(model, plan, ranks))
+    except ValueError:
+        return False
+
+
+def _checked(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
+    """With LoRA styles where adapters are."""
+    attention = any(_shards_attention(key, style) for key, style in plan.items())
+    if attention:
+        _check_query_heads(model, ranks)
+    concrete = share_key_value_heads(model, expand_plan(model, plan), ranks)
+    if attention:
+        _check_key_value_heads(model, concrete, ranks)
     for name, styles in concrete.items():
         for style in each(styles):
             _check_features(name, model.get_submodule(name), style, ranks)
@@ -99,6 +134,27 @@ def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> 
     adapted = {name: concrete[name] for name, m in modules.items() if is_wrapped(m) or has_own_adapter(m)}
     concrete.update(cast(dict, translate_to_lora(adapted)))
     return concrete
+
+
+def _prove_shared_heads(
+    model: nn.Module, given: dict[str, ParallelStyle], concrete: dict[str, ParallelStyle], ranks: int
+) -> None:
+    """Rehearse the plan if ranks share heads: an attention may count them in a way of its own.
+
+    Not for the families here, whose attentions are known, nor on a part of a pipeline whose plan says it itself.
+    """
+    sharing = [name for name, style in concrete.items() if shares_heads(style)]
+    explicit = any(map(shares_heads, given.values()))
+    if not sharing or (not explicit and is_family(model)):
+        return
+    if is_part(model):
+        if explicit:
+            return
+        raise ValueError(
+            f"{sharing[0]} has fewer key/value heads than the {ranks} ranks, and this {type(model).__name__} is a part "
+            f"of a cut model, on which nothing can be shown; give the parts fit_plan(model, plan, {ranks}) of the whole"
+        )
+    rehearse(model, concrete, ranks)
 
 
 def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
@@ -131,6 +187,16 @@ def _is_placeholder(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or not type(module).__module__.startswith("torch.nn.")
 
 
+def is_part(model: nn.Module) -> bool:
+    """Whether a pipeline cut left layers out: some of a list have parameters, others have nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            empty = [not any(True for _ in layer.parameters()) for layer in module]
+            if any(empty) and not all(empty):
+                return True
+    return False
+
+
 def _may_mean(key: str, absent: str) -> bool:
     """Whether a key names a module that was left out, or something inside it."""
     levels = key.split(".")[: absent.count(".") + 1]
@@ -144,15 +210,23 @@ def _nearest(key: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _shards_attention(key: str, style: ParallelStyle) -> bool:
+    """Whether ranks have heads of their own: not where projections gather what they computed."""
     owner = key.rpartition(".")[0].rpartition(".")[2]
-    return isinstance(style, (ColwiseParallel, RowwiseParallel)) and ("attn" in owner or "attention" in owner)
+    return is_open_colwise(style) and ("attn" in owner or "attention" in owner)
 
 
-def _check_heads(model: nn.Module, size: int) -> None:
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = config_value(model, name)
-        if isinstance(heads, int) and heads % size:
-            raise ValueError(f"{name}={heads} does not divide over {size} tensor-parallel ranks; {_divisors(heads)}")
+def _check_query_heads(model: nn.Module, ranks: int) -> None:
+    heads = config_value(model, "num_attention_heads")
+    if isinstance(heads, int) and heads % ranks:
+        raise HeadsError(f"num_attention_heads={heads} does not divide over {ranks} tensor-parallel ranks")
+
+
+def _check_key_value_heads(model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int) -> None:
+    heads = config_value(model, "num_key_value_heads")
+    if not isinstance(heads, int) or heads % ranks == 0 or any(map(shares_heads, concrete.values())):
+        return
+    if ranks % heads or any(_shards_attention(name, style) for name, style in concrete.items()):
+        raise HeadsError(f"num_key_value_heads={heads} does not divide over {ranks} tensor-parallel ranks")
 
 
 def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> None:
@@ -163,6 +237,9 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
         what, number = "experts", getattr(module, "num_experts", 0)
         if not number or not all(p.shape[0] == number for p in module.parameters(recurse=False)):
             raise ValueError(f"{name} is no module of stacked experts, but the plan shards its experts")
+    elif shares_heads(style):
+        style.layout(module, size)
+        return
     elif isinstance(style, (ColwiseParallel, RowwiseParallel)):
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             raise TypeError(
@@ -186,7 +263,8 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
     if _may_be_uneven(style) and -(-number // size) * (size - 1) < number:
         return  # the last ranks have less, but something
     if number % size:
-        raise ValueError(f"the {number} {what} of {name} do not divide over {size} ranks; {_divisors(number)}")
+        sizes = f"an axis can have {_divisors(number)}"
+        raise ValueError(f"the {number} {what} of {name} do not divide over {size} ranks; {sizes}")
 
 
 def _may_be_uneven(style: ParallelStyle) -> bool:
@@ -198,8 +276,8 @@ def _may_be_uneven(style: ParallelStyle) -> bool:
     )
 
 
-def _divisors(number: int) -> str:
-    return f"an axis can have {[d for d in range(1, number + 1) if number % d == 0]}"
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _tied_weights(model: nn.Module) -> list[list[str]]:

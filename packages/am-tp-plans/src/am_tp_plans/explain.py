@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from am_tp_plans.apply import check_plan
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.heads import shares_heads
 from am_tp_plans.local import LocalShards
 from am_tp_plans.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
@@ -20,6 +21,7 @@ from am_tp_plans.rehearsal import Findings, rehearse
 from am_tp_plans.styles import each
 from am_tp_plans.translate import matches, named_styles
 from am_tp_plans.watch import Collective
+from am_tp_styles import KeyValueColwiseParallel
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ def _sent_in_a_ring(collective: Collective, ranks: int) -> float:
 def _held(name: str, number: int, concrete: dict[str, ParallelStyle], ranks: int) -> int:
     owner, _, leaf = name.rpartition(".")
     for style in each(concrete.get(owner)):
+        if shares_heads(style):
+            return number
         if isinstance(style, (ColwiseParallel, PackedColwiseParallel, ExpertsOverTensorAxis)):
             return number // ranks
         if isinstance(style, (RowwiseParallel, Conv1DRowwiseParallel)) and leaf == "weight":
@@ -212,7 +216,7 @@ def _by_entry(concrete: dict[str, ParallelStyle]) -> dict[tuple[str, str], list[
 
 def _label(style: ParallelStyle) -> str:
     kind = type(style).__name__.removesuffix("Parallel")
-    layouts = []
+    layouts = [f"whole, {style.heads} heads"] if isinstance(style, KeyValueColwiseParallel) else []
     for which in ("input_layouts", "output_layouts"):
         layout = getattr(style, which, None)
         layout = layout[0] if isinstance(layout, tuple) else layout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, chain
@@ -26,8 +26,10 @@ class PackedColwiseParallel(LocalStyle):
     """Colwise for a fused linear: each rank computes its share of every one of the projections in it.
 
     The weight is stored in plain rows, `Shard(0)` of the whole, so that checkpoints, FSDP2 and optimizers see an
-    ordinary DTensor; before use the ranks exchange the rows that belong to another's share. For `nn.Linear`, and with
-    `parts=1` the colwise style for `Conv1D`.
+    ordinary DTensor; before use the ranks exchange the rows that belong to another's share. (A placement that says
+    which part of each projection a rank has would save that, but neither checkpoints nor FSDP2 keep torch's.)
+
+    For `nn.Linear`, and with `parts=1` the colwise style for `Conv1D`.
 
     Args:
         parts: the widths of the projections in the output, or how many equal ones there are.
@@ -128,14 +130,18 @@ class HeadsPerRank(LocalStyle):
     Args:
         attributes: the module's own integers to divide by the number of ranks.
         config: the same in the module's config, of which it gets a copy of its own.
+        by: the module's own integers that another number divides, where neighbouring ranks share one of them.
 
     Collectives: none.
     """
 
-    def __init__(self, attributes: Sequence[str] = (), config: Sequence[str] = ()) -> None:
+    def __init__(
+        self, attributes: Sequence[str] = (), config: Sequence[str] = (), *, by: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.attributes = tuple(attributes)
         self.config = tuple(config)
+        self.by = dict(by or {})
 
     def divide(self, module: Any, ranks: int) -> None:
         """Set the numbers of one of `ranks` ranks.
@@ -143,14 +149,17 @@ class HeadsPerRank(LocalStyle):
         Raises:
             ValueError: one is missing or does not divide.
         """
+        if ranks == 1:
+            return
         if self.config:
             module.config = copy.copy(module.config)
-        for owner, names in ((module, self.attributes), (getattr(module, "config", None), self.config)):
-            for name in names:
+        own = dict.fromkeys(self.attributes, ranks) | self.by
+        for owner, numbers in ((module, own), (getattr(module, "config", None), dict.fromkeys(self.config, ranks))):
+            for name, by in numbers.items():
                 number = getattr(owner, name, None)
-                if not isinstance(number, int) or number % ranks:
-                    raise ValueError(f"{type(module).__name__}'s {name}={number} does not divide over {ranks} ranks")
-                setattr(owner, name, number // ranks)
+                if not isinstance(number, int) or number % by:
+                    raise ValueError(f"{type(module).__name__}'s {name}={number} does not divide over {by} ranks")
+                setattr(owner, name, number // by)
 
     def attach(self, module: nn.Module, axis: Axis) -> None:
         self.divide(module, axis.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
+from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.families.gemma3 import _parallelize_gemma3
@@ -59,6 +60,12 @@ class PlanRegistry(MutableMapping[str, PlanFunction]):
 
     def __len__(self) -> int:
         return len(self._functions)
+
+
+def is_family(model: nn.Module) -> bool:
+    """Whether a model is of exactly one of the classes that have a plan written for them here, still in use."""
+    function = PARALLELIZE_FUNCTIONS.get(_name(type(model)))
+    return function is not None and function.__module__.startswith(f"{__package__}.families.")
 
 
 def _name(key: str | type) -> str:

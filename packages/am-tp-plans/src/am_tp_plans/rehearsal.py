@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from am_tp_plans.check import has_dropout
 from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.heads import share_key_value_heads
 from am_tp_plans.local import MlaKvAProjection, ReplicatedWithGradAllReduce
 from am_tp_plans.random_numbers import Draws, ends_of_shares
 from am_tp_plans.shares import WrongError
@@ -71,6 +72,7 @@ def rehearse(
         ValueError: the plan would give wrong results, and where.
         TypeError: `example_inputs` is no dict with names as keys.
     """
+    plan = share_key_value_heads(model, plan, ranks)
     inputs = _inputs(model, ranks, example_inputs)
     whole = _run(model, plan, ranks, inputs, None)
     share = _run(model, plan, ranks, inputs, whole.steps)
@@ -244,7 +246,7 @@ def _weightless(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.ones(()).expand(parameter.shape), requires_grad=False)
     for buffer in model.buffers():
-        memo[id(buffer)] = torch.ones_like(buffer, device="cpu") if buffer.is_meta else buffer.to("cpu", copy=True)
+        memo[id(buffer)] = _values(buffer)
         if buffer.dtype == torch.float64:
             memo[id(buffer)] = memo[id(buffer)].float()
     for module in model.modules():
@@ -252,5 +254,16 @@ def _weightless(model: nn.Module) -> nn.Module:
             memo[id(module.config)] = module.config
         for value in vars(module).values():
             if isinstance(value, torch.Tensor):
-                memo.setdefault(id(value), value.detach())
+                memo.setdefault(id(value), _values(value) if _is_fake(value) else value.detach())
     return copy.deepcopy(model, memo).eval()
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; ones for a tensor without values, on the meta device or fake."""
+    if tensor.is_meta or _is_fake(tensor):
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+    return tensor.to("cpu", copy=True)
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    return type(tensor).__name__ == "FakeTensor"

@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.heads import fewest_ranks
 from am_tp_plans.numeric_check import check_numbers
 from am_tp_plans.rehearsal import rehearse, rehearse_training
 from am_tp_plans.shared import with_style
@@ -44,7 +45,7 @@ def add_sequence_parallelism(
     Args:
         model: real or on meta, whole (before a pipeline cut).
         plan: a tensor-parallel plan for it, without sequence parallelism.
-        ranks: how many to rehearse with, 2, 4 or 8.
+        ranks: how many to rehearse with, 2, 4 or 8, or the next number that the model's heads fit.
         example_inputs: keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`; small
             ones do, with at least two sequences and a length that divides over the ranks.
 
@@ -56,7 +57,7 @@ def add_sequence_parallelism(
             tokens; names it. Or a small twin of the model computes other numbers with the plan.
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
-    concrete = expand_plan(model, plan)
+    concrete, ranks = expand_plan(model, plan), fewest_ranks(model, ranks)
     stack, length = _stack(model, concrete)
     entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
     if length == 1:

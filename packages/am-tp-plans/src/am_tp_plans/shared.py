@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import expand_plan
+from am_tp_plans.heads import fewest_ranks
 from am_tp_plans.rehearsal import rehearse
 from am_tp_plans.styles import Several, SharedInput, each, is_open_colwise
 
@@ -26,7 +27,7 @@ def share_inputs(
             continue
         try:
             trial = shared | {owner: with_style(shared.get(owner), SharedInput())}
-            rehearse(model, expand_plan(model, trial), 2, example_inputs)
+            rehearse(model, expand_plan(model, trial), fewest_ranks(model), example_inputs)
         except (ValueError, TypeError):
             continue
         shared = trial

@@ -7,6 +7,13 @@ holds its n-th of each of them. All numbers here are those of the whole tensor::
     view       (B, S, 3, heads, D)      dim 3, parts (heads,)
     view       (B, S, 3 * heads, D)     dim 2, parts (heads, heads, heads)
 
+Where heads for keys are fewer than the ranks, neighbouring ranks hold a copy of one, until each repeats it for its own
+query heads; 2 heads that 8 query heads read, on 4 ranks::
+
+    k_proj(x)  (B, S, 2 * D)            dim 2, parts (2 * D,), 2 copies
+    expand     (B, 2, 4, S, D)          dim 1, parts (2,), 2 copies; dim 2 is alike, and a rank needs but 2 of the 4
+    reshape    (B, 8, S, D)             dim 1, parts (8,)
+
 A rule says where the share is in the output. It reads the whole model's operator; that the operator on a rank's share
 has these sizes is compared afterwards, dim by dim (`watch.py`). Nothing is known of an operator without a rule.
 """
@@ -36,15 +43,22 @@ class Share:
         dim: not negative.
         kind: `FEATURES` (columns, heads) or `TOKENS`.
         parts: the whole widths in this dim of which a rank holds its n-th each; one, or those of fused projections.
+        copies: how many neighbouring ranks hold the same.
     """
 
     dim: int
     kind: str
     parts: tuple[int, ...]
+    copies: int = 1
 
     @property
     def what(self) -> str:
-        return f"fused features {list(self.parts)}" if len(self.parts) > 1 else self.kind
+        copied = f" that {self.copies} ranks hold" if self.copies > 1 else ""
+        return (f"fused features {list(self.parts)}" if len(self.parts) > 1 else self.kind) + copied
+
+    def held(self, size: int, ranks: int) -> int:
+        """How much of a whole size one of so many ranks has."""
+        return size * self.copies // ranks
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,22 @@ def alike_after(call: Call, pointwise: bool) -> frozenset[int]:
         shift = output.dim() - tensor.dim()
         found |= set(range(shift)) | {shift + d for d, size in enumerate(tensor.shape) if size == 1}
     return frozenset(found)
+
+
+def dims_added_up(call: Call, tensor: torch.Tensor) -> frozenset[int]:
+    """The dims of an input that an operator adds up or orders: how many alike values there are changes the result."""
+    name, rank = call.name.rstrip("_") or call.name, tensor.dim()
+    if name in _FACTORS:
+        left, right = (call.arguments[factor] for factor in _FACTORS[name])
+        return frozenset([rank - 1] * (tensor is left) + [rank - 2] * (tensor is right))
+    if name in _ATTENTION.split():
+        return frozenset(range(rank - 2, rank))
+    if name in _REDUCTIONS.split() or name in _ALONG.split():
+        dims = _normalized(next((call.arguments[n] for n in ("dim", "dims") if n in call.arguments), None), rank)
+        return frozenset(dims or range(rank))
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        return frozenset(range(rank - len(call.arguments["normalized_shape"]), rank))
+    return frozenset(range(rank)) if name in ("convolution", "scatter_add", "unfold") else frozenset()
 
 
 def _same_along(call: Call, tensor: torch.Tensor, dim: int, output: torch.Tensor) -> bool:
@@ -280,6 +310,7 @@ def _attention(call: Call) -> Share:
         tensor = call.arguments[name]
         theirs = call.share(tensor)
         grouped = theirs and share.dim == 1 and len(share.parts) == len(theirs.parts) == 1
+        grouped = grouped and (theirs.copies == share.copies or _one_per_rank(theirs, tensor, call.ranks))
         same = theirs == share or (grouped and theirs.dim == 1 and share.parts[0] % theirs.parts[0] == 0)
         if not same and not (theirs is None and tensor.shape[share.dim] == 1):
             raise WrongError(f"it computes attention ({call.name}) of one rank's queries and a {name} of other heads")
@@ -350,12 +381,21 @@ def _reshape(call: Call) -> Share:
             continue
         lead, tail = math.prod(before[old.start : share.dim]), math.prod(before[share.dim + 1 : old.stop])
         flat = [part * tail for part in share.parts] * lead
+        repeats = share.dim + 1
+        repeated = repeats in old and repeats in call.alike(tensor) and before[repeats] % share.copies == 0
+        if repeated and _one_per_rank(share, tensor, call.ranks):  # each repeats its head for its own part of the rest
+            share = replace(share, copies=1)
         for dim in new:
-            repeats, inner = math.prod(after[new.start : dim]), math.prod(after[dim + 1 : new.stop])
-            once = flat[: len(flat) // repeats] if repeats and len(flat) % repeats == 0 else []
-            if once and once * repeats == flat and _divide(tuple(once), inner * call.ranks):
-                return Share(dim, share.kind, tuple(part // inner for part in once))
+            outer, inner = math.prod(after[new.start : dim]), math.prod(after[dim + 1 : new.stop])
+            once = flat[: len(flat) // outer] if outer and len(flat) % outer == 0 else []
+            if once and once * outer == flat and _divide(tuple(once), inner * call.ranks // share.copies):
+                return replace(share, dim=dim, parts=tuple(part // inner for part in once))
     raise WrongError(f"it computes {call.name} of one rank's {share.what}: no dim of {after} is its share of {before}")
+
+
+def _one_per_rank(share: Share, tensor: torch.Tensor, ranks: int) -> bool:
+    """Whether ranks share heads, in a dim of heads of which each rank has one."""
+    return share.copies > 1 and tensor.shape[share.dim] * share.copies == ranks
 
 
 def _groups(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[range, range]]:
@@ -441,7 +481,8 @@ def _slices(call: Call) -> list[Share | None]:
     if sizes == [tensor.shape[dim]]:
         return [share]
     step, start = call.arguments.get("step", 1), call.arguments.get("start") or 0
-    if start in range(step) and sizes[0] * step == sum(share.parts) and _divide(share.parts, step * call.ranks):
+    every = step * call.ranks // share.copies
+    if start in range(step) and sizes[0] * step == sum(share.parts) and _divide(share.parts, every):
         return [replace(share, parts=tuple(part // step for part in share.parts))]  # every second, third …
     if step != 1 or len(share.parts) == 1:
         raise _apart(call, tensor, share)
@@ -470,7 +511,8 @@ def _cat(call: Call) -> Share:
     share = next(s for s in shares if s)
     if share.dim != dim:
         return _aligned(call, tensors, rank)
-    if any(s is None or (s.dim, s.kind) != (dim, share.kind) for s in shares) or share.kind == TOKENS:
+    alike = (dim, share.kind, share.copies)
+    if any(s is None or (s.dim, s.kind, s.copies) != alike for s in shares) or share.kind == TOKENS:
         raise WrongError(f"it computes {call.name} of one rank's {share.what} and others along the same dim")
     return replace(share, parts=tuple(part for s in shares for part in s.parts))  # type: ignore[union-attr]
 

@@ -27,7 +27,7 @@ from am_tp_plans.styles import (
     each,
 )
 from am_tp_plans.watch import Collective, Watch, tensors
-from am_tp_styles import SequenceParallelLora
+from am_tp_styles import KeyValueColwiseParallel, SequenceParallelLora
 
 
 def stand_in(watch: Watch, name: str, module: Any, style: ParallelStyle | None, ranks: int) -> None:
@@ -52,6 +52,8 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
     elif isinstance(style, Conv1DRowwiseParallel):
         in_features, out_features = features(module)  # type: ignore[misc]
         module.forward = _summed(watch, name, out_features, (in_features // ranks, False), style.output_layouts, ranks)
+    elif isinstance(style, KeyValueColwiseParallel):
+        module.forward = _own_head(watch, name, module, style, ranks)
     elif isinstance(style, ColwiseParallel):
         whole = style.output_layouts[0] == Replicate()
         width = module.embedding_dim if isinstance(module, nn.Embedding) else module.out_features
@@ -105,6 +107,21 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
             lambda hidden: _gathered(watch, name, hidden, ranks),
             lambda output: _split(watch, name, output, ranks),
         )
+
+
+def _own_head(watch: Watch, name: str, module: Any, style: KeyValueColwiseParallel, ranks: int) -> Callable:
+    """As `_shares`, of a head that neighbouring ranks share; their parameters' gradients are summed."""
+    copies = watch.ranks // style.heads
+    width = module.out_features * (copies if ranks > 1 else 1)
+    shares = _shares(watch, name, [width], style.input_layouts[0], ranks, whole=False)
+    for parameter in module.parameters():
+        watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = shares(hidden, *args, **kwargs)
+        return watch.note(output, share=Share(output.dim() - 1, FEATURES, (module.out_features,), copies), made=name)
+
+    return forward
 
 
 def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int, whole: bool) -> Callable:
@@ -183,7 +200,7 @@ def _summed(watch: Watch, name: str, width: int, wants: tuple[int, bool] | None,
 def _check_rowwise(name: str, hidden: torch.Tensor, share: Share | None, wants: tuple[int, bool]) -> None:
     """Whether a rowwise layer gets the whole input, or the rank's contiguous part of the columns, as it wants."""
     wanted, whole = wants
-    if share and len(share.parts) > 1:
+    if share and (len(share.parts) > 1 or share.copies > 1):
         raise WrongError(f"{name} wants one rank's contiguous columns, but gets {share.what}")
     if share and share.dim != hidden.dim() - 1:
         raise WrongError(f"{name} gets {tuple(hidden.shape)}, of which a rank has a share in another dim")

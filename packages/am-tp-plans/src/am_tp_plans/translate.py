@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import expand_plan
+from am_tp_plans.apply import expand_plan, is_part
 from am_tp_plans.config import config_value
 from am_tp_plans.experts import ExpertsOverTensorAxis
+from am_tp_plans.heads import fewest_ranks
 from am_tp_plans.local import (
     DividedInput,
     LocalShards,
@@ -95,7 +96,7 @@ def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | N
             and a small twin of it with numbers (`numeric_check.py`); or the model is a pipeline part.
     """
     named = named_styles(model)
-    if _is_part(model):
+    if is_part(model):
         raise ValueError(
             f"this {type(model).__name__} is a part of a cut model, on which its plan cannot be checked; make the plan "
             "of the whole model before the cut and apply that to the parts"
@@ -135,7 +136,7 @@ def complete(
     """The plan with what a rehearsal finds missing: whole parameters that meet a rank's share of the activations."""
     while True:
         try:
-            found = rehearse(model, expand_plan(model, plan), 2, example_inputs)
+            found = rehearse(model, expand_plan(model, plan), fewest_ranks(model), example_inputs)
         except ValueError as error:
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise
@@ -178,16 +179,6 @@ def _summing(owner: str, style: ParallelStyle | None, names: set[str]) -> Parall
     if not all(getattr(part, "lora_neutral", False) for part in each(style)):
         raise ValueError(f"{owner} has {type(style).__name__}, but its {sorted(names)} meet sharded activations")
     return Several(*(part for part in each(style)), ReplicatedWithGradAllReduce(names))
-
-
-def _is_part(model: nn.Module) -> bool:
-    """Whether a pipeline cut left layers out: some of a list have parameters, others have nothing."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            empty = [not any(True for _ in layer.parameters()) for layer in module]
-            if any(empty) and not all(empty):
-                return True
-    return False
 
 
 def named_styles(model: nn.Module) -> dict[str, str]:

@@ -3,6 +3,8 @@
 The first run is the whole model: after each operator the rules (`shares.py`) say which dim of the output would be a
 rank's share. The second is one rank's: the same operators must come in the same order, with the same numbers, and every
 dim of every tensor must have the whole's size, but the dim that the rules call a share, which has its n-th part.
+
+One thing may be missing on a rank: the repetition of a head that neighbours share, where the rank has one query head.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from am_tp_plans.shares import (
     Share,
     WrongError,
     alike_after,
+    dims_added_up,
     shares_after,
 )
 
@@ -33,6 +36,8 @@ from am_tp_plans.shares import (
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 # Whether these run depends on how a tensor lies in memory; what they return is what they took.
 _COPIES = ("clone", "alias", "detach", "contiguous")
+# Views that leave the order of the elements as it is.
+_REPEATS = ("unsqueeze", "expand", "view")
 _SAME = {"reshape": "view", "_unsafe_view": "view", "_reshape_alias": "view", "lift_fresh_copy": "lift_fresh"}
 _DRAWS = RANDOM | {"rand", "randn", "randint", "randperm", "multinomial", "normal", "poisson"}
 # Arguments that are sizes of the output, which is compared itself.
@@ -75,6 +80,7 @@ class Facts:
         shared_by: the block whose colwise projections alone may read it.
         gathered: its gradient is summed where it was gathered, by that collective if only for colwise readers.
         output_of: the module whose sum over the ranks it is.
+        made: the number of the step that made it, or the name of the module.
     """
 
     share: Share | None = None
@@ -85,15 +91,17 @@ class Facts:
     shared_by: str = ""
     gathered: bool | Collective = False
     output_of: str = ""
+    made: int | str = ""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the whole run."""
+    """A tensor of the whole run; `made` by the step of that number."""
 
     shape: tuple[int, ...]
     share: Share | None
     alike: frozenset[int]
+    made: int | str
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,7 @@ class Watch(TorchDispatchMode):
         self._facts: Any = WeakIdKeyDictionary()
         self._bases: Any = WeakIdKeyDictionary()  # slices of constants -> the constant
         self._written: dict[int, tuple[torch.UntypedStorage, bool]] = {}  # memory that was written: is it trained?
+        self._unrepeated: dict[int | str, int | str] = {}  # steps that a rank has no need of -> what made their input
 
     def facts(self, tensor: torch.Tensor) -> Facts:
         """What is known of a tensor."""
@@ -232,7 +241,7 @@ class Watch(TorchDispatchMode):
     def _step(self, call: Call, pointwise: bool) -> Step:
         """What the rules say of the whole's operator, or the whole's step that this one repeats."""
         if self.whole is not None:
-            step = self.whole[len(self.steps)] if len(self.steps) < len(self.whole) else None
+            step = self._next(call)
             self.steps.append(self._repeated(call, step))
             return self.steps[-1]
         shares: list[Share | None] = [None] * len(call.outputs)
@@ -243,9 +252,9 @@ class Watch(TorchDispatchMode):
             call.name,
             self.modules[-1] if self.modules else "",
             _numbers(call),
-            [Tensor(tuple(t.shape), call.share(t), call.alike(t)) for t in call.inputs],
+            [Tensor(tuple(t.shape), call.share(t), call.alike(t), self.facts(t).made) for t in call.inputs],
             [
-                Tensor(tuple(t.shape), share, alike if n == 0 else frozenset())
+                Tensor(tuple(t.shape), share, alike if n == 0 else frozenset(), len(self.steps))
                 for n, (t, share) in enumerate(zip(call.outputs, shares, strict=True))
             ],
             self._values(call),
@@ -253,6 +262,19 @@ class Watch(TorchDispatchMode):
         )
         self.steps.append(step)
         return step
+
+    def _next(self, call: Call) -> Step | None:
+        """The whole's next step, past those that repeat a head for query heads where a rank has one of them."""
+        while len(self.steps) < len(self.whole or ()):
+            step = self.whole[len(self.steps)]  # type: ignore[index]
+            if step.name == call.name or step.name not in _REPEATS or not step.inputs:
+                return step
+            (head, *others), made = step.inputs, len(self.steps)
+            if others or not head.share or (head.share.copies == 1 and head.made not in self._unrepeated):
+                return step
+            self._unrepeated[made] = self._unrepeated.get(head.made, head.made)
+            self.steps.append(step)
+        return None
 
     def _repeated(self, call: Call, step: Step | None) -> Step:
         """The whole's step, if this one is the same on a rank's share."""
@@ -270,22 +292,37 @@ class Watch(TorchDispatchMode):
         moves = step.moves or any(tensor.share for tensor in step.inputs)
         for which, mine, theirs in (("of", call.inputs, step.inputs), ("to", call.outputs, step.outputs)):
             for tensor, whole in zip(mine, theirs, strict=True):
-                self._compare(call.name, which, tuple(tensor.shape), whole, moves)
+                fixed = dims_added_up(call, tensor) if which == "of" else frozenset()
+                self._compare(
+                    call.name, which, tuple(tensor.shape), whole, whole.alike - fixed if moves else frozenset()
+                )
+                if which == "of":
+                    self._compare_copies(call.name, tensor, whole)
         return step
 
-    def _compare(self, name: str, which: str, shape: tuple[int, ...], whole: Tensor, moves: bool) -> None:
-        """Whether a shape is the whole's, with its part of what is a share."""
+    def _compare(self, name: str, which: str, shape: tuple[int, ...], whole: Tensor, alike: frozenset[int]) -> None:
+        """Whether a shape is the whole's, with its part of what is a share, or of the dims of `alike` values."""
         wanted = list(whole.shape)
         if whole.share:
-            wanted[whole.share.dim] //= self.ranks
-        for dim in whole.alike if moves else ():
-            if len(shape) == len(wanted) and shape[dim] * self.ranks == whole.shape[dim]:
+            wanted[whole.share.dim] = whole.share.held(wanted[whole.share.dim], self.ranks)
+        for dim in alike if len(shape) == len(wanted) else ():
+            times, over = divmod(whole.shape[dim], shape[dim] or 1)
+            if not over and times and self.ranks % times == 0:
                 wanted[dim] = shape[dim]
         if shape != tuple(wanted):
             what = f"one rank's {whole.share.what}" if whole.share else "the whole"
             raise WrongError(
                 f"it computes {name} {which} {shape} on one rank's share, where {what} of {whole.shape} would be "
                 f"{tuple(wanted)}"
+            )
+
+    def _compare_copies(self, name: str, tensor: torch.Tensor, whole: Tensor) -> None:
+        """Whether a head that ranks share is read where the whole reads the same, or its repetition."""
+        mine = self.facts(tensor)
+        shared = mine.share is not None and mine.share.copies > 1
+        if (shared or whole.made in self._unrepeated) and mine.made != self._unrepeated.get(whole.made, whole.made):
+            raise WrongError(
+                f"it computes {name} of {tuple(tensor.shape)} on one rank's share, but whole of other heads"
             )
 
     def _values(self, call: Call) -> list[int]:
@@ -327,6 +364,7 @@ class Watch(TorchDispatchMode):
                 trained=trained and (tensor.is_floating_point() or tensor.is_complex()),
                 parameters=frozenset() if active else frozenset(names),
                 gathered=known[0].gathered if known else False,
+                made=len(self.steps) - 1,
             )
 
     def _note_write(self, name: str, target: torch.Tensor, known: list[Facts], step: Step, trained: bool) -> None:

@@ -5,6 +5,11 @@ A layer computes on plain local tensors. What torch's styles say in placements b
     column    whole x -> [ W0 ] -> features 0      row    features 0 -> [ W0 | W1 ] -> summand 0 } sum over the ranks,
               whole x -> [ W1 ] -> features 1             features 1 ->             -> summand 1 } or a part of the sum
 
+A column of fewer heads than ranks (kind `heads`) is whole on every rank, and neighbours compute the same rows::
+
+    whole x -> [ W ] rows of head 0 -> features 0      on ranks 0 and 1 of four, for two heads
+    whole x -> [ W ] rows of head 1 -> features 1      on ranks 2 and 3
+
 Layers that read one whole tensor share the sum of its gradient: whoever made the tensor lays its *alias for shares*
 beside it (`offer_to_shares`), the same numbers with a gradient that is summed once. A layer that computes its share of
 the features reads the alias; everything else reads the tensor, and gives it a whole gradient.
@@ -33,8 +38,20 @@ from am_tp_styles.communication import (
 
 _ALIAS = "_am_tp_styles_for_shares"
 # What a layer of each kind computes on and makes, whatever it takes and hands out.
-_WANTS: dict[str, Placement] = {"column": Replicate(), "row": Shard(-1), "rows": Replicate(), "features": Replicate()}
-_MAKES: dict[str, Placement] = {"column": Shard(-1), "row": Partial(), "rows": Partial(), "features": Shard(-1)}
+_WANTS: dict[str, Placement] = {
+    "column": Replicate(),
+    "heads": Replicate(),
+    "row": Shard(-1),
+    "rows": Replicate(),
+    "features": Replicate(),
+}
+_MAKES: dict[str, Placement] = {
+    "column": Shard(-1),
+    "heads": Shard(-1),
+    "row": Partial(),
+    "rows": Partial(),
+    "features": Shard(-1),
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +60,12 @@ class Edges:
 
     Attributes:
         axis: the tensor-parallel axis.
-        kind: `column`, `row`, `sequence`, `rows` or `features`, as in `layout.py`.
+        kind: `column`, `heads`, `row`, `sequence`, `rows` or `features`, as in `layout.py`.
         takes: how a plain input lies on the axis; a DTensor says so itself.
         gives: how the output is to lie on it.
         local_output: a plain tensor, instead of a DTensor.
         prepare: the input and output functions of a subclass of torch's styles that brings its own, and their options.
+        heads: for kind `heads` their number, of which the axis has a multiple of ranks.
     """
 
     axis: Axis
@@ -56,6 +74,7 @@ class Edges:
     gives: Placement
     local_output: bool = True
     prepare: tuple[Callable, Callable] | None = None
+    heads: int = 1
 
     @property
     def wants(self) -> Placement:
@@ -65,16 +84,27 @@ class Edges:
     def makes(self) -> Placement:
         return _MAKES.get(self.kind, self.takes)
 
+    @property
+    def reads_for_shares(self) -> bool:
+        """Whether the layer computes a share of the features, so that its input's gradient is a sum over the ranks."""
+        return self.kind in ("column", "heads")
+
+    def rows_of_own_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of a whole weight or bias, along dim 0, that belong to the head that this rank computes."""
+        length = tensor.shape[0] // self.heads
+        return tensor.narrow(0, self.axis.rank * self.heads // self.axis.size * length, length)
+
 
 def enter(x: torch.Tensor, edges: Edges) -> torch.Tensor:
     """The plain tensor that the layer computes on.
 
-    Collectives: for `column` backward one all-reduce of a whole input's gradient, or for a part of the sequence one
-    all-gather forward and one reduce-scatter backward; for `row` and a whole input one all-gather backward.
+    Collectives: for `column` and `heads` backward one all-reduce of a whole input's gradient, or for a part of the
+    sequence one all-gather forward and one reduce-scatter backward; for `row` and a whole input one all-gather
+    backward.
     """
     if isinstance(x, DTensor) or edges.prepare:
         return _enter_from_placements(x, edges)
-    if edges.kind == "column":
+    if edges.reads_for_shares:
         if isinstance(edges.takes, Replicate):
             return for_shares(x, edges.axis)
         if isinstance(edges.takes, Shard):
@@ -155,7 +185,7 @@ def for_shares(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 def _enter_from_placements(x: torch.Tensor, edges: Edges) -> torch.Tensor:
     mesh = mesh_of(edges.axis)
-    gradient = [Partial()] if edges.kind == "column" else None
+    gradient = [Partial()] if edges.reads_for_shares else None
     if edges.prepare:
         prepared = edges.prepare[0](None, (x,), mesh)
         prepared = prepared[0] if isinstance(prepared, tuple) else prepared

@@ -11,6 +11,8 @@ works with any number of devices::
     bias of B (out,)  Shard(0)    Replicate   Replicate
     magnitude (out,)  Shard(0)    Replicate   Replicate       magnitude (dim,)     Replicate   Shard(0)
 
+A linear of fewer heads than ranks (`heads`) is replicated; a rank computes with the rows that `column` would shard.
+
 Two forms of adapter are known by their structure:
 
 - *own*: an `nn.Linear` with children `lora_A`, `lora_B` (linears) and, for DoRA, a parameter `lora_magnitude`;
@@ -31,6 +33,7 @@ _PLACEMENTS: dict[str, dict[str, Placement]] = {
     "column": {"weight": _S0, "bias": _S0, "B": _S0, "bias of B": _S0, "magnitude": _S0},
     "row": {"weight": _S1, "A": _S1},
     "sequence": {},
+    "heads": {},
     "rows": {"weight": _S0, "A": _S1},
     "features": {"weight": _S1, "B": _S0, "magnitude": _S0},
 }
@@ -50,7 +53,7 @@ def plan_layout(module: nn.Module, kind: str, ranks: int) -> dict[str, Placement
 
     Args:
         module: an `nn.Linear` or `nn.Embedding`, one with an adapter of its own, or peft's wrapper around one.
-        kind: `column`, `row` or `sequence` for a linear, `rows` or `features` for an embedding.
+        kind: `column`, `heads`, `row` or `sequence` for a linear, `rows` or `features` for an embedding.
         ranks: size of the tensor-parallel axis.
 
     Returns:
@@ -90,6 +93,11 @@ def plan_added(module: nn.Module, kind: str) -> dict[str, Placement]:
         for name, placement in layout_of(module, kind).items()
         if not isinstance(module.get_parameter(name), DTensor)
     }
+
+
+def has_rows_of_features(module: nn.Module, name: str) -> bool:
+    """Whether dim 0 of a linear's parameter is that of the output features."""
+    return _role(module, name) in _PLACEMENTS["column"]
 
 
 def base_layer(module: Any) -> nn.Module:

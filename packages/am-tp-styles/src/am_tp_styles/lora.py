@@ -68,6 +68,55 @@ class ColwiseParallelLora(ColwiseParallel):
             _shard(module, "features", device_mesh, self.src_data_rank)
 
 
+class KeyValueColwiseParallel(ColwiseParallelLora):
+    """`ColwiseParallel` for the key or value heads of an attention on more ranks than it has of them.
+
+    Neighbouring ranks compute the same head, the one that their query heads read: with two heads on four ranks, ranks 0
+    and 1 compute head 0, ranks 2 and 3 head 1. Parameters stay whole, of the model's shape and order; a gradient is
+    what all ranks gave to it. For an `nn.Linear` or peft's wrapper of one.
+
+    Args:
+        heads: of the whole model; the ranks must be a multiple of them.
+        input_layouts: as in `ColwiseParallel`.
+
+    Output: a plain tensor `(B, S, head_dim)`. The attention must be told that a rank has one head.
+
+    Collectives (the given axis): when applied, a broadcast per parameter unless `src_data_rank` is None. Forward and
+    backward, those of `ColwiseParallel`, and backward an all-reduce of each parameter's gradient (in a model given to
+    `sum_gradients_together`, one for all).
+
+    Raises, when applied, before any collective:
+        ValueError: the ranks are no multiple of the heads, the output features do not divide over them, or as
+            `ColwiseParallelLora`.
+        TypeError: the layer is no linear, its forward is not that of `nn.Linear`, or a subclass of this style prepares
+            the input or output in its own way.
+    """
+
+    def __init__(self, heads: int, *, input_layouts: Placement | None = None) -> None:
+        super().__init__(input_layouts=input_layouts)
+        self.heads = heads
+
+    def layout(self, module: nn.Module, ranks: int) -> dict[str, Placement]:
+        base = base_layer(module)
+        if not isinstance(base, nn.Linear) or not computes_on_shards(module) or _prepares_itself(self, ColwiseParallel):
+            raise TypeError(
+                f"{type(self).__name__} is for linears with the forward of nn.Linear and leaves their input and output "
+                f"as they are; got {type(module).__name__}"
+            )
+        if self.heads < 1 or ranks % self.heads or base.out_features % self.heads:
+            raise ValueError(
+                f"{self.heads} heads in {base.out_features} output features cannot be shared by {ranks} ranks; their "
+                "number must divide both"
+            )
+        return plan_layout(module, "heads", ranks)
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        _attach(self, module, axis, "heads")
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return _distribute_and_attach(self, module, device_mesh)
+
+
 class RowwiseParallelLora(RowwiseParallel):
     """`RowwiseParallel` for a linear or embedding with LoRA adapters, or without any; an embedding's vocabulary.
 
@@ -201,7 +250,8 @@ def _edges(style: Any, axis: Axis, kind: str) -> Edges:
         prepare_output = partial(style._prepare_output_fn, style.output_layouts, style.use_local_output)
     if own:
         mesh_of(axis)
-    return Edges(axis, kind, takes, gives, style.use_local_output, (prepare_input, prepare_output) if own else None)
+    prepare = (prepare_input, prepare_output) if own else None
+    return Edges(axis, kind, takes, gives, style.use_local_output, prepare, getattr(style, "heads", 1))
 
 
 def _prepares_itself(style: Any, torchs: type) -> bool:

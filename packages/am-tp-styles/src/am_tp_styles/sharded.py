@@ -32,7 +32,7 @@ def compute_on_shards(module: Any, edges: Edges) -> None:
     """
     module.edges = edges
     for child in module.modules() if edges.kind == "sequence" else [module]:
-        note_local(child, dict.fromkeys(child._parameters, edges.kind == "sequence"))
+        note_local(child, dict.fromkeys(child._parameters, edges.kind in ("sequence", "heads")))
         if edges.kind == "sequence":
             shard_dropout(child, edges.axis, edges.takes)
     put_over(module, OnShards)
@@ -52,13 +52,16 @@ def forward_on_shards(module: Any, forward: Callable, x: torch.Tensor, *args: An
     if edges.kind == "sequence":
         return leave(_on_tokens(module, forward, x, *args, **kwargs), edges, 0)
     held = module._parameters
-    module._parameters = views = local_views(module, edges.axis)  # not by a context manager, which costs as much again
+    # not by a context manager, which costs as much again
+    module._parameters = views = local_views(module, edges.axis, held if edges.kind == "heads" else ())
     try:
         if edges.kind == "rows":
             out = look_up_rows(x, module, module.num_embeddings, edges.axis)
         else:
             if edges.kind == "row" and views["bias"] is not None:
                 views["bias"] = once(views["bias"], edges.axis)
+            if edges.kind == "heads":
+                views |= {name: edges.rows_of_own_head(v) for name, v in views.items() if v is not None}
             out = forward(x)
     finally:
         module._parameters = held

@@ -28,7 +28,7 @@ from am_tp_styles.communication import once
 from am_tp_styles.dropout import shard_dropout
 from am_tp_styles.edges import Edges, enter, leave, mesh_of
 from am_tp_styles.layer_parameters import note_local
-from am_tp_styles.layout import base_layer, plan_added
+from am_tp_styles.layout import base_layer, has_rows_of_features, plan_added
 from am_tp_styles.local_parameters import local
 from am_tp_styles.parameters import distribute
 from am_tp_styles.vocabulary import rows_here
@@ -184,6 +184,8 @@ def _local_view(module: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if name not in module.sharded_as:
         return tensor
     part = local(tensor, edges.axis if _is_summed(module, name) else None)
+    if edges.kind == "heads" and has_rows_of_features(module, name):
+        return edges.rows_of_own_head(part)
     return once(part, edges.axis) if edges.kind == "row" and name.endswith("bias") else part
 
 
