@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.auto import modeling_auto
 
-from am_moe.context_parallel import apply_cp, shard_batch, unshard_sequence
+from am_moe.context_parallel import apply, apply_cp, shard_batch, unshard_sequence
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.zoo import small, small_config
@@ -147,7 +147,8 @@ def test_every_head_is_exact_on_two_context_ranks_or_refused(head, model_type):
 
 def runnable(head, model_type, attention):
     """The model in float64, or in float32 where its own code mixes the two."""
-    for dtype in (torch.float64, torch.float32):
+    # Splinter multiplies its mask by the smallest float64 in float32: NaN.
+    for dtype in (torch.float64, torch.float32)[model_type == "splinter" :]:
         try:
             one = with_head(head, model_type, attention, dtype)
             with torch.no_grad():
@@ -269,6 +270,18 @@ def test_what_treats_every_token_alike_is_accepted_and_exact():
     expected = one(input_ids=ids, use_cache=False).logits
     out = model(**shard_batch({"input_ids": ids}, mesh)).logits
     assert relative_error(unshard_sequence(out, mesh), expected, 0.0) < 1e-6
+
+
+@pytest.mark.ranks(2)
+def test_inputs_are_gathered_in_one_order_though_processes_order_sets_differently(monkeypatch):
+    class OfThisProcess(frozenset):
+        def __iter__(self):
+            return iter(sorted(super().__iter__(), reverse=dist.get_rank() == 1))
+
+    monkeypatch.setattr(apply, "frozenset", OfThisProcess, raising=False)
+    one, mesh = with_head("question", "splinter", dtype=torch.float32), cp_mesh()  # whose head looks for a token
+    model = apply_cp(copy.deepcopy(one), mesh)
+    assert_exact(errors_of(one, model, batch_for("question"), mesh), 1e-4)
 
 
 @pytest.mark.ranks(2)
