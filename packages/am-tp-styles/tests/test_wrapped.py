@@ -82,17 +82,18 @@ def shard(model, ranks=2, plan=PLAN, **options):
     return model
 
 
-IDS = torch.tensor([[1, 9, 3, 10], [0, 5, 5, 8]])
+def ids():
+    return torch.tensor([[1, 9, 3, 10], [0, 5, 5, 8]])
 
 
-def step(model, ids=IDS):
+def step(model, ids=ids()):
     model.zero_grad()
     out = model(ids)
     (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).square().sum().backward()
     return out
 
 
-def assert_equal_models(model, reference, ids=IDS):
+def assert_equal_models(model, reference, ids=ids()):
     expected = step(reference, ids)
     assert_same(step(model, ids), expected, TOLERANCE, "output")
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -169,10 +170,10 @@ def test_merging_unmerging_disabling_and_switching_adapters_match_one_process(va
     assert_equal_models(model, reference)
     on_both(lambda each: each.merge_adapter(safe_merge=safe))
     with torch.no_grad():
-        assert_same(model(IDS), reference(IDS), TOLERANCE)
+        assert_same(model(ids()), reference(ids()), TOLERANCE)
         if variant != "biases":  # peft's disable_adapter refuses trained biases
             with model.disable_adapter(), reference.disable_adapter():
-                assert_same(model(IDS), reference(IDS), TOLERANCE)
+                assert_same(model(ids()), reference(ids()), TOLERANCE)
             assert not model.base_model.model.up.merged
             on_both(lambda each: each.merge_adapter(safe_merge=safe))
     on_both(lambda each: each.unmerge_adapter())
@@ -182,7 +183,7 @@ def test_merging_unmerging_disabling_and_switching_adapters_match_one_process(va
         mixed = {"adapter_names": ["other", "__base__"]}
         reference.eval(), model.eval()
         with torch.no_grad():
-            assert_same(model(IDS, **mixed), reference(IDS, **mixed), TOLERANCE)
+            assert_same(model(ids(), **mixed), reference(ids(), **mixed), TOLERANCE)
     on_both(lambda each: each.delete_adapter("other"))
     assert_equal_models(model, reference)
 
