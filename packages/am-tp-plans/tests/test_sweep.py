@@ -26,7 +26,7 @@ from am_tp_plans.heads import shares_heads
 
 # Why a plan that transformers brings is not applied, in the words of the error.
 REFUSED = {
-    "big_bird": "nothing in BigBirdForCausalLM was found that can be sharded",
+    "big_bird": "its forward replaces modules, and what a plan did to them is lost",
     "doge": "on one rank's share its forward fails|one rank's features and a whole activation",
     "gemma3n_text": "it takes the mean over features of which each rank has a share",
     "jetmoe": "nothing in JetMoeForCausalLM was found that can be sharded",
