@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from typing import Any
 
@@ -79,5 +80,11 @@ def _no_expert(module: Any) -> int:
     """The id that a module skips. With transformers 5.17 some do not: then the first expert, whose weight is zero."""
     if not type(module).__module__.startswith("transformers."):
         return module.num_experts
+    return module.num_experts if _transformers_version() >= (5, 18) else 0
+
+
+@functools.cache
+def _transformers_version() -> tuple[int, int]:
+    """Read once: a forward asks."""
     major, minor = importlib.metadata.version("transformers").split(".")[:2]
-    return module.num_experts if (int(major), int(minor)) >= (5, 18) else 0
+    return int(major), int(minor)
