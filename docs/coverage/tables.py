@@ -19,7 +19,7 @@ _FLOATS = "float64, or float32 where a row says so"
 _BOTH = "on two ranks the attention that transformers takes by itself (sdpa, where a type has it), on four ranks eager"
 ONE_STEP = f"Conditions: eager attention; {_FLOATS}; one step of one pass; {_FORM}"
 CONDITIONS = {
-    "tensor": ONE_STEP,
+    "tensor": f"Conditions: sdpa and eager attention, the larger error; {_FLOATS}; one step of one pass; {_FORM}",
     "data": f"Conditions: {_BOTH}; {_FLOATS}; one step of one pass; {_FORM}",
     "experts": f"Conditions: {_BOTH}; eager experts; {_FLOATS}; two steps of one pass each; {_FORM}",
     "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table; am-moe tests some.",

@@ -29,7 +29,7 @@ REFUSED = {
     "big_bird": "its forward replaces modules, and what a plan did to them is lost",
     "doge": "on one rank's share its forward fails|one rank's features and a whole activation",
     "gemma3n_text": "it takes the mean over features of which each rank has a share",
-    "jetmoe": "nothing in JetMoeForCausalLM was found that can be sharded",
+    "jetmoe": "the plan does not fit JetMoeForCausalLM",
     "longcat_flash": "no module of stacked experts",
 }
 # Where the sequence cannot be sharded between the layers; `docs/coverage/tensor.md` says why.

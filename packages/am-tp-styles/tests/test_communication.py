@@ -8,9 +8,13 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from am_testkit.device import device_type
+from am_testkit.exact import assert_same, gradients
+from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis, part_of
 from am_tp_styles.communication import (
     gather,
@@ -24,6 +28,26 @@ from am_tp_styles.communication import (
 
 def axis():
     return MeshAxis(init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=("tp",)))
+
+
+class WithItsOwnForward(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+@pytest.mark.ranks(2)
+def test_a_model_may_write_into_what_a_sharded_layer_returns():
+    """As Falcon, whose linears have a forward of their own, adds its attention to the output of its MLP, in place."""
+    torch.manual_seed(0)
+    one = nn.ModuleDict({"down": WithItsOwnForward(4, 3, bias=False)}).double()
+    mesh, plan = init_device_mesh(device_type(), (2,)), {"down": translate_to_lora(RowwiseParallel())}
+    both = parallelize_module(copy.deepcopy(one), mesh, plan)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for model, given in ((one, x), (both, x.chunk(2, -1)[dist.get_rank()])):
+        out = model["down"](given)
+        out += out.detach().square()
+        out.square().sum().backward()
+    assert_same(gradients(both), gradients(one), 1e-12, "gradients")
 
 
 def share(axis, seed):

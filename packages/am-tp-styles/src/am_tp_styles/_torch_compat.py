@@ -113,7 +113,9 @@ class _Finished(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Any) -> torch.Tensor:
         done = tensor.wait()
-        return done.view_as(done)  # under torch.compile, torch 2.11 loses the gradient of what forward wrote in place
+        # Under torch.compile, torch 2.11 loses the gradient of what forward wrote in place. Else a model may write into
+        # what it gets, as Falcon adds attention to its MLP's output, and autograd allows no writing into such a view.
+        return done.view_as(done) if torch.compiler.is_compiling() else done
 
     @staticmethod
     def backward(ctx, *gradients: torch.Tensor) -> torch.Tensor:
