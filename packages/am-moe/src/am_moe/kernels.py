@@ -55,10 +55,11 @@ def gated_silu_backward(
 
 def _fused(tensor: torch.Tensor) -> Any:
     """The module of Triton's kernels, if this tensor can go to them."""
-    if tensor.device.type not in ("cuda", "xpu") or tensor.dtype not in _DTYPES:
-        return None
     plain = type(tensor) is torch.Tensor or type(tensor) is nn.Parameter
-    return _triton() if plain else None
+    if not plain or tensor.device.type not in ("cuda", "xpu") or tensor.dtype not in _DTYPES:
+        return None
+    # Triton launches on the current device, whatever device its tensors are on.
+    return _triton() if tensor.device.index == torch.accelerator.current_device_index() else None
 
 
 @functools.cache
