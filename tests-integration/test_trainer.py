@@ -38,7 +38,7 @@ def arguments(folder, ranks, **more):
         max_steps=STEPS,
         logging_steps=1,
         save_strategy="steps",
-        save_steps=2,
+        save_steps=1,
         learning_rate=1e-2,
         max_grad_norm=0.1,
         adam_epsilon=1e-3,  # a step of Adam from a gradient that is nothing but rounding is a whole one
@@ -51,7 +51,12 @@ def arguments(folder, ranks, **more):
 def alone(model, ranks, data, accumulate=1):
     """The same steps in plain torch: what each rank of the data axis takes, together."""
     samplers = [torch.utils.data.DistributedSampler(data, ranks, rank, shuffle=True, seed=42) for rank in range(ranks)]
-    orders = [list(sampler) for sampler in samplers]
+    orders = []
+    for sampler in samplers:
+        orders.append([])
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            orders[-1] += list(sampler)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-3, weight_decay=0.0)
     for step in range(STEPS):
         first = step * ROWS * accumulate
@@ -70,21 +75,21 @@ LAYOUTS = {"data 2": ((2,), ("data_parallel",)), "data 2, tensor 2": ((2, 2), ("
 
 
 @pytest.mark.parametrize(
-    ("layout", "accumulate"),
+    ("layout", "accumulate", "number"),
     [
-        pytest.param("data 2", 1, marks=pytest.mark.ranks(2, timeout=120)),
-        pytest.param("data 2", 2, marks=pytest.mark.ranks(2, timeout=120)),
-        pytest.param("data 2, tensor 2", 1, marks=pytest.mark.ranks(4, timeout=120)),
+        pytest.param("data 2", 1, 8, marks=pytest.mark.ranks(2, timeout=120), id="data 2, two epochs"),
+        pytest.param("data 2", 2, 40, marks=pytest.mark.ranks(2, timeout=120), id="data 2, accumulated"),
+        pytest.param("data 2, tensor 2", 1, 40, marks=pytest.mark.ranks(4, timeout=120), id="data 2, tensor 2"),
     ],
 )
-def test_trainer_trains_evaluates_saves_and_resumes(layout, accumulate, tmp_path):
+def test_trainer_trains_evaluates_saves_and_resumes(layout, accumulate, number, tmp_path):
     from laid_out_trainer import LaidOutTrainer
     from transformers import AutoModelForCausalLM
 
     shape, names = LAYOUTS[layout]
     mesh = init_device_mesh(device_type(), shape, mesh_dim_names=names)
     one = tiny("llama", layers=2, attention="sdpa")
-    data = rows()
+    data = rows(number)
     wanted = copy.deepcopy(one)
     alone(wanted, 2, data, accumulate)
 
@@ -100,7 +105,7 @@ def test_trainer_trains_evaluates_saves_and_resumes(layout, accumulate, tmp_path
     assert_same(dict(first.model.named_parameters()), dict(wanted.named_parameters()), TOLERANCE, "weights")
     assert first.evaluate()["eval_loss"] > 0
     again = trainer(tmp_path / "run")
-    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert_same(
         dict(again.model.named_parameters()), dict(wanted.named_parameters()), TOLERANCE, "weights after resuming"
     )

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 from transformers import Trainer
 
 import am_fsdp
@@ -33,7 +33,8 @@ class LaidOutTrainer(Trainer):
     """Trains, evaluates, saves and resumes; `per_device_train_batch_size` is of a rank of the data axis.
 
     Args:
-        data_axis: the ranks between which the data are cut, one-dimensional; all others get the same rows.
+        data_axis: the ranks between which the data are cut, one-dimensional; all others get the same rows. Where rows
+            do not divide between them some come twice, in evaluation too, so that all ranks take as many steps.
         model, …: as for `Trainer`. A pipeline's parts cannot be trained so.
     """
 
@@ -55,7 +56,8 @@ class LaidOutTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        return self._loader(dataset or self.eval_dataset, self.args.eval_batch_size, shuffle=False)
+        dataset = self.eval_dataset if dataset is None else dataset
+        return self._loader(dataset, self.args.eval_batch_size, shuffle=False)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = pathlib.Path(output_dir or self.args.output_dir)
@@ -72,8 +74,9 @@ class LaidOutTrainer(Trainer):
 
     def _loader(self, dataset: Dataset, batch: int, shuffle: bool) -> DataLoader:
         place = {"num_replicas": self.data_axis.size(), "rank": self.data_axis.get_local_rank()}
-        sampler = DistributedSampler(dataset, **place, shuffle=shuffle, seed=self.args.data_seed or self.args.seed)
-        return DataLoader(dataset, batch, sampler=sampler, collate_fn=self.data_collator, drop_last=shuffle)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = DistributedSampler(dataset, **place, shuffle=shuffle, seed=seed)
+        return _Loader(dataset, batch_sampler=_Batches(sampler, batch, shuffle), collate_fn=self.data_collator)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         return am_fsdp.clip_grad_norm_(model.named_parameters(), self.args.max_grad_norm)
@@ -95,3 +98,15 @@ class LaidOutTrainer(Trainer):
         set_optimizer_state_dict(self.model, self.optimizer.optimizer, state["optimizer"])
         schedule = torch.load(pathlib.Path(checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
+
+
+class _Batches(BatchSampler):
+    """Those of a `DistributedSampler`, in another order in each epoch; Trainer finds it here when it skips some."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+
+class _Loader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
