@@ -99,6 +99,19 @@ def test_a_folder_is_trained_as_by_one_process_and_what_is_written_has_the_loss_
     assert whole_loss(AutoModelForCausalLM.from_pretrained(base).eval(), text) != pytest.approx(printed, abs=1e-5)
 
 
+def test_an_evaluation_has_no_dropout_and_what_follows_it_has(chats, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = make_folder(tmp_path / "base", attention_dropout=0.5)
+    steps = ("--steps", 3, "--eval-text", chats, "--eval-every")
+    output = launch(2, "--pp 2 --dp 1", base, chats, tmp_path / "often", *steps, 1)
+    launch(2, "--pp 2 --dp 1", base, chats, tmp_path / "once", *steps, 9)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "often" / "model").eval()
+    printed = float(re.findall(r"evaluation loss ([\d.]+)", output)[-1])
+    assert whole_loss(model, Examples(str(chats), tokenizer, LENGTH)) == pytest.approx(printed, abs=2e-6)
+    assert len({(tmp_path / run / "losses.txt").read_text() for run in ("often", "once")}) == 1
+
+
 def test_bfloat16_and_a_run_that_is_continued(base, chats, tmp_path):
     half = ("--dtype", "bfloat16", "--check", "--warmup", 3)
     launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "one", "--steps", 4, *half)

@@ -221,6 +221,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model and not args.text:
         parser.error("--model needs --text, a .jsonl file of texts or chats")
+    if args.model and args.size != 1:
+        parser.error("--size is for --config; a folder's model is as it is")
     if (args.packed or args.eval_text) and not args.model:
         parser.error("--packed and --eval-text need --model")
     if args.lr is None:
@@ -274,14 +276,18 @@ def share_of(batch: tuple, rows: slice, device: torch.device) -> tuple[torch.Ten
 def evaluate(
     layout: Layout, text: Examples, loss_fn: TokenMean, mine: slice, device: torch.device, args: argparse.Namespace
 ) -> float:
-    """The mean loss over all labels of a text."""
+    """The mean loss over all labels of a text, without dropout."""
     total = number = 0.0
+    for part in layout.parts:
+        part.eval()
     for batch in text.every_row(args.batch):
         loss_fn.expect(batch[1])
         ids, labels, more = share_of(batch, mine, device)
         counted = int((batch[1] != IGNORED).sum())
         total += counted * mean_over_world(layout.evaluate(ids, labels, **more), device)
         number += counted
+    for part in layout.parts:
+        part.train()
     return total / number
 
 
@@ -291,8 +297,9 @@ def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> p
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)  # of an earlier end of this run
     dist.barrier()
+    uses_cache = AutoConfig.from_pretrained(args.model, local_files_only=True).use_cache
     for part in layout.parts:  # recomputation turns the cache off, which is not for those who use the model
-        part.config.use_cache = AutoConfig.from_pretrained(args.model, local_files_only=True).use_cache
+        part.config.use_cache = uses_cache
     adapters = "adapter" if args.lora else None
     am_fsdp.save_hf_weights(layout.parts, folder, adapters=adapters, pipeline_parts=degrees.pp > 1)
     if dist.get_rank() == 0:
