@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -53,7 +54,6 @@ class Examples:
         shortened = f", {self.cut} of them cut" if self.cut else ""
         self.source = f"{len(pieces):,} pieces of {path} in {len(rows):,} rows{shortened}"
         self._digest = int(hashlib.sha256(content).hexdigest()[:15], 16)
-        self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def check(self, seq_len: int) -> None:
         """There is something to learn; found when the file was read."""
@@ -66,7 +66,8 @@ class Examples:
         Every row comes once before any comes again, in an order that depends on the seed; the same on every rank.
         """
         places = range(step * sequences, (step + 1) * sequences)
-        rows = [int(self._order(seed, place // len(self.ids))[place % len(self.ids)]) for place in places]
+        number = len(self.ids)
+        rows = [int(_order(number, seed, place // number)[place % number]) for place in places]
         more = {"position_ids": self.positions[rows]} if self.packed else {}
         return self.ids[rows], self.labels[rows], more
 
@@ -87,13 +88,6 @@ class Examples:
     def digest(self) -> int:
         """A number that differs between files, to notice ranks that read different ones."""
         return self._digest
-
-    def _order(self, seed: int, epoch: int) -> torch.Tensor:
-        if (seed, epoch) not in self._orders:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            self._orders = {(seed, epoch - 1): self._orders.get((seed, epoch - 1), torch.empty(0))}
-            self._orders[seed, epoch] = torch.randperm(len(self.ids), generator=generator)
-        return self._orders[seed, epoch]
 
     def _pieces(self, line: Any, where: str) -> Iterator[Piece]:
         if isinstance(line, dict) and isinstance(line.get("text"), str):
@@ -150,6 +144,11 @@ class Examples:
         rest = self.seq_len - len(ids)
         row = ids + [filler] * rest, labels + [IGNORED] * rest, [*positions, *range(rest)]
         return tuple(map(torch.tensor, row))
+
+
+@functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
+def _order(rows: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
 def _lines(path: str, content: str) -> Iterator[tuple[int, Any]]:

@@ -82,9 +82,8 @@ def fsdp2_strategy_parallelize(
     plan = None
     if tp_mesh is not None and tp_mesh.size() > 1:
         plan = am_tp_plans.resolve_plan(model, tp_shard_plan, sequence_parallel=sequence_parallel)
-        am_tp_plans.fit_plan(
-            model, plan, tp_mesh.size()
-        )  # what does not fit is refused before the replicas are compared
+        # What does not fit is refused before the replicas are compared.
+        am_tp_plans.fit_plan(model, plan, tp_mesh.size())
     check_replicas(model, dp_mesh, tp_mesh)
     from_meta = any(parameter.is_meta for parameter in model.parameters())
 
