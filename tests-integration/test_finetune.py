@@ -157,6 +157,28 @@ def test_packed_texts_do_not_see_each_other(base, chats, tokenizer):
     assert whole_loss(model, packed) == pytest.approx(whole_loss(model, alone), rel=1e-6)
 
 
+def test_a_model_whose_layers_keep_a_state_is_refused_packed_rows(chats, tmp_path):
+    base = make_folder(tmp_path / "base", "lfm2", layer_types=["conv", "full_attention"])
+    arguments = ["--model", base, "--text", chats, "--steps", 2, "--batch", 8, "--seq-len", LENGTH, "--packed"]
+    with Torchrun(2, TRAIN, "--pp", 1, "--dp", 2, *arguments, "--out", tmp_path / "run") as job:
+        assert job.finish(120) != 0
+    assert "model.layers.0.conv keeps a state from one text of a row to the next" in job.output
+    assert not (tmp_path / "run" / "latest").exists()
+
+
+def test_other_neighbours_tell_attention_that_mixes_texts_from_one_that_does_not(base, chats, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    batches = Examples(str(chats), tokenizer, LENGTH, packed=True).with_other_neighbours(2)
+    losses = {}
+    with torch.no_grad():
+        for cache in (False, True):  # with a cache, transformers takes a row for one text
+            losses[cache] = [float(next_token_loss(model(i, use_cache=cache, **m).logits, t)) for i, t, m in batches]
+    assert losses[False][0] == losses[False][1]
+    assert abs(losses[True][0] - losses[True][1]) > 1e-6 * losses[True][0], "what the job refuses"
+
+
 def test_every_row_comes_once_before_any_comes_again(chats, tokenizer):
     text = Examples(str(chats), tokenizer, LENGTH)
     rows = torch.cat([text.batch(8, LENGTH, 3, step)[0] for step in range(10)])

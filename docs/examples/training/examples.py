@@ -79,6 +79,24 @@ class Examples:
             more = {"position_ids": self.positions[rows % len(self.ids)]} if self.packed else {}
             yield self.ids[rows % len(self.ids)], labels, more
 
+    def with_other_neighbours(self, sequences: int) -> list[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+        """Two batches that differ in the first text of one packed row, and count the labels of the texts behind it.
+
+        A model that keeps texts apart has the same loss on both. Empty where no row holds two.
+        """
+        begins = (self.positions == 0) & (torch.arange(self.seq_len) > 0)
+        later = begins.int().cumsum(1) > 0
+        rows = (later & (self.labels != IGNORED)).any(1).nonzero()
+        if not len(rows):
+            return []
+        row = int(rows[0])
+        ids, positions = (t[row].repeat(sequences, 1) for t in (self.ids, self.positions))
+        labels = torch.full_like(ids, IGNORED)
+        labels[0] = torch.where(later[row], self.labels[row], IGNORED)
+        others = ids.clone()
+        others[0, ~later[row]] = others[0, ~later[row]].flip(0)
+        return [(each, labels, {"position_ids": positions}) for each in (ids, others)]
+
     def unigram_entropy(self) -> float:
         """Nats per token of a model that knows nothing but how often each token is to be written."""
         p = torch.bincount(self.labels[self.labels != IGNORED]).double()
