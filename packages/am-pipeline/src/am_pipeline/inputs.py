@@ -22,6 +22,9 @@ ENCODER_INPUTS = (
     "input_audio_embeds",
 )
 
+# Ids of the decoder's own sequences, whose length need not be that of the encoder's.
+DECODER_IDS = "decoder_input_ids"
+
 # Room for a description beside what the ranks agree on anyway; a longer one needs a message of its own.
 TEXT_BYTES = 1024
 
@@ -81,6 +84,15 @@ def receive_inputs(
         name: _imagine(each) if name in ENCODER_INPUTS else _receive(each, tensors, sends, source, group, device)
         for name, each in described.items()
     }
+
+
+def decoder_length(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens of the decoder's own sequences where there are any, else nothing: the third of `Sizes`."""
+    ids = inputs.get(DECODER_IDS)
+    for tensor in ids if isinstance(ids, (list, tuple)) else [ids]:
+        if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
+            return (tensor.shape[1],)
+    return ()
 
 
 def split_inputs(

@@ -31,7 +31,14 @@ from am_pipeline.failure import StepFailure, host_group, refuse_together, vote
 from am_pipeline.forms import Piece
 from am_pipeline.gathers import GatherRecord
 from am_pipeline.gradients import GradientsSetAside
-from am_pipeline.inputs import ENCODER_INPUTS, describe_inputs, is_per_microbatch, receive_inputs, split_inputs
+from am_pipeline.inputs import (
+    ENCODER_INPUTS,
+    decoder_length,
+    describe_inputs,
+    is_per_microbatch,
+    receive_inputs,
+    split_inputs,
+)
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.shapes import hidden_dtype, reset_pp_stage_shapes
 from am_pipeline.shared import SharedCopies, sum_shared_gradients
@@ -66,7 +73,7 @@ class PipelineSchedule(StepHooks, Schedule):
     averaged_axes: tuple[str, ...] = ()
     peer_axes: tuple[str, ...] = ()
     _running: _Running | None = None
-    _shape: tuple[int, int, tuple] | None = None
+    _shape: tuple[int, tuple[int, ...], tuple] | None = None
     _evaluating: bool = False
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
@@ -316,14 +323,18 @@ class PipelineSchedule(StepHooks, Schedule):
                     f"{sorted(others)}"
                 )
         kept_here = set(others) & set(ENCODER_INPUTS)
-        if spread := kept_here - frozenset(kept_here).intersection(*_withheld(passages)):
+        spread = kept_here - frozenset(kept_here).intersection(*_withheld(passages))
+        if name in ENCODER_INPUTS and any(name in p.needs for of_stages in passages for p in of_stages[1:]):
+            spread |= {name}
+        if spread:
             raise ValueError(f"later stages depend on {sorted(spread)} themselves, which only the first is given")
         for stage in stages:
             stage.passages = tuple(of_stages[stage.stage_index] for of_stages in passages)
             stage.boundary.passage = stage.passages[0]
-        shape = (agreement.batch // count, agreement.seq_len, tuple(p.sends for p in passages[0]))
+        lengths = (agreement.seq_len, *decoder_length(others))
+        shape = (agreement.batch // count, lengths, tuple(p.sends for p in passages[0]))
         if shape != self._shape:
-            reset_pp_stage_shapes(self, stages, None, *shape[:2])
+            reset_pp_stage_shapes(self, stages, None, shape[0], *lengths)
             self._shape = shape
         return batch_dims
 
