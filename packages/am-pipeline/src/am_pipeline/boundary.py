@@ -27,7 +27,7 @@ from am_pipeline._torch_compat import after_each_call, is_view
 from am_pipeline.crossing import Crossed, Shape, Sizes
 from am_pipeline.inputs import decoder_length
 from am_pipeline.nested import map_leaves, tensors_in
-from am_pipeline.provenance import Argument, Tracer, Value
+from am_pipeline.provenance import Argument, Tracer, Value, leaves_of
 
 
 class Missing:
@@ -122,11 +122,11 @@ class Boundary:
                 f"with these inputs the forward calls {unit} (call {call[1] + 1}), which is on another stage; it did "
                 "not when the model was cut"
             )
-        tensors = list(tensors_in((args, kwargs)))
+        arguments = list(leaves_of((args, kwargs)))
 
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Argument):
-                return tensors[leaf.position]
+                return arguments[leaf.position]
             return self._fill(leaf, call) if isinstance(leaf, Missing) else leaf
 
         return map_leaves(self.passage.returns[call], fill)

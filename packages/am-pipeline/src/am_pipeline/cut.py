@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -225,7 +225,7 @@ def _plan_from(
         stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
     else:
         _check_stages(model, reading, by_hand)
-        stages = by_hand
+        stages = _with_dropouts(model, reading, by_hand)
     _check_runs(reading, stages)
     stages, passages = reading.cut(stages)
     reading.remember(passages)
@@ -329,6 +329,11 @@ def _balanced_stages(model: nn.Module, anatomy: Anatomy, num_stages: int, balanc
         ranges = split_layers(anatomy.num_layers, num_stages)
     else:
         ranges = balanced(costs_of(model, anatomy, balance) if isinstance(balance, str) else balance, num_stages)
+    return _around(anatomy, ranges)
+
+
+def _around(anatomy: Anatomy, ranges: Iterable[Iterable[int]]) -> Stages:
+    """Stages with these layers, and the modules that run beside them."""
     stages = [
         [*(anatomy.layer(i) for i in layers), *anatomy.between, *(n for n, at in anatomy.joints if at in layers)]
         for layers in ranges
@@ -363,10 +368,23 @@ def _check_stages(model: nn.Module, reading: Reading, stages: Stages) -> None:
     for index, names in enumerate(stages):
         if not set(names) & set(expected):
             raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy}; it needs one")
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    orphans = [name for name in names if not _holders(reading.units, stages, name)]
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    orphans = [tied[0] for tied in names.values() if not any(_holders(reading.units, stages, name) for name in tied)]
     if orphans:
         raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
+
+
+def _with_dropouts(model: nn.Module, reading: Reading, stages: Stages) -> Stages:
+    """Units without parameters, which nobody names, are where the layers beside them are."""
+    automatic = _around(reading.anatomy, [[i for i, n in enumerate(reading.anatomy.layers) if n in s] for s in stages])
+    nameless = [unit for unit in reading.units.names if next(model.get_submodule(unit).parameters(), None) is None]
+    left = [unit for unit in nameless if not holders_of(stages, unit)]
+    return tuple(
+        (*mine, *(u for u in left if any(u == name or u.startswith(f"{name}.") for name in names)))
+        for mine, names in zip(stages, automatic, strict=True)
+    )
 
 
 def _check_runs(reading: Reading, stages: Stages) -> None:

@@ -87,12 +87,20 @@ def receive_inputs(
 
 
 def decoder_length(inputs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens of the decoder's own sequences where there are any, else nothing: the third of `Sizes`."""
+    """The tokens of the decoder's own sequences where there are any, else nothing: the third of `Sizes`.
+
+    Raises:
+        ValueError: microbatches of different lengths.
+    """
     ids = inputs.get(DECODER_IDS)
-    for tensor in ids if isinstance(ids, (list, tuple)) else [ids]:
-        if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
-            return (tensor.shape[1],)
-    return ()
+    given = ids if isinstance(ids, (list, tuple)) else [ids]
+    lengths = {tensor.shape[1] for tensor in given if isinstance(tensor, torch.Tensor) and tensor.dim() > 1}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the microbatches of a step need {DECODER_IDS} of one length, as what stages send has it; they have "
+            f"{sorted(lengths)}: pad them"
+        )
+    return tuple(lengths)
 
 
 def split_inputs(

@@ -105,7 +105,10 @@ class Leaf:
 
 
 class Argument:
-    """A tensor that a unit hands back as it got it: the n-th among its arguments."""
+    """A tensor that a unit hands back as it got it: the n-th among all that is in its arguments, None included.
+
+    A mask of ones may be None in one microbatch and a tensor in the next.
+    """
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -500,11 +503,11 @@ class Tracer(TorchDispatchMode):
             if call is None or call.unit != name or name in self.path:
                 return None
             self.active = None
-            return self._returned(call, list(tensors_in((args, kwargs))), output)
+            return self._returned(call, list(leaves_of((args, kwargs))), output)
 
         return leave
 
-    def _returned(self, call: Call, arguments: list[torch.Tensor], output: Any) -> Any:
+    def _returned(self, call: Call, arguments: list[Any], output: Any) -> Any:
         """What the unit returned, made a source: every tensor that it made or wrote is a value of this call."""
         values: dict[int, Value] = {}
         template: list[Any] = []

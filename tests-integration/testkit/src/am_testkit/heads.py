@@ -50,6 +50,7 @@ def small_for(
         settings: of the config.
     """
     import transformers
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
     name = getattr(modeling_auto, TASKS[task])[model_type]
@@ -57,11 +58,12 @@ def small_for(
     if model_type.endswith("encoder-decoder"):
         config = _of_two(model_type)
     else:
-        layers = 2 if task in WITH_DECODER_IDS else 4
+        layers = 2 if CONFIG_MAPPING[model_type]().is_encoder_decoder else 4
         config = small_config(model_type, layers, **(_SETTINGS.get(model_type, {}) | settings))
         config.is_decoder = False
     config.pad_token_id = config.get_text_config().pad_token_id = 0
-    config.num_labels = 3
+    if task in ("sequence", "token", "image"):
+        config.num_labels = 3
     torch.manual_seed(0)
     model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
     for module in model.modules():
