@@ -26,7 +26,7 @@ SWEEP = os.environ.get("AM_SWEEP")
 ALWAYS = {
     "translation": ["bart", "t5"],
     "speech": ["whisper"],
-    "masked": ["modernbert"],
+    "masked": ["modernvbert"],
     "sequence": ["bart"],
     "token": ["bert"],
     "question": ["bert"],

@@ -92,7 +92,7 @@ def _timeline(options: argparse.Namespace) -> str:
 
 
 def _model_on_meta(name: str) -> nn.Module:
-    """A transformers causal LM on the meta device, from a folder or file with its config or a model type.
+    """A transformers causal LM, or encoder-decoder, on meta, from a folder or file with its config or a model type.
 
     Raises:
         ImportError: transformers is not installed.
@@ -111,7 +111,11 @@ def _model_on_meta(name: str) -> nn.Module:
     if layers > _LAYERS:
         raise ValueError(f"{layers} layers are beyond what can be ({_LAYERS}); look for a slip in the config")
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if not config.is_encoder_decoder:
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        if type(config) not in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{name} takes no ids; plan it with plan_pipeline(model, ..., example_inputs=...)")
+        return transformers.AutoModelForSeq2SeqLM.from_config(config, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -258,9 +258,12 @@ class Boundary:
                     return size * (self._shards if crossed.of_layer and place else 1)
             return None
 
-        length = told(1) or (first.shape[1] if first is not None else 1)
-        decoder = decoder_length(kwargs) or ((told(2),) if told(2) else ())
-        return told(0), length, *decoder
+        batch, length, of_decoder = map(told, range(3))
+        if batch is None:
+            raise RuntimeError("no tensor between the stages tells the batch size")
+        if length is None:
+            length = 1 if first is None else first.shape[1]
+        return batch, length, *(decoder_length(kwargs) or (() if of_decoder is None else (of_decoder,)))
 
     @staticmethod
     def _as_agreed(sent: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, crossed: Crossed) -> torch.Tensor:

@@ -191,7 +191,7 @@ def _candidates(model: nn.Module, by_hand: Stages | None) -> list[tuple[str, ...
             return [tuple(sorted(several, key=lambda stack: named.index(f"{stack}.0")))]
         if lists:
             return [(lists[0],)]
-    alone = [(stack,) for stack in candidate_stacks(model)]
+    alone: list[tuple[str, ...]] = [(stack,) for stack in candidate_stacks(model)]
     if DECODER_IDS not in inspect.signature(model.forward).parameters:
         return alone
     heaviest = layer_lists(model)[:_HEAVIEST]
@@ -208,14 +208,14 @@ def _plan_with(
     example_inputs: Mapping[str, Any] | None,
 ) -> CutPlan:
     """The plan for the first form of input that the model runs on and can be cut with."""
-    first: CannotCutError | None = None
+    first: list[CannotCutError] = []
     named = [name for names in by_hand or () for name in names]
     for reading in _readings(weightless, stacks, named, example_inputs):
         try:
             return _plan_from(model, reading, by_hand, count, balance)
         except CannotCutError as why:
-            first = first or why
-    raise first
+            first.append(why)
+    raise first[0]
 
 
 def _plan_from(
@@ -368,10 +368,10 @@ def _check_stages(model: nn.Module, reading: Reading, stages: Stages) -> None:
     for index, names in enumerate(stages):
         if not set(names) & set(expected):
             raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy}; it needs one")
-    names: dict[nn.Parameter, list[str]] = {}
+    names_of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    orphans = [tied[0] for tied in names.values() if not any(_holders(reading.units, stages, name) for name in tied)]
+        names_of.setdefault(parameter, []).append(name)
+    orphans = [tied[0] for tied in names_of.values() if not any(_holders(reading.units, stages, name) for name in tied)]
     if orphans:
         raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
 

@@ -81,7 +81,9 @@ def receive_inputs(
         text = _share_text(text if sends else "", size, source, host_group)
     described = json.loads(text)
     return {
-        name: _imagine(each) if name in ENCODER_INPUTS else _receive(each, tensors, sends, source, group, device)
+        name: _imagine(each, device)
+        if name in ENCODER_INPUTS
+        else _receive(each, tensors, sends, source, group, device)
         for name, each in described.items()
     }
 
@@ -177,12 +179,12 @@ def _receive(description: list, tensors: list[torch.Tensor], sends: bool, source
     return tensor
 
 
-def _imagine(description: list) -> Any:
-    """A tensor of that form without memory, where only the form of an input matters."""
+def _imagine(description: list, device: torch.device) -> Any:
+    """A tensor of that form without memory, where only the form of an input matters: ones, as zeros may be padding."""
     kind, what, *dtype = description
     if kind == "list":
-        return [_imagine(each) for each in what]
-    return what if kind == "value" else torch.zeros((), dtype=_DTYPES[dtype[0]]).expand(what)
+        return [_imagine(each, device) for each in what]
+    return what if kind == "value" else torch.ones((), dtype=_DTYPES[dtype[0]], device=device).expand(what)
 
 
 def _share_text(text: str, size: int, source: int, group: dist.ProcessGroup) -> str:

@@ -167,6 +167,7 @@ class Trace:
         trained: where the model's code asks whether a gradient goes through a tensor that a unit made.
         written: values that were written into after they were returned.
         kept: parameters and buffers that code between units wrote into, and from what.
+        opened: units of which code between units called a part by itself.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -180,6 +181,7 @@ class Trace:
     trained: list[str] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
+    opened: set[str] = field(default_factory=set)
 
     def call(self, unit: str, index: int) -> Call:
         return next(c for c in self.calls if (c.unit, c.index) == (unit, index))
@@ -488,7 +490,10 @@ class Tracer(TorchDispatchMode):
     def _entering(self, name: str):
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.path.append(name)
-            if self.active is None and name and self.unit_of(name) == name:
+            unit = self.unit_of(name)
+            if self.active is None and unit is not None and unit != name:
+                self.trace.opened.add(unit)
+            if self.active is None and name and unit == name:
                 call = Call(name, self.counts[name])
                 self.counts[name] += 1
                 self.trace.calls.append(call)

@@ -73,6 +73,7 @@ class Reading:
             self.small = _trace(weightless, self.units, self.form, self.form.sizes[0], twice=True)
             called = {call.unit for call in self.small.calls}
             nested = {a for a in called for b in called if b.startswith(f"{a}.")}
+            nested |= {unit for unit in self.small.opened if not self.units.is_layer(unit)}
             if not nested:
                 break
             opened |= nested
@@ -415,8 +416,8 @@ class Reading:
                 for side in where:
                     found.setdefault(side, []).append(unit)
         joints = tuple((unit, side) for side, units in found.items() if isinstance(side, int) for unit in units)
-        beside = (tuple(found[side]) for side in ("before", "after", "between"))
-        return Anatomy(self.stacks, tuple(depths), *beside, joints)
+        before, after, between = (tuple(found[side]) for side in ("before", "after", "between"))
+        return Anatomy(self.stacks, tuple(depths), before, after, between, joints)
 
 
 def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | None:

@@ -26,7 +26,6 @@ from am_pipeline._torch_compat import (
     stages_of,
 )
 from am_pipeline.agreement import Agreement, Report, exchange_reports, read_reports
-from am_pipeline.boundary import Passage
 from am_pipeline.failure import StepFailure, host_group, refuse_together, vote
 from am_pipeline.forms import Piece
 from am_pipeline.gathers import GatherRecord
@@ -322,11 +321,9 @@ class PipelineSchedule(StepHooks, Schedule):
                     "the microbatches of a step must send the same between stages, but their inputs differ in form: "
                     f"{sorted(others)}"
                 )
-        kept_here = set(others) & set(ENCODER_INPUTS)
-        spread = kept_here - frozenset(kept_here).intersection(*_withheld(passages))
-        if name in ENCODER_INPUTS and any(name in p.needs for of_stages in passages for p in of_stages[1:]):
-            spread |= {name}
-        if spread:
+        later = [passage for of_stages in passages for passage in of_stages[1:]]
+        needed = set().union(*(passage.needs - passage.withheld for passage in later))
+        if spread := needed & set(shared) & set(ENCODER_INPUTS):
             raise ValueError(f"later stages depend on {sorted(spread)} themselves, which only the first is given")
         for stage in stages:
             stage.passages = tuple(of_stages[stage.stage_index] for of_stages in passages)
@@ -400,10 +397,6 @@ def _first_name(stages: list[DecoderStage]) -> str:
 
 def _piece(value: torch.Tensor | None) -> Piece | None:
     return None if value is None else Piece(value)
-
-
-def _withheld(passages: list[tuple[Passage, ...]]) -> list[frozenset[str]]:
-    return [passage.withheld for of_stages in passages for passage in of_stages[1:]]
 
 
 def _merged(chunks: list[Any]) -> Any:
