@@ -21,6 +21,7 @@ from am_pipeline.nested import tensors_in
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.heads import DECODER_TOKENS, TASKS, TOKENS, inputs_for, small_for, types_for
+from am_testkit.zoo import model_types
 
 SWEEP = os.environ.get("AM_SWEEP")
 ALWAYS = {
@@ -33,8 +34,15 @@ ALWAYS = {
     "image": ["vit"],
     "encoding": ["t5"],
 }
-TYPES = [(task, name) for task in TASKS for name in (types_for(task) if SWEEP else ALWAYS[task])]
+TYPES = [
+    (task, name)
+    for task in TASKS
+    for name in (types_for(task) if SWEEP else ALWAYS[task])
+    if not SWEEP or task not in ("sequence", "token", "question") or name not in model_types()  # see test_sweep.py
+]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# Their softmax is in float32: the gradient of a key bias is rounding, and another one when the loss is scaled.
+LOOSE = {"flaubert": 1e-4, "xlm": 1e-4}
 # Attention (None for what transformers takes by itself), schedule over two ranks, and calls.
 LAYOUTS = ((None, "Interleaved1F1B", ("step", "eval", "step")), ("eager", "1F1B", ("step",)))
 # Why a model is refused, in the words of the error.
@@ -48,7 +56,8 @@ ROWS, MICROBATCH = 4, 2
 @pytest.mark.ranks(2, timeout=300)
 def test_encoders_decoders_and_heads_train_like_one_process_or_are_refused(task, model_type):
     found = {}
-    for attention, schedule, words in LAYOUTS if SWEEP else [LAYOUTS[len(model_type) % 2]]:
+    both = SWEEP and task in ("translation", "speech", "masked")
+    for attention, schedule, words in LAYOUTS if both else [LAYOUTS[len(model_type) % 2]]:
         model, dtype, why = runnable(task, model_type, attention)
         if model is None:
             record(task, model_type, {"not built": why})
@@ -56,7 +65,7 @@ def test_encoders_decoders_and_heads_train_like_one_process_or_are_refused(task,
             return
         found |= {"kind": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
         try:
-            found |= errors_of(model, task, schedule, words)
+            found = errors_of(model, task, schedule, words) | found
         except (ValueError, TypeError) as refusal:
             found["refused"] = str(refusal)
             break
@@ -64,7 +73,8 @@ def test_encoders_decoders_and_heads_train_like_one_process_or_are_refused(task,
     if "refused" in found:
         assert REFUSED.get(f"{task} {model_type}", "not refused") in found["refused"], found
     else:
-        assert max(found[schedule] for _, schedule, _ in LAYOUTS if schedule in found) < TOLERANCE[dtype], found
+        largest = max(found[schedule] for _, schedule, _ in LAYOUTS if schedule in found)
+        assert largest < LOOSE.get(model_type, TOLERANCE[dtype]), found
 
 
 def errors_of(model, task, schedule_name, words):

@@ -96,7 +96,7 @@ def inputs_for(
     if task in WITH_DECODER_IDS and "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = ids(decoder)
     elif first == "input_ids":
-        inputs[first][:, -1] = model.config.get_text_config().eos_token_id or 2
+        inputs[first][:, -1] = getattr(model.config.get_text_config(), "eos_token_id", None) or 2
     if "bbox" in names and first == "input_ids":
         inputs["bbox"] = torch.arange(4).expand(rows, tokens, 4) + ids(tokens)[..., None]
     return inputs
