@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from am_testkit import compositions
+from am_testkit.heads import types_for
 from am_testkit.zoo import NOT_BUILT, model_types
 
 # What the models of `heads` are for, and the auto classes that build them.
@@ -98,7 +99,8 @@ def heads(measured: dict[str, dict]) -> list[str]:
     for task, what in TASKS.items():
         mine = {name: result for name, result in measured.items() if name.startswith(f"{task}-")}
         built = {name: result for name, result in mine.items() if name in tried}
-        counts.append(f"| {task} | {what} | {count(built)[0]} | {count(built)[1]} | {len(mine) - len(built)} |")
+        numbers = (*count(built), len(mine) - len(built), len(types_for(task)))
+        counts.append(f"| {task} | {what} | {' | '.join(map(str, numbers))} |")
         for name, result in sorted(mine.items()):
             cells = [cell(result[kind]) if kind in result else "" for kind in ("Interleaved1F1B", "1F1B")]
             more = ", ".join(result.get("travels", []))
@@ -117,10 +119,10 @@ def heads(measured: dict[str, dict]) -> list[str]:
         "# Pipelining: encoder-decoders, encoders and heads",
         "",
         f"Of {len(tried)} models, **{exact} train exactly**, {refused} are refused. {len(measured) - len(tried)} more",
-        "cannot be had small by the test kit, and are not tried.",
+        "cannot be had small by the test kit. What has no row is not measured.",
         "",
-        "| task | class of transformers | exact | refused | not tried |",
-        "|---|---|---|---|---|",
+        "| task | class of transformers | exact | refused | not built | types in all |",
+        "|---|---|---|---|---|---|",
         *counts,
         "",
         "Of heads for sequences, tokens and questions, the types are here that are no causal language models; the",

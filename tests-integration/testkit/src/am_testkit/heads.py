@@ -58,6 +58,7 @@ def small_for(
     if model_type.endswith("encoder-decoder"):
         config = _of_two(model_type)
     else:
+        settings = (_small_image(CONFIG_MAPPING[model_type]()) if task == "image" else {}) | settings
         layers = 2 if CONFIG_MAPPING[model_type]().is_encoder_decoder else 4
         config = small_config(model_type, layers, **(_SETTINGS.get(model_type, {}) | settings))
         config.is_decoder = False
@@ -102,10 +103,24 @@ def inputs_for(
     return inputs
 
 
+def _small_image(default: Any) -> dict[str, Any]:
+    """Settings for an image of four patches by four, or of 64 pixels, and for few and narrow convolutions."""
+    size, patch = getattr(default, "image_size", None), getattr(default, "patch_size", None)
+    settings: dict[str, Any] = {}
+    if isinstance(size, int):
+        settings["image_size"] = 4 * patch if isinstance(patch, int) and patch > 4 else 64
+    for name, width in (("hidden_sizes", 16), ("depths", 0)):
+        if isinstance(values := getattr(default, name, None), (list, tuple)) and all(
+            isinstance(v, int) for v in values
+        ):
+            settings[name] = [width * (place + 1) or 2 for place in range(len(values))]
+    return settings
+
+
 def _features(model: Any, name: str, rows: int, generator: torch.Generator) -> torch.Tensor:
     config, dtype = model.config, next(model.parameters()).dtype
     if name == "pixel_values":
-        size = getattr(getattr(config, "vision_config", config), "image_size", 32)
+        size = getattr(getattr(config, "vision_config", config), "image_size", 64)
         sides = (size, size) if isinstance(size, int) else tuple(size)
         shape = (getattr(config, "num_channels", 3), *sides)
     elif name == "input_features":
