@@ -283,6 +283,17 @@ def decides_by_the_decoder(model, ids, answer):
     return logits if answer[0, 0] < 5 else model.norm(model.embed(ids)).mean() + logits
 
 
+def test_features_do_not_hide_that_a_decoder_decides_by_its_ids():
+    def listen(model, features, answer):
+        memory = model.earlier[1](model.earlier[0](features))
+        hidden = model.later[1](model.later[0](model.embed(answer), memory))
+        return model.head(hidden if answer[0, 0] < 5 else model.norm(hidden))
+
+    example = {"input_ids": torch.randn(2, 5, 8), IDS: torch.ones(2, 9, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="decides by the numbers in its inputs"):
+        plan_cut(Translator(listen), 2, example_inputs=example)
+
+
 def test_stacks_of_no_library_are_found_in_the_order_in_which_they_run():
     torch.manual_seed(0)
     model = Translator(translate).double()

@@ -367,13 +367,16 @@ class Reading:
     def _refuse_other_paths(self) -> None:
         """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""
         place = next((look.place for look in self.small.looks if any(isinstance(s, Input) for s in look.sources)), None)
-        if place is None or self.form.first.sample.is_floating_point():
+        first, tensors = self.form.first, self.form.tensors
+        given = [first, *(tensors[name] for name in (DECODER_IDS,) if name in tensors)]
+        ids = [each for each in given if not each.sample.is_floating_point()]
+        if place is None or not ids:
             return
         traces = []
         for change in (torch.zeros_like, lambda ids: ids * 5 % 11, lambda ids: ids + 1):
-            form = replace(self.form, first=replace(self.form.first, sample=change(self.form.first.sample)))
-            if (ids := form.tensors.get(DECODER_IDS)) is not None:
-                form = replace(form, tensors={**form.tensors, ids.name: replace(ids, sample=change(ids.sample))})
+            changed = {each.name: replace(each, sample=change(each.sample)) for each in ids}
+            of_decoder = {name: each for name, each in changed.items() if name in tensors}
+            form = replace(self.form, first=changed.get(first.name, first), tensors={**tensors, **of_decoder})
             with contextlib.suppress(Exception):  # what does not run at all needs no cut
                 traces.append(_trace(self.weightless, self.units, form, form.sizes[0]))
         for trace in traces:
