@@ -1,9 +1,15 @@
 """The collectives of the dispatchers as operators of their own, by which selective checkpointing knows their results.
 
-None has a gradient: the autograd functions of the dispatchers say what each one's backward is.
+None has a gradient: the autograd functions of the dispatchers say what each one's backward is. Recomputation may have
+kept what they returned: whoever is `asked` in this thread decides whether they run.
 """
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -64,21 +70,52 @@ def _(rows: torch.Tensor, group: str) -> torch.Tensor:
     return rows.new_empty(rows.shape[0] // dist.get_world_size(group_of(group)), *rows.shape[1:])
 
 
+class Keeper(Protocol):
+    """Decides whether a collective runs."""
+
+    def exchange(self, name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The result of a collective, by running it or from what was kept."""
+        ...
+
+
+_THREAD = threading.local()
+
+
+@contextmanager
+def asked(keeper: Keeper) -> Iterator[None]:
+    """Ask a keeper about every collective of this thread."""
+    before, _THREAD.keeper = asked_now(), keeper
+    try:
+        yield
+    finally:
+        _THREAD.keeper = before
+
+
+def asked_now() -> Keeper | None:
+    """Whoever is asked in this thread."""
+    return getattr(_THREAD, "keeper", None)
+
+
 def all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Rows to each rank, in order: `(sum(sent), ...)` to `(sum(received), ...)`."""
-    return _all_to_all(rows, sent, received, group.group_name)
+    return _ask("all_to_all", lambda: _all_to_all(rows, sent, received, group.group_name))
 
 
 def all_gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The rows of all ranks, as many of each: `(N, ...)` to `(P N, ...)`."""
-    return _all_gather(rows, group.group_name)
+    return _ask("all_gather", lambda: _all_gather(rows, group.group_name))
 
 
 def reduce_scatter(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks of this rank's part of the rows: `(P N, ...)` to `(N, ...)`."""
-    return _reduce_scatter(rows, group.group_name)
+    return _ask("reduce_scatter", lambda: _reduce_scatter(rows, group.group_name))
 
 
 def counts_of_all(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The counts of all ranks, in the host's memory: `(N, ...)` to `(P, N, ...)`. The one host sync of a dispatch."""
-    return _counts_of_all(counts, group.group_name)
+    return _ask("counts_of_all", lambda: _counts_of_all(counts, group.group_name))
+
+
+def _ask(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    keeper = asked_now()
+    return run() if keeper is None else keeper.exchange(name, run)
