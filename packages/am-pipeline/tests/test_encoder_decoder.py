@@ -78,7 +78,7 @@ def shard(part, world_mesh, moe_mesh, **axes):
 
 
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
-@pytest.mark.ranks(3)
+@pytest.mark.ranks(3, timeout=180)
 def test_three_clipped_steps_of_other_lengths_equal_one_process_with_weights_tied_in_three_places(schedule):
     model = small(encoder=3, decoder=3) if schedule == "1F1B" else small("bart", encoder=2, decoder=4)
     whole = copy.deepcopy(model)
@@ -110,7 +110,7 @@ def test_three_clipped_steps_of_other_lengths_equal_one_process_with_weights_tie
 
 
 @pytest.mark.parametrize(("schedule", "family"), [("Interleaved1F1B", "bart"), ("ZBVZeroBubble", "t5")])
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(2, timeout=180)
 def test_four_stages_on_two_ranks_train_and_evaluate_like_one_process(schedule, family):
     model = small(family)
     whole = copy.deepcopy(model)
@@ -128,7 +128,7 @@ def test_four_stages_on_two_ranks_train_and_evaluate_like_one_process(schedule, 
         assert_same(without_key_biases(gradients(part)), gradients(whole), 1e-10, "gradients")
 
 
-@pytest.mark.ranks(4)
+@pytest.mark.ranks(4, timeout=180)
 def test_fsdp_inside_the_stages_of_both_stacks_equals_one_process():
     model = small()
     whole = copy.deepcopy(model)
@@ -144,7 +144,7 @@ def test_fsdp_inside_the_stages_of_both_stacks_equals_one_process():
     assert_same(found, {n: wanted[n] for n in found}, 1e-10, "gradients")
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(2, timeout=180)
 def test_what_cannot_be_is_refused_on_every_rank_and_the_next_step_runs():
     built = build(small(), "1F1B")
     batch = batch_of(4, 8, 6)

@@ -42,6 +42,8 @@ def small_for(
 ) -> nn.Module:
     """A model of the type for a task, of four layers in all, with seeded random weights, in evaluation mode.
 
+    Of types with an encoder and a decoder, those for tokens and encodings have the encoder alone.
+
     Args:
         task: of `TASKS`.
         model_type: of `types_for(task)`.
@@ -59,7 +61,8 @@ def small_for(
         config = _of_two(model_type)
     else:
         settings = (_small_image(CONFIG_MAPPING[model_type]()) if task == "image" else {}) | settings
-        layers = 2 if CONFIG_MAPPING[model_type]().is_encoder_decoder else 4
+        two = CONFIG_MAPPING[model_type]().is_encoder_decoder and task not in ("token", "encoding")
+        layers = 2 if two else 4
         config = small_config(model_type, layers, **(_SETTINGS.get(model_type, {}) | settings))
         config.is_decoder = False
     config.pad_token_id = config.get_text_config().pad_token_id = 0
