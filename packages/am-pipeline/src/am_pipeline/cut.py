@@ -168,6 +168,10 @@ def plan_stages(
             plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs))
         except CannotCutError as why:
             reasons.append(why)
+        except ValueError as why:  # of so few layers there are no such stages; why the likelier stacks fail says more
+            if not reasons:
+                raise
+            reasons.append(CannotCutError(str(why)))
     if not plans:
         where = f"{type(model).__name__} cannot be cut between the layers of {' and '.join(candidates[0])}"
         raise ValueError(f"{where}: {reasons[0]}") from reasons[0].__cause__
