@@ -14,6 +14,7 @@ parameters its graph reaches. Where these are not the same, every rank raises.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import zlib
 from collections.abc import Callable, Iterator
@@ -58,8 +59,8 @@ def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: Mixe
 class _Towers:
     def __init__(self, model: Any, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy, stacks: list[str]) -> None:
         self.mesh, self.mp_policy, self.stacks = mesh, mp_policy, stacks
-        names = [n for n in dir(type(model)) if n.startswith("get_") and n.endswith("_features")]
-        self.takes = {n: [*inspect.signature(getattr(model, n)).parameters] for n in names if n != "get_text_features"}
+        self.owner, names = _methods_of_towers(model)
+        self.takes = {name: [*inspect.signature(getattr(self.owner, name)).parameters] for name in names}
         self.proved: dict[Any, bool] = {}  # mixtures of inputs, and whether the towers run before the embedding
         self.hooks: list[Any] = []  # of this forward
         self.to_run: list[Callable[[], Any]] = []
@@ -80,7 +81,7 @@ class _Towers:
         for method, takes in self.takes.items():
             if takes[0] in known and takes[0] not in given:
                 made_up = {name: self._made_up(known[name]) for name in takes if name in known}
-                self.to_run.append(lambda method=method, made_up=made_up: getattr(model, method)(**made_up))
+                self.to_run.append(functools.partial(getattr(self.owner, method), **made_up))
         trained = bytes(p.requires_grad for p in model.parameters())
         kinds = sorted({tuple(one) for one in everyones})
         self._prepare(model, (torch.is_grad_enabled(), model.training, trained, *kinds))
@@ -195,6 +196,15 @@ class _WithZeros(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
         return *gradients, *(torch.zeros(s, dtype=dtype, device=device) for s, dtype, device in ctx.others)
+
+
+def _methods_of_towers(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The outermost module with methods such as `get_image_features`, and their names."""
+    for module in model.modules():
+        names = [n for n in dir(type(module)) if n.startswith("get_") and n.endswith("_features")]
+        if towers := [name for name in names if name != "get_text_features"]:
+            return module, towers
+    return model, []
 
 
 def _holds(value: Any) -> bool:
