@@ -269,8 +269,8 @@ class _Context:
             others = [name for name, *_ in entering(args, kwargs) if name not in {n for n, *_ in self.proof.entering}]
             raise ValueError(
                 f"{self.name} gives its layers {', '.join(map(str, others)) or 'something else'} where there are "
-                "images, which context parallelism cannot cut along the sequence; train it with text, or with no context "
-                "axis"
+                "images, which context parallelism cannot cut along the sequence; train it with text, or with no "
+                "context axis"
             )
         cuts = iter(self.proof.cuts)
 
