@@ -21,8 +21,8 @@ from am_testkit.exact import relative_error, whole
 from am_testkit.natural import natural_batch, natural_types, small_with_images
 
 SWEEP = os.environ.get("AM_SWEEP")
-# Features in place of embeddings; a grid of patches and M-RoPE; features that go into several layers too.
-MECHANISMS = ("llava", "qwen2_5_vl", "qwen3_vl")
+# Features in place of embeddings; a grid and M-RoPE; features for several layers; a head without methods of towers.
+MECHANISMS = ("llava", "qwen2_5_vl", "qwen3_vl", "deepseek_vl")
 NEEDS_IMAGES = ("blip-2",)  # its forward has no form without
 TYPES = [name for name in natural_types() if name not in NEEDS_IMAGES] if SWEEP else MECHANISMS
 # transformers computes softmax, norms and some routers in float32 even in a float64 model.
@@ -88,4 +88,4 @@ def test_images_on_one_rank_train_as_in_one_process(model_type):
             model.zero_grad()
             one.zero_grad()
     if SWEEP and dist.get_rank() == 0:
-        pathlib.Path(SWEEP, f"some-ranks-{model_type}.json").write_text(json.dumps(found))
+        pathlib.Path(SWEEP, f"some_ranks-{model_type}.json").write_text(json.dumps(found))

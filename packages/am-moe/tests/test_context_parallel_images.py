@@ -94,7 +94,7 @@ def test_images_on_context_ranks_train_as_in_one_process(model_type):
             raise
         found = f"refused: {error}"
     if SWEEP and dist.get_rank() == 0:
-        pathlib.Path(SWEEP, f"context-images-{model_type}.json").write_text(json.dumps({"cp2": found}))
+        pathlib.Path(SWEEP, f"context_images-{model_type}.json").write_text(json.dumps({"cp2": found}))
 
 
 @pytest.mark.ranks(2)
