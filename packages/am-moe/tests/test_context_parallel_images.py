@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from am_moe import parallelize_model
 from am_moe.context_parallel import apply_cp, shard_batch
 from am_testkit.device import device_type
-from am_testkit.exact import relative_error, whole
+from am_testkit.exact import assert_same, relative_error, whole
 from am_testkit.natural import natural_batch, natural_types, small_with_images
 
 SWEEP = os.environ.get("AM_SWEEP")
@@ -95,6 +96,24 @@ def test_images_on_context_ranks_train_as_in_one_process(model_type):
         found = f"refused: {error}"
     if SWEEP and dist.get_rank() == 0:
         pathlib.Path(SWEEP, f"context_images-{model_type}.json").write_text(json.dumps({"cp2": found}))
+
+
+@pytest.mark.ranks(4)
+def test_images_on_some_data_ranks_train_as_in_one_process_with_context_ranks():
+    world = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "cp"))
+    one = small_with_images("qwen2_5_vl", layers=2)
+    model = copy.deepcopy(one)
+    parallelize_model(model, world, None, dp_axis_names=("dp",), cp_axis_name="cp")
+    images = batch_of(one, 2, True)
+    text = {"input_ids": images["input_ids"] % 50, "labels": images["labels"] % 50}
+    for batches in ((images, text), (text, images)):
+        model(**shard_batch(batches[world["dp"].get_local_rank()], world["cp"])).loss.backward()
+        for batch in batches:
+            (one(**batch).loss / 2).backward()
+        wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+        assert_same({n: p.grad for n, p in model.named_parameters() if n in wanted}, wanted, TOLERANCE)
+        model.zero_grad()
+        one.zero_grad()
 
 
 @pytest.mark.ranks(2)

@@ -142,6 +142,7 @@ class _Context:
         self.proof: Proof | None = None  # of the forward that runs
         self.labels: dict[str, Any] = {}  # and its labels and their counts
         self.with_images = False  # that forward
+        self.with_others = False  # or with what a tower may take, and is no image
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
         """A copy of the model shares it: groups cannot be copied, and both copies' configs name these functions."""
@@ -186,6 +187,8 @@ class _Context:
                 given["position_ids"] = None  # the model makes them of the whole batch
         else:
             proof = self.prove(model, self._call(given, shape, mask is not None))
+        by_tokens = self._call(given, shape, mask is not None).by_tokens
+        self.with_others = any(_has_axes(x) and n not in by_tokens and not is_of_images(n) for n, x in given.items())
         self.parts, self.sequence, self.proof = (positions.expand(shape), mask), None, proof
         return (), self._divided(given, shape, proof)
 
@@ -301,8 +304,8 @@ class _Context:
         return self.whole_sequence().mask(*window)
 
     def before_convolution(self, module: nn.Module, args: tuple) -> None:
-        """Towers run whole, on what `shard_batch` left whole; in a recomputation nothing is asked."""
-        if self.parts is not None and not self.with_images:
+        """Towers run whole on images, and on made-up ones where other ranks have images; nothing else is whole."""
+        if self.parts is not None and self.with_others and not self.with_images:
             raise ValueError(
                 f"a convolution ({type(module).__name__}) of an image or audio tower ran: what it becomes is not cut "
                 "along the sequence; context parallelism is for batches of text and images"
@@ -396,6 +399,10 @@ def _register(context: _Context) -> str:
     transformers.AttentionInterface.register(name, context.attention)
     transformers.AttentionMaskInterface.register(name, context.mask)
     return name
+
+
+def _has_axes(value: Any) -> bool:
+    return value.dim() > 1 if isinstance(value, torch.Tensor) else isinstance(value, (list, tuple, dict))
 
 
 def _positions_of_images(model: nn.Module) -> int:
