@@ -16,6 +16,7 @@ from am_fsdp._torch_compat import axis, side_by_side
 from am_fsdp.checkpointing import checkpoint_layers, recomputed_modules
 from am_fsdp.evaluation import reshard_after_evaluation
 from am_fsdp.replicas import check_replicas, check_replicas_at_first_forward
+from am_fsdp.same_towers import run_towers_on_every_rank
 from am_fsdp.units import apply_fsdp_sharding_recursively, edges, units_of_another_dtype
 
 
@@ -60,7 +61,9 @@ def fsdp2_strategy_parallelize(
         its `save_pretrained` says to call `save_hf_weights`.
 
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
-        each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`.
+        each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`. Models with
+        several stacks of layers compare what they are given over the data axis in every forward (`same_towers`): a
+        tower that any rank runs is run by all, on made-up images where a rank has none.
 
     Raises:
         ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
@@ -98,6 +101,7 @@ def fsdp2_strategy_parallelize(
             fully_shard(whole, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+    run_towers_on_every_rank(model, dp_mesh, mixed)
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
     if from_meta:

@@ -16,7 +16,7 @@ from am_moe._torch_compat import reduce_unused
 from am_moe.evaluation import reshard_after_evaluation
 from am_moe.expert_parallel import check_adapters
 from am_moe.experts import Experts, describe_experts
-from am_moe.same_towers import check_inputs_of_every_forward
+from am_moe.same_towers import run_towers_on_every_rank
 from am_moe.units import edges, layer_stacks, layers, may_use_a_part, units_of_another_dtype
 
 
@@ -58,7 +58,8 @@ def apply_fsdp(
 
     A parameter of a layer that chooses among modules (Switch Transformers' experts), or whose experts may all be passed
     over (LongCat Flash), may be used on some ranks only: it gets zeros from the others, and on all ranks a gradient of
-    zeros where none used it. Ranks whose inputs would run different towers are refused in that forward.
+    zeros where none used it. A tower that any rank runs is run by all, on made-up images where a rank has none
+    (`same_towers`); ranks whose inputs differ otherwise are refused in that forward.
 
     Collectives: those of FSDP2, over `fsdp_mesh` and `ep_shard_mesh`; where the model has several stacks of layers, one
         all-reduce of two numbers over `fsdp_mesh` in every forward (`same_towers`).
@@ -107,7 +108,7 @@ def apply_fsdp(
         if may_use_a_part(layer):
             reduce_unused(layer)
     _prefetch(model)
-    check_inputs_of_every_forward(model, fsdp_mesh)
+    run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
 
