@@ -107,6 +107,7 @@ def train(
         loss_fn=loss_fn,
         mp_policy=half if args.dtype == "bfloat16" else None,
         recompute=args.recompute,
+        compile_with=args.compile,
     )
     del model
     for part in layout.parts if args.model else ():
@@ -216,6 +217,13 @@ def parse_arguments() -> argparse.Namespace:
         help="to compute in; bfloat16 keeps weights and sums of gradients in float32",
     )
     steps.add_argument("--recompute", action="store_true", help="recompute layers in the backward")
+    steps.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile each layer, with inductor or the backend named",
+    )
     steps.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
     steps.add_argument("--seed", type=int, default=0)
     run = parser.add_argument_group("run")
@@ -238,6 +246,8 @@ def parse_arguments() -> argparse.Namespace:
         args.tolerance = 1e-5 if args.dtype == "float32" else 3e-2
     if args.ep is None:
         args.ep = args.dp if not args.model and args.config == "qwen3_moe" and args.tp == 1 else 1
+    if args.compile and args.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        parser.error(f"--compile {args.compile}: torch has no such backend; it has {', '.join(known)}")
     if args.lora < 0:
         parser.error("--lora must be at least 0")
     for name in ("steps", "batch", "microbatch", "seq_len", "timeout", "eval_every"):
