@@ -41,6 +41,7 @@ from training.model import (
     build_config,
     build_model,
     build_optimizer,
+    model_in_4_bits,
     model_without_weights,
     next_token_loss,
 )
@@ -86,8 +87,9 @@ def train(
     stop: Stop,
     watch: Watch,
 ) -> None:
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if args.model:
-        model = model_without_weights(args.model, args.lora, args.seed)
+        model = build_from_folder(args, device)
         if args.packed and (states := mixers(model)):
             raise ValueError(f"--packed: {states[0][0]} keeps a state from one text of a row to the next; leave it out")
     else:
@@ -95,7 +97,6 @@ def train(
     alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
     meshes = degrees.meshes(device.type)
     loss_fn = TokenMean(args.batch // args.microbatch * degrees.cp)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layout = lay_out(
         model,
         degrees,
@@ -110,7 +111,7 @@ def train(
         compile_with=args.compile,
     )
     del model
-    for part in layout.parts if args.model else ():
+    for part in layout.parts if args.model and not args.load_in_4bit else ():
         am_fsdp.load_hf_weights(part, args.model, device=device, strict=degrees.pp == 1)
     optimizers = [build_optimizer(part, args.lr) for part in layout.parts]
     rate = Rate(args.lr, args.warmup, args.steps, args.decay)
@@ -189,6 +190,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
     model.add_argument("--lora", type=int, default=0, help="train LoRA adapters of this rank over the frozen model")
+    model.add_argument(
+        "--load-in-4bit", action="store_true", help="with --lora, a frozen model in 4 bits (bitsandbytes)"
+    )
     model.add_argument("--text", help="a file or folder; the Python standard library if not given; with --model .jsonl")
     model.add_argument("--packed", action="store_true", help="with --model, several texts to a row, kept apart")
     model.add_argument("--eval-text", help="with --model, a file to evaluate on")
@@ -240,6 +244,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--size is for --config; a folder's model is as it is")
     if (args.packed or args.eval_text) and not args.model:
         parser.error("--packed and --eval-text need --model")
+    if args.load_in_4bit and not (args.model and args.lora > 0):
+        parser.error("--load-in-4bit needs --model and --lora: packed weights are not trained")
     if args.lr is None:
         args.lr = (2e-4 if args.lora else 1e-5) if args.model else 3e-3
     if args.tolerance is None:
@@ -283,6 +289,12 @@ def read_text(args: argparse.Namespace, path: str | None) -> ByteText | Examples
         return ByteText(path)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     return Examples(path, tokenizer, args.seq_len, args.packed)
+
+
+def build_from_folder(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    if args.load_in_4bit:
+        return model_in_4_bits(args.model, args.lora, args.seed, getattr(torch, args.dtype), device)
+    return model_without_weights(args.model, args.lora, args.seed)
 
 
 def share_of(batch: tuple, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -364,8 +376,10 @@ class Alone:
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self.args = args
-        if args.model:
-            self.model = am_fsdp.load_hf_weights(model_without_weights(args.model, args.lora, args.seed), args.model)
+        if args.load_in_4bit:
+            self.model = copy.deepcopy(model)
+        elif args.model:
+            self.model = am_fsdp.load_hf_weights(build_from_folder(args, torch.device("cpu")), args.model)
         else:  # context parallelism changes the other's config
             self.model = build_model(copy.deepcopy(model.config), args.seed, args.lora)
         self.rate = Rate(args.lr, args.warmup, args.steps, args.decay)

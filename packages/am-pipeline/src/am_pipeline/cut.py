@@ -208,6 +208,12 @@ def _read(weightless: Weightless, stack: str, named: list[str], example_inputs: 
             raise
         except Exception as error:  # whatever the model's own code raises is the reason it cannot be read
             first = first or error
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
+            raise CannotCutError(
+                f"{name}.weight is packed (quantised), which cannot be read without its numbers; FSDP2 "
+                "can shard such a model (am-fsdp)"
+            ) from first
     raise CannotCutError(f"its forward failed on a few tokens: {type(first).__name__}: {first}") from first
 
 

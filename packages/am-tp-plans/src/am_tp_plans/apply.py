@@ -233,6 +233,11 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
     module = base_layer(module)
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
         raise ValueError(f"{name} is sharded already; a plan is applied once, to a model of plain tensors")
+    if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
+        raise ValueError(
+            f"{name}.weight is packed (quantised) into shape {tuple(module.weight.shape)}, whose rows are no features; "
+            "tensor parallelism cannot shard it, FSDP2 can"
+        )
     if isinstance(style, ExpertsOverTensorAxis):
         what, number = "experts", getattr(module, "num_experts", 0)
         if not number or not all(p.shape[0] == number for p in module.parameters(recurse=False)):
