@@ -31,7 +31,7 @@ import am_fsdp
 import am_pipeline
 from am_fsdp.process_group import Stop
 from am_moe.context_parallel.support import mixers
-from training import checkpoint, session
+from training import checkpoint, memory, session
 from training.agreement import refuse_differences
 from training.degrees import Degrees
 from training.examples import IGNORED, Examples
@@ -124,6 +124,8 @@ def train(
         alone.replay(text, done)
 
     say(f"{type(layout.parts[0]).__name__} over {degrees}, {text.source}")
+    held = memory.of_every_rank(memory.weights_held(layout.parts) / 1e6, device)
+    say(f"weights per rank: {', '.join(f'{megabytes:,.2f}' for megabytes in held)} MB")
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
     mine = degrees.rows(meshes[0], args.batch)
     log = LossLog(args.out / "losses.txt", done, enabled=dist.get_rank() == 0)
