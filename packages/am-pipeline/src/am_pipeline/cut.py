@@ -249,7 +249,16 @@ def build_part(
             setattr(module, leaf, module._buffers[leaf].clone())
     if patch_causal_lm_model:
         boundary.install(part)
+    if hasattr(part, "generate"):
+        part.generate = partial(_refuse_to_generate, type(model).__name__)
     return part, boundary
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"a part of {name} cannot generate: the other layers are on other ranks. Write the parts as a folder "
+        "(am_fsdp.save_hf_weights(parts, folder, pipeline_parts=True)) and generate from it; schedule.eval gives logits"
+    )
 
 
 def _passage_for_call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any, cast
 
@@ -76,7 +77,16 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     model.sequence_shards = tp_mesh.size() if shards else 1
     if tp_mesh.size() > 1:
         refuse_parts(model, concrete, shards_sequence=shards)
+    if model.sequence_shards > 1 and hasattr(model, "generate"):
+        cast(Any, model).generate = functools.partial(_refuse_to_generate, type(model).__name__)
     return model
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"{name} cannot generate while its sequence is sharded between layers: one new token does not divide. "
+        "Lay it out without sequence parallelism, or write a folder (am_fsdp.save_hf_weights) and generate from it"
+    )
 
 
 def local_form(style: ParallelStyle) -> ParallelStyle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -107,11 +108,20 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
             for module in tower.modules():
                 if isinstance(module, CONVOLUTIONS):
                     module.register_forward_pre_hook(_refuse_to_run)
+        if hasattr(model, "generate"):
+            model.generate = functools.partial(_refuse_to_generate, type(model).__name__)
         model.register_forward_pre_hook(context.before_forward, with_kwargs=True)
         model.register_forward_hook(context.after_forward, always_call=True)
     for _, module in engine:
         _set_engine_group(module, cp_mesh, cp_comm_type)
     return whole
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"{name} cannot generate under context parallelism, which is for training: a new token is in no rank's part "
+        "of the sequence. Lay it out without, or write a folder (am_fsdp.save_hf_weights) and generate from it"
+    )
 
 
 class _Context:
