@@ -95,9 +95,10 @@ def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | N
         A plan for `apply_plan`, with full module names (`*` for one level) as keys.
 
     Raises:
-        ValueError: the model brings no plan (then an AssertionError, too), one with an unknown style, one whose parts contradict each other or that
-            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`)
-            and a small twin of it with numbers (`numeric_check.py`); or the model is a pipeline part.
+        ValueError: the model brings no plan (then an AssertionError, too), one with an unknown style, one whose parts
+            contradict each other or that would give wrong results, found out by running the model's forward once
+            without devices (`rehearsal.py`) and a small twin of it with numbers (`numeric_check.py`); or the model is a
+            pipeline part.
     """
     named = named_styles(model)
     if is_part(model):
