@@ -83,6 +83,10 @@ def test_a_run_agrees_with_one_process(layout, tmp_path):
     assert code == 0, output
     assert "check: the run agrees with one process" in output
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+    page = (tmp_path / "report.html").read_text()
+    pictures = 2 + (tmp_path / "timeline.png").exists() + (tmp_path / "load.png").exists()
+    assert page.count("data:image/png") == pictures
+    assert page.count("<tr>") == 5 + 1 + size(arguments), "facts, and a line for each rank"
     if "--pp 2" in " ".join(arguments):
         assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
@@ -105,7 +109,8 @@ def test_degrees_that_do_not_fit_are_refused_by_the_launch_before_any_collective
     code, output = finish(launch(2, "--pp", 2, "--dp", 2, "--out", tmp_path / "nothing"))
     assert code != 0
     words = "^ValueError: --pp 2 x --dp 2 x --tp 1 is 4 ranks, but 2 were started"
-    assert len(re.findall(words, output, re.MULTILINE)) == 2, "on every rank"
+    assert len(re.findall(words, output, re.MULTILINE)) == 1, "its traceback once"
+    assert len(re.findall("^rank [01] ends in the start: rank [01] failed in the start: ValueError", output, re.M)) == 1
     assert "init_process_group" not in output
 
 

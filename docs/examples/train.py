@@ -23,15 +23,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoTokenizer
 
 import am_fsdp
+import am_moe
 import am_pipeline
 from am_fsdp.process_group import Stop
 from am_moe.context_parallel.support import mixers
-from training import checkpoint, memory, session
+from training import checkpoint, memory, page, session
 from training.agreement import refuse_differences
 from training.degrees import Degrees
 from training.examples import IGNORED, Examples
@@ -61,17 +63,18 @@ def main() -> None:
     args = parse_arguments()
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=args.timeout)))
     store = session.join(launchers, rank, world_size, args.timeout)
-    config = build_config(args.model or args.config, args.size)
-    text = read_text(args, args.text)
-    arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
-    sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
-    contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
-    refuse_differences(store, rank, world_size, arguments | contents)
-    degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
-    degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
-    text.check(args.seq_len)
-    if args.resume:
-        checkpoint.latest(args.out)
+    with Watch(store, rank, world_size, args.timeout):  # of an error that all ranks have, one prints the traceback
+        config = build_config(args.model or args.config, args.size)
+        text = read_text(args, args.text)
+        arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+        sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
+        contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
+        refuse_differences(store, rank, world_size, arguments | contents)
+        degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
+        degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
+        text.check(args.seq_len)
+        if args.resume:
+            checkpoint.latest(args.out)
 
     # The watch inside: when a rank fails, nobody waits for the process group of the others.
     with am_fsdp.stop_on_signal() as stop, Watch(store, rank, world_size, args.timeout) as watch:
@@ -169,7 +172,8 @@ def train(
     progress.close()
 
     watch.at("the report")
-    draw_timeline(layout, ids, labels, more, args)
+    draw_last_step(layout, degrees, meshes[0], (ids, labels, more), args)
+    most = memory.of_every_rank(memory.most_in_use(device) / 1e6, device)
     entropy = text.unigram_entropy()
     if args.model:
         watch.at("the folder")
@@ -179,7 +183,19 @@ def train(
         title = f"{config.model_type}, {degrees}"
         unit = "token" if args.model else "byte"
         plot_loss(str(args.out / "loss.png"), log.losses, entropy, alone.losses if alone else [], title, unit)
-        say(f"loss {log.losses[0]:.4f} -> {log.losses[-1]:.4f}; unigram entropy {entropy:.4f}; pictures in {args.out}")
+        facts = {
+            "layout": str(degrees),
+            "text": text.source,
+            "loss": f"{log.losses[0]:.4f} → {log.losses[-1]:.4f}",
+            "tokens per second": f"{page.typical(progress.speeds):,.0f}",
+            "compared with one process": alone.words() if alone else "no (--check)",
+        }
+        of_ranks = {"weights, MB": held, "most memory in use, MB": most}
+        page.write_report(args.out, title, facts, of_ranks, progress.norms, progress.speeds)
+        say(
+            f"loss {log.losses[0]:.4f} -> {log.losses[-1]:.4f}; unigram entropy {entropy:.4f}; "
+            f"pictures in {args.out}, all on one page in {args.out / 'report.html'}"
+        )
     finish(alone, device)
 
 
@@ -359,18 +375,29 @@ def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> p
     return folder
 
 
-def draw_timeline(
-    layout: Layout, ids: torch.Tensor, labels: torch.Tensor, more: dict[str, torch.Tensor], args: argparse.Namespace
+def draw_last_step(
+    layout: Layout, degrees: Degrees, world_mesh: DeviceMesh, batch: tuple, args: argparse.Namespace
 ) -> None:
-    """Run one more step, without an optimizer step, and draw what the schedule did."""
-    if not layout.stages:
-        return
-    with am_pipeline.record_timeline(layout.stages) as events:
+    """Run one more step, without an optimizer step, and draw what the schedule did and which experts were chosen."""
+    ids, labels, more = batch
+    with_experts = [part for part in layout.parts if degrees.ep > 1 and am_moe.find_experts(part)]
+    loads = [am_moe.ExpertLoad(part) for part in with_experts if not args.compile]  # which would compile anew
+    counted = world_mesh["dp_replicate", "dp_shard", "cp"]
+    if layout.stages:
+        with am_pipeline.record_timeline(layout.stages) as events:
+            layout.step(ids, labels, **more)
+        everyone = am_pipeline.gather_timeline(events, layout.stages)
+        if dist.get_rank() == 0:
+            title = f"{args.schedule}, {args.batch // args.dp_replicate // args.dp // args.microbatch} microbatches"
+            am_pipeline.plot_timeline(everyone, str(args.out / "timeline.png"), title)
+    elif loads:
         layout.step(ids, labels, **more)
-    everyone = am_pipeline.gather_timeline(events, layout.stages)
-    if dist.get_rank() == 0:
-        title = f"{args.schedule}, {args.batch // args.dp_replicate // args.dp // args.microbatch} microbatches"
-        am_pipeline.plot_timeline(everyone, str(args.out / "timeline.png"), title)
+    mine = {layer: choices for load in loads for layer, choices in load.total(counted).items()}
+    of_stages: list = [None] * dist.get_world_size()
+    dist.all_gather_object(of_stages, {layer: choices.cpu() for layer, choices in mine.items()})
+    choices = {layer: some[layer] for some in of_stages for layer in some}
+    if dist.get_rank() == 0 and choices:
+        am_moe.plot_load(choices, str(args.out / "load.png"), "the last step,", degrees.ep)
 
 
 class Alone:
@@ -393,6 +420,12 @@ class Alone:
         """Norms are sums of many roundings; one that misses or doubles a contribution is off by far more than this."""
         exact = self.worst_loss <= self.args.tolerance and self.worst_norm <= 100 * self.args.tolerance
         return exact and self.worst_ever <= 5e-2
+
+    def words(self) -> str:
+        return (
+            f"largest relative difference of the loss {self.worst_loss:.1e} and of the gradient norm "
+            f"{self.worst_norm:.1e} in the first {EXACT_STEPS} steps, of the loss {self.worst_ever:.1e} in all"
+        )
 
     def replay(self, text: ByteText | Examples, steps: int) -> None:
         """Catch up with a resumed run."""
@@ -424,11 +457,7 @@ def finish(alone: Alone | None, device: torch.device) -> None:
     parted = torch.tensor(int(alone is not None and not alone.agrees()), device=device)
     dist.broadcast(parted, 0)
     if alone:
-        say(
-            f"check: the run {'PARTS from' if parted else 'agrees with'} one process; largest relative difference "
-            f"of the loss {alone.worst_loss:.1e} and of the gradient norm {alone.worst_norm:.1e} in the first "
-            f"{EXACT_STEPS} steps, of the loss {alone.worst_ever:.1e} in all"
-        )
+        say(f"check: the run {'PARTS from' if parted else 'agrees with'} one process; {alone.words()}")
     # Not sys.exit: a gloo thread that lets go of its last work while the interpreter finalises aborts the process, and
     # a run whose work is done would be reported as failed.
     sys.stdout.flush()
