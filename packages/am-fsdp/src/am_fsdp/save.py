@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ def save_hf_weights(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
-    adapters: str | None = None,
+    adapters: Literal["base", "adapter", "merged"] | None = None,
     pipeline_parts: bool = False,
 ) -> None:
     """Write a model that is laid out over ranks as a folder that `from_pretrained` loads.

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
-from am_fsdp.checkpointing import checkpoint_layers, recomputed_modules
+from am_fsdp.checkpointing import Mode, checkpoint_layers, recomputed_modules
 from am_fsdp.evaluation import reshard_after_evaluation
 from am_fsdp.packed import check_packed
 from am_fsdp.replicas import check_replicas, check_replicas_at_first_forward
@@ -27,7 +27,7 @@ def fsdp2_strategy_parallelize(
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: CPUOffloadPolicy | None = None,
     sequence_parallel: bool = False,
-    activation_checkpointing: bool | str | int = False,
+    activation_checkpointing: bool | int | Mode = False,
     cpu_offload: bool = False,
     tp_shard_plan: dict[str, ParallelStyle] | str | None = None,
     dp_mesh_name: str | tuple[str, str] = "data_parallel",

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -39,14 +39,15 @@ from am_moe.context_parallel.support import (
 )
 from am_moe.context_parallel.transport import place
 
-COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+CommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+COMM_TYPES = get_args(CommType)
 _PREFIX = "am_moe_context_parallel"
 # What shard_batch adds, of which a forward may know nothing.
 _OURS = frozenset({"num_labels_in_batch"})
 _numbers = itertools.count()
 
 
-def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> nn.Module:
+def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: CommType = "p2p") -> nn.Module:
     """Let a model's attention see the whole sequence while each rank of an axis holds a part of it, in place.
 
     The model's modules, names and parameters stay. Its config names an attention function of its own, registered with
