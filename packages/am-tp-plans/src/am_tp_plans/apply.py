@@ -77,7 +77,7 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     model.sequence_shards = tp_mesh.size() if shards else 1
     if tp_mesh.size() > 1:
         refuse_parts(model, concrete, shards_sequence=shards)
-    if model.sequence_shards > 1 and hasattr(model, "generate"):
+    if shards and tp_mesh.size() > 1 and hasattr(model, "generate"):
         cast(Any, model).generate = functools.partial(_refuse_to_generate, type(model).__name__)
     return model
 
