@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import nox
 from packaging.requirements import Requirement
@@ -284,7 +285,11 @@ def install(session: nox.Session, *requirements: str) -> None:
     options = ["-c", CONSTRAINTS] if CONSTRAINTS else []
     if not uses_uv(session):
         options.append("--no-compile")  # the first import compiles what is used, a tenth of what is installed
+    named = [r for r in requirements if r != "-e"]
+    session.log(f"installs {len(named)} requirements and what they need, once: minutes where torch is among them")
+    begun = time.monotonic()
     session.install(*options, *requirements, env=installer_settings())
+    session.log(f"installed {', '.join(named)} in {time.monotonic() - begun:.0f} s")
     stamp.write_text(made_by)
 
 

@@ -16,6 +16,7 @@ from am_moe._torch_compat import reduce_unused
 from am_moe.evaluation import reshard_after_evaluation
 from am_moe.expert_parallel import check_adapters
 from am_moe.experts import Experts, describe_experts
+from am_moe.packed import check_packed
 from am_moe.same_towers import run_towers_on_every_rank
 from am_moe.units import edges, layer_stacks, layers, may_use_a_part, units_of_another_dtype
 
@@ -72,7 +73,7 @@ def apply_fsdp(
     found = describe_experts(model)
     if ep_enabled and ep_shard_enabled and ep_shard_mesh is None:
         raise ValueError("ep_shard_enabled=True needs ep_shard_mesh, the ranks that hold the same experts")
-    check_units(model, ep_enabled, lm_head_precision, wrap_outer_model)
+    check_units(model, ep_enabled, lm_head_precision, wrap_outer_model, mp_policy)
     if ep_enabled:
         check_adapters(found)
     head, head_dtype = _head(model, lm_head_precision)
@@ -138,9 +139,14 @@ def _refuse_save_pretrained(model: Any) -> None:
 
 
 def check_units(
-    model: nn.Module, ep_enabled: bool, lm_head_precision: str | torch.dtype | None, wrap_outer_model: bool
+    model: nn.Module,
+    ep_enabled: bool,
+    lm_head_precision: str | torch.dtype | None,
+    wrap_outer_model: bool,
+    mp_policy: MixedPrecisionPolicy | None,
 ) -> None:
     """Refuse what `apply_fsdp` would, with its errors, as far as the model alone shows it; nothing is changed."""
+    check_packed(model, mp_policy or MixedPrecisionPolicy())
     _head(model, lm_head_precision)
     spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
     units_of_another_dtype(model, MixedPrecisionPolicy(), spread)

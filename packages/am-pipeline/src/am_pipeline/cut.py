@@ -266,6 +266,7 @@ def _readings(
     if not found and isinstance(first, CannotCutError):
         raise first
     if not found:
+        _refuse_packed(weightless.model, first)
         raise CannotCutError(f"its forward failed on a few tokens: {type(first).__name__}: {first}") from first
 
 
@@ -280,6 +281,15 @@ def _forms(weightless: Weightless, units: Units, example_inputs: Mapping[str, An
     beside = (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not units.is_layer(n))
     for width, dtype in dict.fromkeys((m.in_features, m.weight.dtype) for m in beside):
         yield features_form(name, width, dtype, model.training)
+
+
+def _refuse_packed(model: nn.Module, cause: Exception | None) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
+            raise CannotCutError(
+                f"{name}.weight is packed (quantised), which cannot be read without its numbers; FSDP2 "
+                "can shard such a model (am-fsdp)"
+            ) from cause
 
 
 def build_part(
@@ -314,7 +324,16 @@ def build_part(
             setattr(module, leaf, module._buffers[leaf].clone())
     if patch_causal_lm_model:
         boundary.install(part)
+    if hasattr(part, "generate"):
+        part.generate = partial(_refuse_to_generate, type(model).__name__)
     return part, boundary
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"a part of {name} cannot generate: the other layers are on other ranks. Write the parts as a folder "
+        "(am_fsdp.save_hf_weights(parts, folder, pipeline_parts=True)) and generate from it; schedule.eval gives logits"
+    )
 
 
 def _passage_for_call(

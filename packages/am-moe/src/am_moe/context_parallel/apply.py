@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -41,14 +42,15 @@ from am_moe.context_parallel.support import (
 )
 from am_moe.context_parallel.transport import place
 
-COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+CommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+COMM_TYPES = get_args(CommType)
 _PREFIX = "am_moe_context_parallel"
 # What shard_batch adds, of which a forward may know nothing.
 _OURS = frozenset({"num_labels_in_batch"})
 _numbers = itertools.count()
 
 
-def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> nn.Module:
+def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: CommType = "p2p") -> nn.Module:
     """Let a model's attention see the whole sequence while each rank of an axis holds a part of it, in place.
 
     The model's modules, names and parameters stay. Its config names an attention function of its own, registered with
@@ -117,11 +119,20 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
             for module in tower.modules():
                 if isinstance(module, CONVOLUTIONS):
                     module.register_forward_pre_hook(context.before_convolution)
+        if hasattr(model, "generate"):
+            model.generate = functools.partial(_refuse_to_generate, type(model).__name__)
         model.register_forward_pre_hook(context.before_forward, with_kwargs=True)
         model.register_forward_hook(context.after_forward, always_call=True)
     for _, module in engine:
         _set_engine_group(module, cp_mesh, cp_comm_type)
     return whole
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"{name} cannot generate under context parallelism, which is for training: a new token is in no rank's part "
+        "of the sequence. Lay it out without, or write a folder (am_fsdp.save_hf_weights) and generate from it"
+    )
 
 
 class _Context:

@@ -26,6 +26,7 @@ from am_moe.context_parallel.plan import head_tail
 from am_moe.context_parallel.reading import Reading, UnprovenError, running
 from am_moe.context_parallel.rules import Mean, Part, Sum, Wrong
 from am_moe.context_parallel.skeleton import skeleton_of
+from am_moe.packed import packed_weights
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,9 @@ class _Runs:
         except Exception as error:  # of any kind: its code may not expect a part of a sequence
             if recorded is None and isinstance(error, ValueError):  # the model's own, or a mask that is not known
                 raise
+            if packed := packed_weights(self.model):
+                first = next(iter(packed))
+                raise UnprovenError(f"holds packed (quantised) weights such as {first}, which are not read") from error
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise UnprovenError(f"cannot be read, its forward ends with {what}") from error
         finally:
