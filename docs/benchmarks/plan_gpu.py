@@ -23,13 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-import am_fsdp
 from planning.calibrate import calibrate
 from planning.layouts import Job, Layout
 from planning.machine import Machine, load, save
 from planning.model import of_model
 from planning.search import Tracer, peak_of
 from planning.step import Clock
+
+import am_fsdp
 from training.layout import lay_out
 from training.model import build_optimizer
 
@@ -72,11 +73,8 @@ def main() -> None:
             print(f"| {name} | {error} |")
             continue
         seconds, peak = plans[name]
-        shown = f"{held / 2**20:,.0f}" if held else ""
-        print(
-            f"| {name} | {1e3 * seconds:.1f} | {1e3 * spent:.1f} | {seconds / spent:.2f} | {peak / 2**20:,.0f} | {shown} |",
-            flush=True,
-        )
+        cells = [name, f"{1e3 * seconds:.1f}", f"{1e3 * spent:.1f}", f"{seconds / spent:.2f}", f"{peak / 2**20:,.0f}"]
+        print("| " + " | ".join([*cells, f"{held / 2**20:,.0f}" if held else ""]) + " |", flush=True)
         kernels[name] = {"seconds": spent, "planned": seconds, "peak": held, "planned peak": peak, "kernels": seen}
     (args.out / "kernels.json").write_text(json.dumps(kernels, indent=1))
     print(f"\n{time.perf_counter() - begun:.0f} s in all")
@@ -147,7 +145,6 @@ def measured(setting: tuple, turns: int) -> tuple[float, int, dict[str, float]]:
         wait()
     times = {e.key: e.device_time_total if GPU else e.self_cpu_time_total for e in seen.key_averages()}
     largest = sorted(times.items(), key=lambda item: -item[1])[:60]
-    del layout, optimizers
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()

@@ -17,7 +17,6 @@ import sys
 import warnings
 
 import torch
-
 from planning import machine as machines
 from planning.layouts import Job
 from planning.machine import Machine, quantity

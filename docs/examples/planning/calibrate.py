@@ -48,9 +48,7 @@ def calibrate(dtype: torch.dtype, base: Machine | None = None) -> Machine:
         forward = _seconds(lambda: attend(q, q, q, is_causal=True), device)
     both = _seconds(lambda: attend(q, q, q, is_causal=True).sum().backward(), device)
     flops = 4.0 * pairs * width
-    large = torch.randn(2**26 if gpu else 2**22, dtype=dtype, device=device)
-    moved = 3 * large.nbytes
-    adding = _seconds(lambda: torch.add(large, large, alpha=2.0), device)
+    moving = tuple(_moved(2**power, dtype, device) for power in ((16, 20, 23, 26) if gpu else (10, 15, 19, 22, 25)))
     small = torch.ones(4, device=device)
     kernel = _seconds(lambda: small.add_(1.0), device, repeats=200) if not gpu else _queued(small)
     name = torch.cuda.get_device_name() if gpu else "cpu"
@@ -63,7 +61,7 @@ def calibrate(dtype: torch.dtype, base: Machine | None = None) -> Machine:
         grouped=_grouped(dtype, device) / like(2.0 * 256 * 1024 * 1024 if gpu else 2.0 * 64 * 256 * 256),
         attention=flops / forward / like(flops),
         attention_backward=2.5 * flops / max(both - forward, 1e-9) / like(2.5 * flops),
-        bandwidth=moved / adding,
+        moving=moving,
         kernel=kernel,
         operator=_operator(device),
         unit=_unit(device, dtype),
@@ -98,6 +96,12 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
     return 2.0 * size**3 / _seconds(lambda: a @ b, device, 20 if size <= 1024 else 5)
 
 
+def _moved(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """The logarithm of the bytes of an addition of this size, and bytes per second."""
+    x, y, out = (torch.ones(elements, dtype=dtype, device=device) for _ in range(3))
+    return math.log10(3 * x.nbytes), 3 * x.nbytes / _seconds(lambda: torch.add(x, y, alpha=2.0, out=out), device, 20)
+
+
 def _grouped(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of eight products of one call; on a CPU torch computes one after the other."""
     rows, width = (256, 1024) if device.type == "cuda" else (64, 256)
@@ -122,7 +126,7 @@ def _queued(small: torch.Tensor) -> float:
 
 
 def _operator(device: torch.device) -> float:
-    """Seconds of the host for an operator of a forward or a backward: a chain of small ones, counted as a trace counts."""
+    """Seconds of the host for an operator of a forward or a backward: of a chain of small ones."""
     layers = nn.Sequential(*(nn.LayerNorm(8, device=device) for _ in range(20)))
     x = torch.ones(2, 8, device=device)
 

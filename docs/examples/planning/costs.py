@@ -29,7 +29,7 @@ from am_fsdp.ledger import Ledger
 from planning.attention import fuse_attention
 from planning.model import Planned
 from training.model import main_output, next_token_loss
-from verifying.model import takes, vocabulary
+from verifying.model import takes
 
 REST = -1  # what is no layer: embedding, final norm, head, loss
 EXPERTS = 1000  # added to the kind of a layer: its routed experts

@@ -29,9 +29,9 @@ class Machine:
         name, source: what it is, and where the numbers are from.
         memory: bytes of a rank.
         peak: FLOP/s on the data sheet, in the dtype to compute in; for utilisation alone.
-        products: FLOP/s of matrix products by the logarithm of their FLOPs, in rising order; between two, in proportion.
+        products: FLOP/s of matrix products by the logarithm of their FLOPs, in rising order.
         grouped, attention, attention_backward: the share of the rate of a product of the same size that these reach.
-        bandwidth: bytes per second of element-wise kernels, read and written.
+        moving: bytes per second of element-wise kernels, read and written, by the logarithm of their bytes.
         kernel: seconds of the shortest kernel.
         operator: seconds that the host takes for an operator, launched or only looked at.
         unit: seconds that the host takes for a unit of FSDP2 to be gathered, or its gradient to be reduced.
@@ -49,7 +49,7 @@ class Machine:
     grouped: float
     attention: float
     attention_backward: float
-    bandwidth: float
+    moving: tuple[tuple[float, float], ...]
     kernel: float
     operator: float
     unit: float
@@ -66,10 +66,15 @@ class Machine:
     def seconds(self, work: Work) -> float:
         """Of a kernel on the device."""
         if work.kind == "element-wise":
-            return max(self.kernel, work.bytes / self.bandwidth)
+            return max(self.kernel, work.bytes / _rate(self.moving, work.bytes))
         share = {"grouped": self.grouped, "attention": self.attention, "attention backward": self.attention_backward}
-        rate = share.get(work.kind, 1.0) * self._product_rate(work.flops)
+        rate = share.get(work.kind, 1.0) * _rate(self.products, work.flops)
         return max(self.kernel, work.flops / rate, work.bytes / self.bandwidth)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of large tensors."""
+        return self.moving[-1][1]
 
     def message(self, kind: str, size: float, ranks: int, neighbours: int) -> float:
         """Seconds of a collective of `size` bytes over `ranks`, of which `neighbours` are on a node.
@@ -91,17 +96,6 @@ class Machine:
         link = self.inside if same_node else self.across
         return link.latency + size / link.bandwidth
 
-    def _product_rate(self, flops: float) -> float:
-        where = math.log10(max(flops, 1.0))
-        sizes = [size for size, _ in self.products]
-        right = bisect.bisect(sizes, where)
-        if right == 0:
-            return self.products[0][1]
-        if right == len(sizes):
-            return self.products[-1][1]
-        (x0, y0), (x1, y1) = self.products[right - 1], self.products[right]
-        return y0 + (y1 - y0) * (where - x0) / (x1 - x0)
-
     def with_links(self, links: str) -> Machine:
         """Bandwidths inside a node and across nodes, such as `450GB/s,50GB/s`.
 
@@ -117,6 +111,16 @@ class Machine:
             inside=dataclasses.replace(self.inside, bandwidth=inside),
             across=dataclasses.replace(self.across, bandwidth=across),
         )
+
+
+def _rate(table: tuple[tuple[float, float], ...], size: float) -> float:
+    """Between two sizes that were measured, in proportion to the logarithm."""
+    where = math.log10(max(size, 1.0))
+    right = bisect.bisect([size for size, _ in table], where)
+    if right in (0, len(table)):
+        return table[min(right, len(table) - 1)][1]
+    (x0, y0), (x1, y1) = table[right - 1], table[right]
+    return y0 + (y1 - y0) * (where - x0) / (x1 - x0)
 
 
 def quantity(text: str, what: str) -> float:
@@ -151,7 +155,8 @@ def load(name: str) -> Machine:
     values = json.loads(path.read_text())
     for link in ("inside", "across"):
         values[link] = Link(**values[link])
-    values["products"] = tuple((size, rate) for size, rate in values["products"])
+    for table in ("products", "moving"):
+        values[table] = tuple((size, rate) for size, rate in values[table])
     return Machine(**values)
 
 
@@ -166,7 +171,7 @@ _H100 = Machine(
     grouped=0.7,
     attention=0.7,
     attention_backward=0.55,
-    bandwidth=2.7e12,
+    moving=((6.0, 1.0e12), (8.0, 2.5e12), (9.0, 2.8e12)),
     kernel=3e-6,
     operator=6e-6,
     unit=2e-4,
@@ -180,6 +185,6 @@ _H100_500W = dataclasses.replace(
     source="torchtitan, benchmarks/llama3_h100_202412_torchtitan.md: 2.4 TB/s, 500 W",
     memory=96e9,
     products=tuple((size, rate * 0.8) for size, rate in _H100.products),
-    bandwidth=_H100.bandwidth * 2.4 / 3.35,
+    moving=tuple((size, rate * 2.4 / 3.35) for size, rate in _H100.moving),
 )
 MACHINES = {machine.name: machine for machine in (_H100, _H100_500W)}

@@ -91,7 +91,7 @@ def memory_of(costs: Costs, layout: Layout, held: Held, microbatches: int, size:
         size * (part.parameters + (experts.parameters / layout.ep if experts else 0)) for part, experts, _ in units
     ]
     largest = max(whole, default=0)
-    # Experts that are on no other rank are no unit: their copy in the dtype to compute in is an activation of the layer.
+    # Experts that no other rank holds are no unit: their copy in the dtype to compute in is an activation.
     alone = layout.ep > 1 and copies == 1 and bool(layout.recompute)
     stack = sum(size * p.parameters * n if alone else w * n for w, (p, _, n) in zip(whole, units, strict=True))
     number = sum(count for _, _, count in units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from planning.layouts import Job
@@ -16,8 +17,8 @@ AXES = {"tp": "tensor", "ep": "expert", "cp": "context", "dp": "data", "replicas
 def table(planned: Planned, machine: Machine, job: Job, search: Search, memory: float, command: str) -> str:
     """The best ten, and why each is before the next."""
     lines = [
-        f"{planned.name}: {planned.parameters / 1e9:.2f} B parameters on {job.ranks:,} ranks of {machine.name} "
-        f"({machine.source}); {job.batch} x {job.seq_len} tokens a step, {_bytes(memory)} a rank",
+        f"{planned.name}: {planned.parameters / 1e9:.2f} B parameters on {job.ranks:,} ranks of {machine.name}",
+        f"{job.batch} x {job.seq_len} tokens a step, {_bytes(memory)} a rank; {machine.source}",
         "",
         f"{'':>2}  {'tokens/s':>8}  {'MFU':>5}  {'peak':>9}  {'waits':>5}  {'idle':>5}  layout",
     ]
@@ -44,7 +45,8 @@ def reason(better: Found, worse: Found) -> str:
         return f"the same time, and {_bytes(better.memory.peak)} instead of {_bytes(worse.memory.peak)}"
     what = max(a.keys() | b.keys(), key=lambda key: b.get(key, 0.0) - a.get(key, 0.0))
     saved = b.get(what, 0.0) - a.get(what, 0.0)
-    return f"{gain / better.time.seconds:.1%} faster; {what} takes {_seconds(saved)} less of {_seconds(worse.time.seconds)}"
+    faster = gain / better.time.seconds
+    return f"{faster:.1%} faster; {what} takes {_seconds(saved)} less of {_seconds(worse.time.seconds)}"
 
 
 def as_data(planned: Planned, machine: Machine, job: Job, search: Search, command: str) -> dict[str, Any]:
@@ -93,10 +95,10 @@ def notes(search: Search) -> list[str]:
 def nothing_fits(planned: Planned, job: Job, search: Search, memory: float) -> str:
     """What would: fewer tokens of a microbatch, recomputation and offload are in the smallest already or said."""
     if search.smallest is None:
-        needed = 16 * planned.parameters / job.ranks
+        needed = 16 * planned.parameters
         return (
             f"{planned.name} fits no layout of {job.ranks} ranks with {_bytes(memory)}: weights, gradients and "
-            f"optimizer alone take {_bytes(needed)} of each; take {_ranks(16 * planned.parameters, memory)} ranks or more, "
+            f"optimizer alone take {_bytes(needed / job.ranks)} of each; take {_ranks(needed, memory)} ranks or more, "
             "or LoRA (--lora 16)"
         )
     layout, peak = search.smallest
@@ -152,7 +154,7 @@ def _indented(lines: list[str]) -> list[str]:
 
 
 def _pairs(found: list[Found]) -> list[tuple[Found, Found]]:
-    return list(zip(found, found[1:], strict=False))
+    return list(itertools.pairwise(found))
 
 
 def _seconds(seconds: float) -> str:

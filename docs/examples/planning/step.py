@@ -18,8 +18,9 @@ from typing import Any
 import am_moe
 from am_pipeline.anatomy import Anatomy, modules_beside
 from am_pipeline.balance import balanced, costs_of
-from am_pipeline.order import Event, Order, bubble_fraction, peak_live, schedule_order, simulate
+from am_pipeline.order import Event, Order, peak_live, schedule_order, simulate
 from planning.costs import EXPERTS, REST, Costs, Part, scaled
+from planning.costs import Work as WorkOf
 from planning.layouts import Job, Layout
 from planning.machine import Machine
 from planning.memory import WIDE, Held
@@ -217,7 +218,7 @@ class Clock:
         return compute + sum(exposed.values()), compute, exposed
 
     def _in_blocks(self, span: Span, ranks: int) -> float:
-        """What attention takes longer where keys come by: a kernel for each half of each rank's, and its bookkeeping."""
+        """What attention takes longer where keys come by: a kernel for each half of each rank's, and bookkeeping."""
         blocks = 2 * ranks
         longer = 0.0
         for work, number in span.attention:
@@ -292,8 +293,9 @@ class Clock:
                 if experts := costs.parts.get(EXPERTS + kind):
                     numbers += number * experts.trained / (self._stage_ranks(layout) if layout.ep > 1 else layout.data)
             most, tensors = max(most, numbers), max(tensors, sum(number for _, number in layers))
-        host = tensors * self._tensors_of_a_layer * _UPDATES * self.machine.operator
-        return self.machine.beside(_PASSES * WIDE * most / self.machine.bandwidth, host)
+        count = max(1, tensors * self._tensors_of_a_layer)
+        passes = self.machine.seconds(WorkOf("element-wise", 0.0, 3 * WIDE * most / count)) * count * _PASSES / 3
+        return self.machine.beside(passes, count * _UPDATES * self.machine.operator)
 
     @staticmethod
     def _stage_ranks(layout: Layout) -> int:
@@ -324,8 +326,8 @@ class Labour:
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds of a part's kernels, its messages over the tensor axis, the bytes of its keys and values, and which of its
-    kernels are attention."""
+    """Seconds of a part's kernels, its messages over the tensor axis, the bytes of its keys and values, and its kernels
+    of attention."""
 
     seconds: float
     messages: Any
