@@ -18,8 +18,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from planning.costs import REST, count_costs
 from planning.machine import Link, Machine
+from planning.model import of_model
 
 
 def calibrate(dtype: torch.dtype, base: Machine | None = None) -> Machine:
@@ -50,7 +53,8 @@ def calibrate(dtype: torch.dtype, base: Machine | None = None) -> Machine:
     flops = 4.0 * pairs * width
     moving = tuple(_moved(2**power, dtype, device) for power in ((16, 20, 23, 26) if gpu else (10, 15, 19, 22, 25)))
     small = torch.ones(4, device=device)
-    kernel = _seconds(lambda: small.add_(1.0), device, repeats=200) if not gpu else _queued(small)
+    kernel = _seconds(lambda: small.add_(1.0), device, repeats=200) if not gpu else _queued(lambda: small.add_(1.0), device)
+    operators = _operators(device)
     name = torch.cuda.get_device_name() if gpu else "cpu"
     return Machine(
         name=name,
@@ -63,7 +67,8 @@ def calibrate(dtype: torch.dtype, base: Machine | None = None) -> Machine:
         attention_backward=2.5 * flops / max(both - forward, 1e-9) / like(2.5 * flops),
         moving=moving,
         kernel=kernel,
-        operator=_operator(device),
+        forward_operator=operators[0],
+        backward_operator=operators[1],
         unit=_unit(device, dtype),
         inside=base.inside if base else Link(_copied() / 4, 2e-4),
         across=base.across if base else Link(_copied() / 4, 2e-4),
@@ -93,13 +98,15 @@ def _wait(device: torch.device) -> None:
 
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    if device.type == "cuda" and size < 2048:  # the host would take longer
+        return 2.0 * size**3 / _queued(lambda: a @ b, device)
     return 2.0 * size**3 / _seconds(lambda: a @ b, device, 20 if size <= 1024 else 5)
 
 
 def _moved(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """The logarithm of the bytes of an addition of this size, and bytes per second."""
-    x, y, out = (torch.ones(elements, dtype=dtype, device=device) for _ in range(3))
-    return math.log10(3 * x.nbytes), 3 * x.nbytes / _seconds(lambda: torch.add(x, y, alpha=2.0, out=out), device, 20)
+    x, y = (torch.ones(elements, dtype=dtype, device=device) for _ in range(2))
+    return math.log10(3 * x.nbytes), 3 * x.nbytes / _seconds(lambda: torch.add(x, y, alpha=2.0), device, 20)
 
 
 def _grouped(dtype: torch.dtype, device: torch.device) -> float:
@@ -115,28 +122,33 @@ def _grouped(dtype: torch.dtype, device: torch.device) -> float:
     return 8 * 2.0 * rows * width * width / _seconds(call, device)
 
 
-def _queued(small: torch.Tensor) -> float:
+def _queued(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds of a short kernel on a device that has enough to do: those of a graph of them."""
+    call()
     graph = torch.cuda.CUDAGraph()
-    small.add_(1.0)
     with torch.cuda.graph(graph):
         for _ in range(100):
-            small.add_(1.0)
-    return _seconds(graph.replay, small.device) / 100
+            call()
+    return _seconds(graph.replay, device) / 100
 
 
-def _operator(device: torch.device) -> float:
-    """Seconds of the host for an operator of a forward or a backward: of a chain of small ones."""
-    layers = nn.Sequential(*(nn.LayerNorm(8, device=device) for _ in range(20)))
-    x = torch.ones(2, 8, device=device)
-
-    def call() -> None:
-        y = x
-        for layer in layers:
-            y = layer(y) * 2.0 + x
-        y.sum().backward()
-
-    return _seconds(call, device, 10) / (20 * 10)
+def _operators(device: torch.device) -> tuple[float, float]:
+    """Seconds of the host for an operator of a forward and of a backward: a small Llama's, counted by a trace."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("llama", num_hidden_layers=4, vocab_size=64, use_cache=False, **sizes)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    costs = count_costs(of_model(twin, "llama"), seq_len=8, dtype=torch.float32)
+    counted = [
+        4 * share[0].operators + share[1].operators
+        for share in zip(*((part.forward, part.backward) for part in (costs.parts[0], costs.parts[REST])), strict=True)
+    ]
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    ids = torch.zeros(1, 8, dtype=torch.int64, device=device)
+    forward = _seconds(lambda: model(ids, labels=ids), device)
+    both = _seconds(lambda: model(ids, labels=ids).loss.backward(), device)
+    return forward / counted[0], (both - forward) / counted[1]
 
 
 def _unit(device: torch.device, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,7 @@ class Costs:
         hidden: bytes of a sequence's hidden state between layers.
         width: of the hidden state; elements of a token's row.
         seq_len: the length that was traced.
+        recomputed: whether a layer's forward runs again in its backward.
     """
 
     parts: dict[int, Part]
@@ -103,6 +104,7 @@ class Costs:
     hidden: int
     width: int
     seq_len: int
+    recomputed: bool = False
 
 
 def count_costs(
@@ -143,7 +145,7 @@ def count_costs(
             am_tp_plans.apply_plan(twin, mesh, {key: style for key, style in plan.items() if not _inside(key, experts)})
         am_fsdp.checkpoint_layers(twin, recompute)
         fuse_attention(twin)  # after the plan, which is derived from the model's own
-        return _traced(twin, planned, mesh, fake, seq_len)
+        return replace(_traced(twin, planned, mesh, fake, seq_len), recomputed=recompute in (True, "full"))
     finally:
         dist.destroy_process_group()
 

@@ -33,7 +33,8 @@ class Machine:
         grouped, attention, attention_backward: the share of the rate of a product of the same size that these reach.
         moving: bytes per second of element-wise kernels, read and written, by the logarithm of their bytes.
         kernel: seconds of the shortest kernel.
-        operator: seconds that the host takes for an operator, launched or only looked at.
+        forward_operator, backward_operator: seconds that the host takes for an operator, launched or only looked at:
+            behind the modules of a forward, and in the backward, which is not Python.
         unit: seconds that the host takes for a unit of FSDP2 to be gathered, or its gradient to be reduced.
         inside, across: links of ranks of a node, and of different nodes.
         overlap: of device, host and messages beside each other, the share that costs no time; 0 where they share cores.
@@ -51,7 +52,8 @@ class Machine:
     attention_backward: float
     moving: tuple[tuple[float, float], ...]
     kernel: float
-    operator: float
+    forward_operator: float
+    backward_operator: float
     unit: float
     inside: Link
     across: Link
@@ -160,21 +162,22 @@ def load(name: str) -> Machine:
     return Machine(**values)
 
 
-# Rates of products and attention of the H100 are to be replaced by a calibration of the card at hand. The links are
-# those of a DGX H100: NVLink 450 GB/s and a 400 Gb/s adapter for each card, each way, of which NCCL reaches about 80 %.
+# The links are those of a DGX H100: NVLink 450 GB/s and an adapter of 400 Gb/s for each card, each way; NCCL reaches about
+# 80 % of them.
 _H100 = Machine(
     name="h100",
-    source="NVIDIA H100 SXM data sheet; efficiencies by --calibrate",
+    source="measured on an H100 SXM (80 GB HBM3, 700 W) with torch 2.11; links from its data sheet",
     memory=80 * 2**30,
     peak=989e12,
-    products=((8.0, 10e12), (9.0, 80e12), (10.0, 300e12), (11.0, 500e12), (12.0, 620e12), (13.0, 650e12)),
+    products=((8.4, 50e12), (9.3, 250e12), (10.2, 548e12), (11.1, 716e12), (12.0, 760e12)),
     grouped=0.7,
-    attention=0.7,
-    attention_backward=0.55,
-    moving=((6.0, 1.0e12), (8.0, 2.5e12), (9.0, 2.8e12)),
-    kernel=3e-6,
-    operator=6e-6,
-    unit=2e-4,
+    attention=0.77,
+    attention_backward=0.7,
+    moving=((6.0, 1.0e12), (7.5, 2.5e12), (8.6, 2.83e12)),
+    kernel=1.5e-6,
+    forward_operator=21e-6,
+    backward_operator=6e-6,
+    unit=3.9e-4,
     inside=Link(360e9, 8e-6),
     across=Link(40e9, 15e-6),
 )

@@ -145,15 +145,20 @@ class Clock:
         if key not in self._spans:
             self._kept_alive[id(costs)] = costs
             part = costs.parts[kind]
-            self._spans[key] = tuple(self._measure(scaled(s, share)) for s in (part.forward, part.backward))  # type: ignore[assignment]
+            again = part.forward.operators if costs.recomputed and kind != REST else 0
+            self._spans[key] = (
+                self._measure(scaled(part.forward, share), part.forward.operators),
+                self._measure(scaled(part.backward, share), again),
+            )
         return self._spans[key]
 
-    def _measure(self, share: Any) -> Span:
+    def _measure(self, share: Any, forward: int) -> Span:
+        """Of a share, so many of whose operators come from the modules' forward."""
         machine = self.machine
         device = sum(number * machine.seconds(work) for work, number in share.work.items())
-        host = share.operators * machine.operator
+        host = forward * machine.forward_operator + max(0, share.operators - forward) * machine.backward_operator
         attention = tuple((work, number) for work, number in share.work.items() if work.kind.startswith("attention"))
-        return Span(machine.beside(device, host), share.messages, share.keys_values, attention)
+        return Span(device, host, share.messages, share.keys_values, attention)
 
     def _stage(
         self, costs: Costs, layout: Layout, stage: dict[int, int], index: int, count: int, share: float, size: int
@@ -173,8 +178,9 @@ class Clock:
                 span = self._span(costs, REST, share)[backward]
                 waiting = self._tensor_messages(span, layout)
                 part = 1.0 if count == 1 or index == count - 1 else 0.05
-                total += part * (span.seconds + waiting)
-                compute += part * span.seconds
+                seconds = self.machine.beside(span.device, span.host)
+                total += part * (seconds + waiting)
+                compute += part * seconds
                 if waiting:
                     exposed["tp"] = exposed.get("tp", 0.0) + part * waiting
             if layout.pp > 1:
@@ -191,46 +197,51 @@ class Clock:
         """Seconds of a layer, of its own kernels, and of waiting by axis."""
         part, experts = costs.parts[kind], costs.parts.get(EXPERTS + kind)
         span = self._span(costs, kind, share)[backward]
-        own = span.seconds
+        device, host = span.device, span.host
         exposed: dict[str, float] = {}
         if (waiting := self._tensor_messages(span, layout)) > 0:
             exposed["tp"] = waiting
         if experts is not None:
-            own += self._span(costs, EXPERTS + kind, share)[backward].seconds / (layout.tp if layout.ep > 1 else 1)
+            inside = self._span(costs, EXPERTS + kind, share)[backward]
+            device += inside.device / (layout.tp if layout.ep > 1 else 1)
+            host += inside.host
             if layout.ep > 1:
-                exposed["ep"] = self._dispatch(costs, layout, share, backward)
+                exposed["ep"] = self._dispatch(layout, share, backward)
         if layout.cp > 1:
-            own += self._in_blocks(span, layout.cp)
-        compute = own
+            longer, more = self._in_blocks(span, layout.cp)
+            device, host = device + longer, host + more
+        arriving, gathered = self._gather(part, experts, layout, size, backward)
+        if gathered:  # cast, copied in and out
+            device += 6 * gathered / self.machine.bandwidth
+            host += self.machine.unit
+        compute = own = self.machine.beside(device, host)
         if layout.cp > 1:
             # Each rank needs three quarters of the others' keys on average, by the causal mask; in the backward keys
             # travel again, and their gradients.
             keys = span.keys_values or self._span(costs, kind, share)[0].keys_values
             sent = 0.75 * keys * (layout.cp - 1) * (3 if backward and layout.recompute else 2 if backward else 1)
-            neighbours = self._neighbours(layout.tp, layout.cp)
-            link = self.machine.inside if neighbours >= layout.cp else self.machine.across
+            link = self.machine.inside if self._neighbours(layout.tp, layout.cp) >= layout.cp else self.machine.across
             moving = (layout.cp - 1) * link.latency + sent / link.bandwidth
             exposed["cp"] = self.machine.beside(own, moving) - own
-            own = self.machine.beside(own, moving)
-        gathered = self._gather(part, experts, layout, size, backward)
-        if gathered:
-            exposed["dp"] = self.machine.beside(own, gathered) - own
+            own += exposed["cp"]
+        if arriving:
+            exposed["dp"] = self.machine.beside(own, arriving) - own
         return compute + sum(exposed.values()), compute, exposed
 
-    def _in_blocks(self, span: Span, ranks: int) -> float:
-        """What attention takes longer where keys come by: a kernel for each half of each rank's, and bookkeeping."""
-        blocks = 2 * ranks
-        longer = 0.0
-        for work, number in span.attention:
+    def _in_blocks(self, span: Span, ranks: int) -> tuple[float, float]:
+        """What attention takes longer where keys come by, of device and host: a kernel for each half of each rank's,
+        and bookkeeping."""
+        blocks, longer, number = 2 * ranks, 0.0, 0
+        for work, times in span.attention:
             piece = work._replace(flops=work.flops / blocks, bytes=work.bytes / blocks)
-            longer += number * (blocks * self.machine.seconds(piece) - self.machine.seconds(work))
-            longer += number * blocks * _PER_BLOCK * self.machine.operator
-        return longer
+            longer += times * (blocks * self.machine.seconds(piece) - self.machine.seconds(work))
+            number += times * blocks
+        return longer, number * _PER_BLOCK * self.machine.forward_operator
 
     def _tensor_messages(self, span: Span, layout: Layout) -> float:
         return sum(number * self._message(kind, size, 1, layout.tp) for (kind, size), number in span.messages.items())
 
-    def _dispatch(self, costs: Costs, layout: Layout, share: float, backward: bool) -> float:
+    def _dispatch(self, layout: Layout, share: float, backward: bool) -> float:
         forward, back = exchanged(self.planned, layout.ep)
         tokens = share * self.job.seq_len / layout.tp
         size = (back + (forward if layout.recompute else 0)) if backward else forward
@@ -238,30 +249,31 @@ class Clock:
         whole = size * tokens / times * layout.ep / (layout.ep - 1)
         return times * self._message("all_to_all", whole, 1, layout.ep)
 
-    def _gather(self, part: Part, experts: Part | None, layout: Layout, size: int, backward: bool) -> float:
-        """Of the layer's weights over the data ranks, in this pass."""
+    def _gather(
+        self, part: Part, experts: Part | None, layout: Layout, size: int, backward: bool
+    ) -> tuple[float, float]:
+        """Seconds in which the layer's weights arrive from the data ranks in this pass, and their bytes."""
         if layout.pp > 1:  # what a backward has gathered stays until the next forward of the stage has ended
             gathers = backward and not layout.stays_gathered
         else:
             gathers = not (backward and layout.stays_gathered)
         if not gathers:
-            return 0.0
-        whole, stride = size * part.parameters, layout.tp
-        local = 0.0
-        if experts is not None and layout.ep == 1:
-            whole += size * experts.parameters
-        elif experts is not None:
-            copies = self._stage_ranks(layout) // layout.ep
-            local = self._message("all_gather", size * experts.parameters / layout.ep, layout.ep, copies)
-        copied = 4 * whole / self.machine.bandwidth + self.machine.unit
-        return self._message("all_gather", whole, stride, layout.data) + local + copied
+            return 0.0, 0.0
+        whole = size * part.parameters
+        if experts is None or layout.ep == 1:
+            whole += size * (experts.parameters if experts else 0)
+            return self._message("all_gather", whole, layout.tp, layout.data), whole
+        copies, mine = self._stage_ranks(layout) // layout.ep, size * experts.parameters / layout.ep
+        arriving = self._message("all_gather", whole, layout.tp, layout.data)
+        return arriving + self._message("all_gather", mine, layout.ep, copies), whole + mine
 
     def _after_the_last(self, costs: Costs, layout: Layout, stages: list[dict[int, int]]) -> dict[str, float]:
         """What of reducing gradients is beside no compute: all of it in a pipeline, else what the last backward does
         not cover."""
         worst = {"dp": 0.0, "replicas": 0.0}
         for layers in _distinct(stages, layout):
-            reduced = copied = own = 0.0
+            reduced = copied = own = device = 0.0
+            units = 0
             for kind, number in layers:
                 part, experts = costs.parts[kind], costs.parts.get(EXPERTS + kind)
                 dense = WIDE * (part.trained + (experts.trained if experts and layout.ep == 1 else 0))
@@ -274,12 +286,15 @@ class Clock:
                     reduced += number * self._message(
                         "reduce_scatter", WIDE * experts.trained / layout.ep, layout.ep, copies
                     )
-                own += number * self._span(costs, kind, layout.microbatch / layout.cp)[1].seconds
-                reduced += number * (2 * dense / self.machine.bandwidth + self.machine.unit)
+                span = self._span(costs, kind, layout.microbatch / layout.cp)[1]
+                own += number * self.machine.beside(span.device, span.host)
+                device += number * 4 * dense / self.machine.bandwidth
+                units += number
             if layout.pp == 1:
                 over = self.machine.beside(own, reduced + copied) - own
                 share = over / (reduced + copied) if reduced + copied else 0.0
                 reduced, copied = reduced * share, copied * share
+            reduced += self.machine.beside(device, units * self.machine.unit)
             if reduced + copied > sum(worst.values()):
                 worst = {"dp": reduced, "replicas": copied}
         return worst
@@ -295,7 +310,7 @@ class Clock:
             most, tensors = max(most, numbers), max(tensors, sum(number for _, number in layers))
         count = max(1, tensors * self._tensors_of_a_layer)
         passes = self.machine.seconds(WorkOf("element-wise", 0.0, 3 * WIDE * most / count)) * count * _PASSES / 3
-        return self.machine.beside(passes, count * _UPDATES * self.machine.operator)
+        return self.machine.beside(passes, count * _UPDATES * self.machine.forward_operator)
 
     @staticmethod
     def _stage_ranks(layout: Layout) -> int:
@@ -326,10 +341,11 @@ class Labour:
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds of a part's kernels, its messages over the tensor axis, the bytes of its keys and values, and its kernels
-    of attention."""
+    """Of a part: seconds of its kernels and of the host, its messages over the tensor axis, the bytes of its keys and
+    values, and its kernels of attention."""
 
-    seconds: float
+    device: float
+    host: float
     messages: Any
     keys_values: float
     attention: tuple = ()
