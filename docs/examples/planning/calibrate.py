@@ -53,7 +53,9 @@ def calibrate(dtype: torch.dtype, base: Machine | None = None) -> Machine:
     flops = 4.0 * pairs * width
     moving = tuple(_moved(2**power, dtype, device) for power in ((16, 20, 23, 26) if gpu else (10, 15, 19, 22, 25)))
     small = torch.ones(4, device=device)
-    kernel = _seconds(lambda: small.add_(1.0), device, repeats=200) if not gpu else _queued(lambda: small.add_(1.0), device)
+    kernel = (
+        _seconds(lambda: small.add_(1.0), device, repeats=200) if not gpu else _queued(lambda: small.add_(1.0), device)
+    )
     operators = _operators(device)
     name = torch.cuda.get_device_name() if gpu else "cpu"
     return Machine(

@@ -162,8 +162,7 @@ def load(name: str) -> Machine:
     return Machine(**values)
 
 
-# The links are those of a DGX H100: NVLink 450 GB/s and an adapter of 400 Gb/s for each card, each way; NCCL reaches about
-# 80 % of them.
+# The links are 80 % of those of a DGX H100: NVLink 450 GB/s, and an adapter of 400 Gb/s for each card, each way.
 _H100 = Machine(
     name="h100",
     source="measured on an H100 SXM (80 GB HBM3, 700 W) with torch 2.11; links from its data sheet",

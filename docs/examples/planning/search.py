@@ -91,13 +91,19 @@ class Tracer:
         return f"tp {layout.tp}{' sp' if layout.sequence_parallel else ''}: {self.refused[key]}"
 
 
-def search(planned: Planned, machine: Machine, job: Job, *, memory: float, keep: int = 10) -> Search:
+def search(
+    planned: Planned, machine: Machine, job: Job, *, memory: float, keep: int = 10, tracer: Tracer | None = None
+) -> Search:
     """The fastest layouts whose peak is at most `memory` bytes.
+
+    Args:
+        keep: how many, each of another shape (`shape_of`).
+        tracer: of the same model and job, with what it has traced already.
 
     Raises:
         ValueError: a batch that no data axis divides; a model that cannot be traced.
     """
-    tracer, clock = Tracer(planned, job), Clock(planned, machine, job)
+    tracer, clock = tracer or Tracer(planned, job), Clock(planned, machine, job)
     plain = tracer.costs(Layout())
     if plain is None:
         raise ValueError(tracer.why(Layout()))
