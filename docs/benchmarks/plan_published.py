@@ -48,9 +48,8 @@ ROWS = [
 
 def main() -> None:
     machine = load("h100-500w")
-    print(
-        "| published | GPUs | tokens/s and GPU | planned | planned/published | GiB | planned |\n|---|---|---|---|---|---|---|"
-    )
+    print("| published | GPUs | tokens/s and GPU | planned | planned/published | GiB | planned |")
+    print("|---|---|---|---|---|---|---|")
     known: dict[tuple, tuple] = {}
     for what, sizes, ranks, batch, layout, rate, memory in ROWS:
         job = Job(ranks, 8, batch, 8192)
