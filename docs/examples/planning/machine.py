@@ -162,10 +162,12 @@ def load(name: str) -> Machine:
     return Machine(**values)
 
 
+# Large products, memory and a unit were calibrated on the card; attention is by a profile, and the host's operators by five
+# steps (docs/benchmarks). Small and grouped products, small tensors, the shortest kernel and latencies are assumed.
 # The links are 80 % of those of a DGX H100: NVLink 450 GB/s, and an adapter of 400 Gb/s for each card, each way.
 _H100 = Machine(
     name="h100",
-    source="measured on an H100 SXM (80 GB HBM3, 700 W) with torch 2.11; links from its data sheet",
+    source="an H100 SXM (80 GB HBM3) with torch 2.11; links by its data sheet",
     memory=80 * 2**30,
     peak=989e12,
     products=((8.4, 50e12), (9.3, 250e12), (10.2, 548e12), (11.1, 716e12), (12.0, 760e12)),
@@ -180,7 +182,8 @@ _H100 = Machine(
     inside=Link(360e9, 8e-6),
     across=Link(40e9, 15e-6),
 )
-# The cards of torchtitan's tables: HBM2e with 2.4 of 3.35 TB/s, and 500 of 700 W, which bounds what products reach.
+# The cards of torchtitan's tables: HBM2e with 2.4 of 3.35 TB/s, and 500 of 700 W, with which products are assumed to reach
+# 80 % of their rate.
 _H100_500W = dataclasses.replace(
     _H100,
     name="h100-500w",

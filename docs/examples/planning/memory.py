@@ -145,9 +145,7 @@ def memory_of(costs: Costs, layout: Layout, held: Held, microbatches: int, size:
     if layout.pp > 1 and not keeps:  # after a backward all layers of its stage stay gathered until the next forward
         moments.append((unreduced, ends_gathered + stack, max(0, live - stack_kept) + layer_forward))
     gradients, gathered, activations = max(moments, key=sum)
-    if (
-        layout.pp > 1
-    ):  # what every microbatch is received in: hidden states, and their gradients
+    if layout.pp > 1:  # what every microbatch is received in: hidden states, and their gradients
         activations += microbatches * costs.hidden * share * (2 * held.stages - held.first - held.last)
     return Memory(int(weights), int(gradients), int(optimizer), int(gathered), int(activations))
 
