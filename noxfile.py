@@ -146,6 +146,14 @@ def compositions(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["together"])
+def garbled(session: nox.Session) -> None:
+    """A hundred thousand damaged files for each parser, ten thousand damaged configs for each command."""
+    session.env["AM_GARBLED"] = "100000"
+    files = sorted(str(file) for file in ROOT.glob("packages/*/tests/test_garbled.py"))
+    pytest(session, "garbled", *files, *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["together"])
 def survival(session: nox.Session) -> None:
     """Every fault on two layouts of the main job, and a soak; writes `docs/reliability.md`."""
     folder = ROOT / "build" / "survival"

@@ -38,7 +38,7 @@ def test_a_session_that_a_workflow_runs_exists(name):
 
 
 def test_the_declared_ranges_are_tried_on_a_schedule_with_all_tags():
-    assert matrix("weekly.yml") == ["floor", "latest", "compat", "sweep", "compositions", "survival"]
+    assert matrix("weekly.yml") == ["floor", "latest", "compat", "sweep", "compositions", "garbled", "survival"]
     assert "schedule:" in WORKFLOWS["weekly.yml"]
     assert "fetch-depth: 0" in WORKFLOWS["weekly.yml"]
 
@@ -56,6 +56,13 @@ def test_a_tag_is_published_as_itself_without_a_password():
     assert "id-token: write" in text
     assert "environment: release" in text
     assert "secrets." not in text
+
+
+def test_what_is_published_says_what_it_installs_and_where_it_was_built():
+    text = WORKFLOWS["release.yml"]
+    assert text.index("cyclonedx-py environment") < text.index("actions/attest-sbom@") < text.index("gh-action-pypi")
+    assert "attestations: write" in text
+    assert "attestations: false" not in text
 
 
 def matrix(name):

@@ -162,7 +162,7 @@ def load(name: str) -> Machine:
     return Machine(**values)
 
 
-# Large products, memory and a unit were calibrated on the card; attention is by a profile, and the host's operators by five
+# Large products, memory and a unit were calibrated on the card; attention is by a profile, the host's operators by five
 # steps (docs/benchmarks). Small and grouped products, small tensors, the shortest kernel and latencies are assumed.
 # The links are 80 % of those of a DGX H100: NVLink 450 GB/s, and an adapter of 400 Gb/s for each card, each way.
 _H100 = Machine(
@@ -182,7 +182,7 @@ _H100 = Machine(
     inside=Link(360e9, 8e-6),
     across=Link(40e9, 15e-6),
 )
-# The cards of torchtitan's tables: HBM2e with 2.4 of 3.35 TB/s, and 500 of 700 W, with which products are assumed to reach
+# The cards of torchtitan's tables: HBM2e with 2.4 of 3.35 TB/s, and 500 of 700 W, which are assumed to leave products
 # 80 % of their rate.
 _H100_500W = dataclasses.replace(
     _H100,

@@ -82,24 +82,23 @@ def test_recomputation_sends_tokens_again_only_without_saved_routing(ignore_rout
     assert len(second.names) == 2 * (2 + again)
 
 
+@pytest.mark.parametrize("ignore_router", [False, True])
 @pytest.mark.ranks(1)
-def test_saved_routing_saves_the_routers_products_alone():
-    numbers = {}
-    for mode in ("none", "full", "selective"):
+def test_each_product_of_the_blocks_is_computed_once_more(ignore_router):
+    numbers = []
+    for recompute in (False, True):
         model = tiny("qwen3_moe", layers=2)
-        if mode != "none":
-            apply_ac(model, ignore_router=mode == "selective")
+        if recompute:
+            apply_ac(model, ignore_router)
         with Products() as forward:
             loss = loss_of(model, slice(None))
         with Products() as backward:
             loss.backward()
-        numbers[mode] = forward.number, backward.number
+        numbers.append((forward.number, backward.number))
     heads = 1  # the head's product is in no block
     # Torch 2.11 stops before the last one, whose result nobody reads.
     left_out = int(torch.__version__.startswith("2.11."))
-    again = numbers["full"][1] - numbers["none"][1] + left_out
-    assert again == numbers["none"][0] - heads, "every product of the blocks again"
-    assert numbers["full"][1] - numbers["selective"][1] == 2, "but those of the two routers"
+    assert numbers[1][1] - numbers[0][1] + left_out == numbers[0][0] - heads
 
 
 @pytest.mark.ranks(2)
@@ -145,3 +144,38 @@ def test_what_cannot_be_recomputed_is_refused():
         apply_ac(nn.ModuleList([nn.Linear(2, 2)]), ignore_router=True)
     with pytest.raises(ValueError, match="needs num_experts, got 0"):
         apply_ac(tiny("qwen3_moe", layers=1), ignore_router=True, num_experts=0)
+
+
+class Routed(nn.Module):
+    """Two experts of each token, chosen by a matrix that its own module never multiplies with."""
+
+    def __init__(self, by_owner):
+        super().__init__()
+        self.by_owner = by_owner
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.experts = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x):
+        logits = self.gate(x) if self.by_owner else x @ self.gate.weight.t()
+        weights, ids = logits.softmax(-1).topk(2)
+        return x + torch.einsum("tk,tkd->td", weights, torch.einsum("td,tkde->tke", x, self.experts[ids]))
+
+
+@pytest.mark.parametrize("by_owner", [True, False])
+def test_routing_is_kept_wherever_a_router_is_multiplied_and_looked_for_there_alone(by_owner):
+    torch.manual_seed(0)
+    one = nn.ModuleList([Routed(by_owner)])
+    model = apply_ac(copy.deepcopy(nn.Sequential(one)), ignore_router=True, hidden_size=8, num_experts=4)[0]
+    for step in range(2):
+        losses = []
+        for blocks in (model, one):
+            blocks[0].experts.grad = None
+            losses.append(blocks[0](torch.randn(6, 8, generator=torch.Generator().manual_seed(step))).square().sum())
+        assert model[0].forward.keywords["context_fn"].__self__.everywhere is not by_owner
+        with torch.no_grad():
+            model[0].gate.weight.data.mul_(-1)  # recomputation would choose the other experts
+        for loss in losses:
+            loss.backward()
+        with torch.no_grad():
+            model[0].gate.weight.data.mul_(-1)
+        assert_same(model[0].experts.grad, one[0].experts.grad, 1e-6)

@@ -7,9 +7,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from am_moe import kernels
-from am_moe.common_form import gates_by_silu
+from am_moe import common_form, kernels
+from am_moe.common_form import gates_by_silu, run_common_form
+from am_moe.ordering import by_expert
 from am_testkit.exact import relative_error
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -45,6 +48,27 @@ def test_rows_are_added_up_in_float32_and_those_without_any_are_zero():
     rows, index = torch.ones(600, 8).bfloat16(), torch.randperm(600)
     sums = kernels.add_up(rows, index, torch.tensor([0, 500, 500, 600]))
     assert sums.tolist() == [[500.0] * 8, [0.0] * 8, [100.0] * 8]
+
+
+def test_a_training_step_asks_for_the_fused_activation_forward_and_backward(monkeypatch):
+    """Inside a node, an input still says that it requires a gradient: going by that, forward never asked."""
+    asked = []
+    monkeypatch.setattr(kernels, "gated_silu", lambda h, weights: asked.append("forward"))
+    monkeypatch.setattr(kernels, "gated_silu_backward", lambda h, weights, da: asked.append("backward"))
+    monkeypatch.setattr(common_form, "_is_gated_silu", lambda module: True)
+    module = Qwen3MoeExperts(Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=8, num_experts=2))
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    x, ids = torch.randn(5, 8, requires_grad=True), torch.randint(0, 2, (5, 2))
+    weights = torch.rand(5, 2, requires_grad=True)
+    gradients = []
+    order = by_expert(ids, 2, None)
+    for run in (lambda: run_common_form(module, order, 1.0, x, weights), lambda: module(x, ids, weights)):
+        gradients.append(torch.autograd.grad(run().square().sum(), [x, weights, *module.parameters()]))
+    assert asked == ["forward", "backward"]
+    for found, expected in zip(*gradients, strict=True):
+        assert relative_error(found, expected) <= 1e-5
 
 
 @gpu

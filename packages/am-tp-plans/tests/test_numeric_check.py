@@ -42,6 +42,19 @@ from am_tp_styles.communication import gather
 from am_tp_styles.local_parameters import local
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_what_is_compared_are_numbers(name, monkeypatch):
+    """A NaN equals a NaN, so nothing would be compared where everything is one."""
+    seen, worst = [], numeric_check._worst
+    monkeypatch.setattr(numeric_check, "_worst", lambda run, share: seen.append(run) or worst(run, share))
+    get_hf_tp_shard_plan(small(name, attention="eager", vocab_size=63))
+    assert {run.attention for run in seen} == {"eager", "sdpa"}
+    assert any("padding" in run.condition for run in seen)
+    for run in seen:
+        for tensor in (*run.outputs.values(), *run.gradients.values()):
+            assert tensor is None or tensor.isfinite().all(), run.condition
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", ["mistral", "gpt2", "bert", "persimmon"])

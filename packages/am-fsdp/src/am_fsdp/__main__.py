@@ -78,10 +78,15 @@ def _config(name: str) -> Any:
         return kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise ValueError(f"the config of {name!r} is refused by transformers: {error}") from error
 
 
 def _model(config: object, dtype: torch.dtype) -> nn.Module:
-    return importlib.import_module("transformers").AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    try:
+        return importlib.import_module("transformers").AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    except Exception as error:  # whatever a model's own code meets in such a config
+        raise ValueError(f"the config makes no model: {type(error).__name__}: {error}") from error
 
 
 def _dtype(option: str, name: str) -> torch.dtype:

@@ -113,12 +113,18 @@ def _contents(folder: pathlib.Path) -> dict[str, set[str] | None]:
             files.setdefault(os.fspath(file), set()).add(key)
         if not files:
             raise ValueError("it lists no files")
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {error!r}") from error
-    absent = sorted(file for file in files if not (folder / file).is_file())
+        absent = sorted(file for file in files if not (folder / file).is_file())
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{folder / INDEX} is not an index of safetensors files: {_short(error)}") from error
     if absent:
         raise ValueError(f"{folder / INDEX} names {absent}, which {'are' if len(absent) > 1 else 'is'} not there")
     return files
+
+
+def _short(error: Exception) -> str:
+    """What is wrong with a file, which may have put all of itself into the words."""
+    words = repr(error)
+    return words if len(words) < 500 else f"{words[:500]}..."
 
 
 class FileWriter:

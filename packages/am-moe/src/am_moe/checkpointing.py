@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from am_moe.collectives import asked, asked_now
 from am_moe.experts import describe_experts
 from am_moe.units import layers
 
+_PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "einsum", "tensordot"}
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -52,71 +56,108 @@ def apply_ac(
             f"{type(model).__name__} shares keys and values between layers (num_kv_shared_layers="
             f"{config.num_kv_shared_layers}), which recomputation would not find again; leave it out"
         )
-    how: dict[str, Any] = {"use_reentrant": False}
-    if ignore_router:
-        router = _router_shape(model, config, hidden_size, num_experts)
-        how["context_fn"] = functools.partial(_keep_and_reuse, router)
+    router = _router_shape(model, config, hidden_size, num_experts) if ignore_router else None
     blocks = layers(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no ModuleList of blocks to recompute")
     if getattr(getattr(model, "config", None), "use_cache", False):
         model.config.use_cache = False
     for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, **how)
+        how = {"context_fn": _Kept(block, router).contexts} if router else {}
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **how)
     return model
 
 
-def _keep_and_reuse(router: tuple[int, int]) -> tuple[_Keep, _Reuse]:
-    kept: dict[Any, list[torch.Tensor]] = defaultdict(list)
-    return _Keep(router, kept), _Reuse(router, kept)
-
-
-class _Keep(TorchDispatchMode):
-    """In the forward: keep what the dispatchers received, and products with a matrix of the router's shape.
+class _Kept:
+    """What one block keeps of its routing: products with its routers' matrices, and what its dispatchers received.
 
     What `topk` returns is not kept, since many routers go on in place on it; of the same products it chooses the same.
-    Selective checkpointing of torch counts every operator, those of FSDP2 too, which are others when recomputing; here
-    nothing but what is kept is counted.
+    Selective checkpointing of torch would ask Python about each operator. Here the dispatchers ask themselves, and
+    functions are looked at where the router runs: in a first forward in the whole block, and if all products were found
+    in the modules that own the matrices, in these alone from then on.
     """
 
-    def __init__(self, router: tuple[int, int], kept: dict[Any, list[torch.Tensor]]) -> None:
-        super().__init__()
-        self.router, self.kept = router, kept
+    def __init__(self, block: nn.Module, router: tuple[int, int]) -> None:
+        self.router = router
+        self.everywhere = True
+        self.in_owner = False
+        for module in block.modules():
+            if any(tuple(p.shape) in (router, router[::-1]) for p in module.parameters(recurse=False)):
+                module.forward = functools.partial(self._forward_of_owner, module.forward)
 
-    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if what := _what_to_keep(func, args, self.router):
-            # A model may change its router's logits in place; nobody changes what was received.
-            self.kept[func].append(out.clone() if what == "product" else out.detach())
+    def contexts(self) -> tuple[_Pass, _Pass]:
+        """Of one forward and its recomputation."""
+        kept: dict[str, list[torch.Tensor]] = defaultdict(list)
+        return _Pass(self, kept, reuses=False), _Pass(self, kept, reuses=True)
+
+    def _forward_of_owner(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        running = asked_now()
+        if not isinstance(running, _Pass) or running.of is not self:
+            return forward(*args, **kwargs)
+        self.in_owner = True
+        try:
+            with nullcontext() if self.everywhere else _Products(running):
+                return forward(*args, **kwargs)
+        finally:
+            self.in_owner = False
+
+
+class _Pass:
+    """One forward of a block, or its recomputation."""
+
+    def __init__(self, of: _Kept, kept: dict[str, list[torch.Tensor]], reuses: bool) -> None:
+        self.of, self.kept, self.reuses = of, kept, reuses
+        self.used: Counter[str] = Counter()
+        self.found_outside = False
+
+    def __enter__(self) -> None:
+        self.used.clear()
+        self._stack = ExitStack()
+        self._stack.enter_context(asked(self))
+        if self.of.everywhere:
+            self._stack.enter_context(_Products(self))
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        if not self.reuses and error[0] is None and self.kept["routing"]:
+            self.of.everywhere = self.found_outside
+
+    def exchange(self, name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a collective of a dispatcher returned or, recomputing, had returned."""
+        if self.reuses:
+            return self._next(name).detach()
+        out = run()
+        self.kept[name].append(out.detach())  # nobody changes what was received
         return out
 
+    def product(self, out: torch.Tensor) -> None:
+        """A product with a router's matrix, which gets the values it had."""
+        if self.reuses:
+            out.detach().copy_(self._next("routing"))  # the backward of a product reads its inputs alone
+        else:
+            self.found_outside |= not self.of.in_owner
+            self.kept["routing"].append(out.detach().clone())  # a model may change its router's logits in place
 
-class _Reuse(TorchDispatchMode):
-    """When recomputing: what was kept, in order, instead of computing and sending it again."""
+    def _next(self, what: str) -> torch.Tensor:
+        self.used[what] += 1
+        return self.kept[what][self.used[what] - 1]
 
-    def __init__(self, router: tuple[int, int], kept: dict[Any, list[torch.Tensor]]) -> None:
+
+class _Products(TorchFunctionMode):
+    """Shows a pass the products of rows `(..., D)` with a router's matrix, `(D, E)` or `(E, D)`."""
+
+    def __init__(self, running: _Pass) -> None:
         super().__init__()
-        self.router, self.kept = router, kept
-        self.used: Counter[Any] = Counter()
+        self.running = running
 
-    def __enter__(self):
-        self.used.clear()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
-        what = _what_to_keep(func, args, self.router)
-        if not what:
-            return func(*args, **(kwargs or {}))
-        self.used[func] += 1
-        kept = self.kept[func][self.used[func] - 1]
-        return kept.clone() if what == "product" else kept.detach()
-
-
-def _what_to_keep(function: Any, args: tuple, router: tuple[int, int]) -> str | None:
-    name = function._schema.name
-    if name.startswith("am_moe::"):
-        return "received"
-    return "product" if name in ("aten::mm", "aten::addmm") and tuple(args[-1].shape) == router else None
+    def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", None) in _PRODUCTS and isinstance(out, torch.Tensor):
+            router = self.running.of.router
+            matrices = (arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 2)
+            if out.shape[-1] == router[1] and any(tuple(m.shape) in (router, router[::-1]) for m in matrices):
+                self.running.product(out)
+        return out
 
 
 def _router_shape(model: nn.Module, config: Any, hidden: int | None, experts: int | None) -> tuple[int, int]:

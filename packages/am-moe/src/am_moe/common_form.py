@@ -75,7 +75,7 @@ class _Form:
         return weight if self.transposed else weight.transpose(1, 2)
 
     def activated(self, h_NI: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
-        fused = self.is_gated_silu and not h_NI.requires_grad
+        fused = self.is_gated_silu and not torch.is_grad_enabled()  # its kernel records no graph
         if fused and (a_NI := kernels.gated_silu(h_NI, weights_N)) is not None:
             return a_NI
         return (self.act(h_NI) * weights_N[:, None]).to(h_NI.dtype)

@@ -36,6 +36,10 @@ class Rows:
     index: torch.Tensor
     start: torch.Tensor
 
+    def first(self, number: int) -> Rows:
+        """Those of the first `number` rows, where the others belong to no source."""
+        return Rows(self.source[:number], self.index[:number], self.start)
+
     def take(self, x_RD: torch.Tensor) -> torch.Tensor:
         """`(R, D)` to `(N, D)`. Its gradient is that of `sum`."""
         return _Take.apply(x_RD, self.source, self.index, self.start)
@@ -94,7 +98,7 @@ def by_rank(needs_TP: torch.Tensor, number: int) -> tuple[torch.Tensor, Rows]:
 
     Args:
         needs_TP: which ranks need each token.
-        number: S, how many of these are true.
+        number: S, how many of these are true, or more: what follows is then anything, see `Rows.first`.
     """
     needs_PT = needs_TP.t()
     place_PT = needs_PT.flatten().cumsum(0).view(needs_PT.shape) - 1

@@ -107,11 +107,16 @@ def _model_on_meta(name: str) -> nn.Module:
         config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise ValueError(f"the config of {name!r} is refused by transformers: {error}") from error
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if layers > _LAYERS:
         raise ValueError(f"{layers} layers are beyond what can be ({_LAYERS}); look for a slip in the config")
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as error:  # whatever a model's own code meets in such a config
+        raise ValueError(f"the config of {name!r} makes no model: {type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":

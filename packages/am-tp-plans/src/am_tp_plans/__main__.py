@@ -55,8 +55,13 @@ def _model_on_meta(name: str) -> nn.Module:
         config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as error:  # transformers validates with exceptions of many kinds
+        raise ValueError(f"the config of {name!r} is refused by transformers: {error}") from error
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as error:  # whatever a model's own code meets in such a config
+        raise ValueError(f"the config of {name!r} makes no model: {type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -210,7 +210,7 @@ def _left_out(twin: Twin) -> tuple[str, ...]:
 def _runs(twin: Twin, ranks: int, example_inputs: dict[str, Any] | None) -> Iterator[_Run]:
     """Ids alone, or the example; then as much of hidden states, padding and labels as the model takes; that under sdpa.
 
-    Of three sequences of ids one is full, one padded on its left, one on its right.
+    Of three sequences of ids one is full, one padded behind its first token, one on its right.
     """
     model, random = twin.model, torch.Generator().manual_seed(1)
     takes = inspect.signature(model.forward).parameters
@@ -249,7 +249,8 @@ def _ids(model: nn.Module, ranks: int, random: torch.Generator) -> tuple[torch.T
     tokens, vocabulary = -(-10 // ranks) * ranks, _vocabulary(model)
     ids = torch.randint(min(3, vocabulary - 1), max(vocabulary - 1, 1), (3, tokens), generator=random)
     mask = torch.ones_like(ids)
-    mask[1, : tokens // 3], mask[2, -(tokens // 3) :] = 0, 0
+    # A token before the gap: one that sees nothing at all is NaN in eager float64, and so is every gradient behind it.
+    mask[1, 1 : 1 + tokens // 3], mask[2, -(tokens // 3) :] = 0, 0
     number = getattr(getattr(model, "config", None), "pad_token_id", None)
     known = isinstance(number, int) and 0 <= number < vocabulary
     return ids, {"attention_mask": mask}, ids.masked_fill(mask == 0, number) if known else ids

@@ -37,11 +37,11 @@ class ShardedDropout:
         shape = list(x.shape)
         if isinstance(placement, Shard) and not isinstance(x, DTensor):
             shape[placement.dim] *= self.axis.size
-        kept = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.p)
+        # The operator that one process runs, on ones: what it draws for a number depends on the device and the dtype.
+        mask = nn.functional.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), self.p)
         if isinstance(placement, Shard):
             part = shape[placement.dim] // self.axis.size
-            kept = kept.narrow(placement.dim, self.axis.rank * part, part)
-        mask = kept.to(x.dtype) / (1 - self.p)
+            mask = mask.narrow(placement.dim, self.axis.rank * part, part)
         if isinstance(x, DTensor):
             return x * DTensor.from_local(mask, x.device_mesh, [placement], run_check=False)
         return x * mask

@@ -46,13 +46,15 @@ class AllToAll:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         owner_TK, choices_P = count_choices(ids_TK, num_local_experts, ranks)
         needs_TP = owner_TK.new_zeros(len(ids_TK), ranks + 1, dtype=torch.bool).scatter_(1, owner_TK, True)[:, :ranks]
+        # Ordered before the sync, with room for as many rows as there can be, while the device is still busy.
+        rank_S, rows = by_rank(needs_TP, len(ids_TK) * min(ranks, ids_TK.shape[1]))
+        ids_SK = ids_TK[rows.source] - rank_S[:, None] * num_local_experts
+        ids_SK = torch.where((ids_SK < 0) | (ids_SK > num_local_experts), num_local_experts, ids_SK).int()
         counts_PP2 = counts_of_all(torch.stack([needs_TP.sum(0), choices_P], dim=1), group)
         sent = counts_PP2[rank, :, 0].tolist()
         received, choices = counts_PP2[:, rank].t().tolist()
+        rows, ids_SK = rows.first(sum(sent)), ids_SK[: sum(sent)]
 
-        rank_S, rows = by_rank(needs_TP, sum(sent))
-        ids_SK = ids_TK[rows.source] - rank_S[:, None] * num_local_experts
-        ids_SK = torch.where((ids_SK < 0) | (ids_SK > num_local_experts), num_local_experts, ids_SK).int()
         rows_RD, weights_RK, ids_RK = _Send.apply(Routes(rows, sent, received), group, x_TD, weights_TK, ids_SK)
         return Received(rows_RD, ids_RK, weights_RK, Routes(rows, sent, received), sum(choices))
 
