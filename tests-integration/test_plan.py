@@ -51,7 +51,6 @@ LLAMA = {
     "vocab_size": 4000,
     "head_dim": 32,
 }
-EXPERT = LLAMA | {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
 LATENT = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -319,17 +318,17 @@ class EightExperts:
 
 
 def test_the_program_prints_ten_and_the_line_that_starts_the_first(tmp_path, capsys):
-    AutoConfig.for_model("qwen3_moe", **EXPERT).save_pretrained(tmp_path)
-    asked = [str(tmp_path), "--gpus", "8", "--memory", "1GiB", "--batch-tokens", "32K", "--seq-len", "1024"]
+    AutoConfig.for_model("llama", **LLAMA | {"num_hidden_layers": 4}).save_pretrained(tmp_path)
+    asked = [str(tmp_path), "--gpus", "4", "--memory", "1GiB", "--batch-tokens", "16K", "--seq-len", "1024"]
     assert program.main([*asked, "--explain", "1", "--picture", str(tmp_path / "step.png")]) == 0
     shown = capsys.readouterr().out
     assert "1 before 2: " in shown
-    assert f"torchrun --standalone --nproc-per-node 8 docs/examples/train.py --config {tmp_path} --pp " in shown
+    assert f"torchrun --standalone --nproc-per-node 4 docs/examples/train.py --config {tmp_path} --pp " in shown
     assert (tmp_path / "step.png").stat().st_size > 1000
     assert program.main([*asked, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     best = told["layouts"][0]
-    assert best["pp"] * best["dp_replicate"] * best["dp_shard"] * best["cp"] * best["tp"] == 8
+    assert best["pp"] * best["dp_replicate"] * best["dp_shard"] * best["cp"] * best["tp"] == 4
     assert best["peak"] <= GIB
     assert [layout["seconds"] for layout in told["layouts"]] == sorted(layout["seconds"] for layout in told["layouts"])
 
@@ -357,9 +356,9 @@ def test_what_cannot_be_planned_is_refused_with_what_would(words, why, capsys):
 
 
 def test_heads_experts_and_batches_that_do_not_divide_are_left_out_by_name():
-    planned = model_of("llama", LLAMA, num_attention_heads=6, num_key_value_heads=3, head_dim=32)
+    planned = model_of("llama", LLAMA, hidden_size=192, num_attention_heads=6, num_key_value_heads=3)
     result = search(planned, H100, Job(4, 8, 8, 256), memory=GIB)
-    assert all(found.layout.tp == 1 for found in result.found if found.layout.tp == 4)
+    assert {found.layout.tp for found in result.found} <= {1, 2}
     assert any("--tp 4 does not fit num_attention_heads=6" in why for why in result.refused)
     layouts = list(axes(Job(4, 8, 6, 256), 8, 0, most_tp=4, most_cp=1))
     assert all(6 % layout.degrees.dp == 0 for layout in layouts)

@@ -92,8 +92,8 @@ def axes(job: Job, layers: int, experts: int, *, most_tp: int, most_cp: int) -> 
 
     Tensor ranks stay on a node, for compute waits for their messages.
     """
-    for pp, tp in itertools.product(_divisors(job.ranks), _divisors(min(job.per_node, most_tp))):
-        if pp > layers or job.ranks % (pp * tp):
+    for pp, tp in itertools.product(_divisors(job.ranks), _divisors(job.per_node)):
+        if pp > layers or tp > most_tp or job.ranks % (pp * tp):
             continue
         for cp in _divisors(job.ranks // (pp * tp)):
             if cp > most_cp or (cp > 1 and job.seq_len % (2 * cp)):
