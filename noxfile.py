@@ -72,6 +72,14 @@ def verify(session: nox.Session) -> None:
     run(session, "python", "docs/examples/verify.py", *session.posargs)
 
 
+@nox.session(venv_backend="none", requires=["together"])
+def plan(session: nox.Session) -> None:
+    """Which layout: `nox -s plan -- path/to/folder --gpus 64 --memory 80GiB --batch-tokens 4M --seq-len 8192`."""
+    if not session.posargs:
+        session.error("say which model and how many ranks: nox -s plan -- llama --gpus 64")
+    run(session, "python", "docs/examples/plan.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("package", [*PACKAGES, "am-testkit"], ids=[*PACKAGES, "testkit"])
 def tests(session: nox.Session, package: str) -> None:
