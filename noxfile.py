@@ -116,11 +116,17 @@ def sweep(session: nox.Session) -> None:
     folder.mkdir(parents=True)
     session.env["AM_SWEEP"] = str(folder)
     for package in PACKAGES[1:]:
-        kinds = ("test_*sweep.py", "test_habits.py", "test_images.py", "test_context_parallel_heads.py")
+        kinds = (
+            "test_*sweep.py",
+            "test_habits.py",
+            "test_heads.py",
+            "test_images.py",
+            "test_context_parallel_heads.py",
+        )
         tests = sorted(str(file) for kind in kinds for file in ROOT.glob(f"packages/{package}/tests/{kind}"))
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
-    tables = ("pipeline", "images", "tensor", "data", "experts", "context", "context_heads")
+    tables = ("pipeline", "heads", "images", "tensor", "data", "experts", "context", "context_heads")
     run(session, "python", "docs/coverage/tables.py", str(folder), *tables)
 
 
