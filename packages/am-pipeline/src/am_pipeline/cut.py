@@ -270,6 +270,15 @@ def _readings(
         raise CannotCutError(f"its forward failed on a few tokens: {type(first).__name__}: {first}") from first
 
 
+def _refuse_packed(model: nn.Module, first: Exception | None) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
+            raise CannotCutError(
+                f"{name}.weight is packed (quantised), which cannot be read without its numbers; FSDP2 can shard such "
+                "a model (am-fsdp)"
+            ) from first
+
+
 def _forms(weightless: Weightless, units: Units, example_inputs: Mapping[str, Any] | None) -> Iterator[Form]:
     name, model = weightless.first_input, weightless.model
     if example_inputs is not None:
@@ -281,15 +290,6 @@ def _forms(weightless: Weightless, units: Units, example_inputs: Mapping[str, An
     beside = (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not units.is_layer(n))
     for width, dtype in dict.fromkeys((m.in_features, m.weight.dtype) for m in beside):
         yield features_form(name, width, dtype, model.training)
-
-
-def _refuse_packed(model: nn.Module, cause: Exception | None) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
-            raise CannotCutError(
-                f"{name}.weight is packed (quantised), which cannot be read without its numbers; FSDP2 "
-                "can shard such a model (am-fsdp)"
-            ) from cause
 
 
 def build_part(
