@@ -128,6 +128,7 @@ def sweep(session: nox.Session) -> None:
             "test_*sweep.py",
             "test_habits.py",
             "test_heads.py",
+            "test_encoders.py",
             "test_*images.py",
             "test_some_ranks.py",
             "test_context_parallel_heads.py",
@@ -135,7 +136,8 @@ def sweep(session: nox.Session) -> None:
         tests = sorted(str(file) for kind in kinds for file in ROOT.glob(f"packages/{package}/tests/{kind}"))
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
-    tables = ("pipeline", "heads", "images", "some_ranks", "tensor", "data", "experts", "context", "context_heads")
+    tables = ("pipeline", "heads", "images", "some_ranks", "tensor", "encoders", "data", "experts", "context")
+    tables += ("context_heads",)
     run(session, "python", "docs/coverage/tables.py", str(folder), *tables)
 
 

@@ -42,7 +42,7 @@ VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers
 
 
 def main(folder: str, *names: str) -> None:
-    tables = (pipeline, heads, images, some_ranks, tensor, data, experts, context, context_heads, composed)
+    tables = (pipeline, heads, images, some_ranks, tensor, encoders, data, experts, context, context_heads, composed)
     for name, write in ((t.__name__.replace("composed", "compositions"), t) for t in tables):
         if names and name not in names:
             continue
@@ -342,6 +342,40 @@ def context(measured: dict[str, dict]) -> list[str]:
         "",
         "| model type | class | cp 2 | |",
         "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def encoders(measured: dict[str, dict]) -> list[str]:
+    tried = {name: result for name, result in measured.items() if "not_built" not in result}
+    exact, refused = count(tried)
+    rows = []
+    for name, result in sorted(tried.items()):
+        task, model_type = name.split("-", 1)
+        tensor = cell(result["error"]) if "error" in result else f"refused: {why(result['refused'])}"
+        sequence = cell(result["sequence"]) if "sequence" in result else ""
+        if "sequence_refused" in result:
+            sequence = f"refused: {why(result['sequence_refused'])}"
+        elif result.get("whole"):
+            sequence += f" (whole in {', '.join(result['whole'])})"
+        rows.append(f"| {model_type} | {task} | {result['kind']} | {tensor} | {sequence} | {result['dtype']} |")
+    with_sequence = sum("sequence" in result and "sequence_refused" not in result for result in tried.values())
+    return [
+        "# Tensor and sequence parallelism: encoder-decoders, encoders and heads",
+        "",
+        f"Of {len(tried)} models, **{exact} are exact** at two ranks, {with_sequence} of them with sequence",
+        f"parallelism too; {refused} are refused. {len(measured) - len(tried)} more cannot be had small by the test",
+        "kit. What has no row is not measured.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. The plan of `resolve_plan(model, infer=True, example_inputs=...)`, and that of",
+        "`add_sequence_parallelism`, of a model of four layers, of an encoder-decoder two in either stack, over two",
+        "processes against one. The numbers are the largest relative differences of the loss and of all gradients.",
+        "",
+        f"Conditions: sdpa and eager attention, the larger error; {_FLOATS}; one step of one pass; natural inputs and",
+        "labels of the task, half a row without; no dropout, all weights trained.",
+        "",
+        "| model type | task | class | tensor | with sequence | |",
+        "|---|---|---|---|---|---|",
         *rows,
     ]
 

@@ -5,8 +5,6 @@ Conditions and layouts of `am_testkit.conditions`, crossed pairwise; with `AM_SW
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401
@@ -14,10 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
-from am_testkit import compositions, conditions
-from am_testkit.compared import OnRanks, compare, largest_anywhere
-from am_testkit.conditioned import build_model, tolerance
+from am_testkit import conditions
+from am_testkit.compared import OnRanks
+from am_testkit.conditioned import build_model
 from am_testkit.device import device_type
+from am_testkit.drawn import assert_trains_like_one_process, draw
 
 USUAL = {
     "attention": ("sdpa", "eager"),
@@ -32,23 +31,14 @@ USUAL = {
     "dp_shard": (1, 2),
     "tp": (1, 2, "2 sp"),
 }
-ONLY_HERE = {axis: degrees for axis, degrees in conditions.LAYOUTS.items() if axis in USUAL}
-EVERY = conditions.AXES | {"weights": USUAL["weights"], "copies": ("none",), "compile": ("none",)} | ONLY_HERE
-CASES = conditions.cross(EVERY if os.environ.get("AM_SWEEP") else USUAL, least=2, most=4)
+CASES = draw(USUAL, narrow=("weights", "copies", "compile"))
 RECOMPUTE = {"none": False, "layers": "full", "every second layer": 2}
 AXES = ("dp_replicate", "dp_shard", "tp")
 
 
-def case_of(case):
-    return pytest.param(case, id=conditions.name(case), marks=pytest.mark.ranks(compositions.ranks(case), timeout=120))
-
-
-@pytest.mark.parametrize("case", map(case_of, CASES))
+@pytest.mark.parametrize("case", CASES)
 def test_a_layout_trains_like_one_process_under_every_condition(case):
-    errors = compare(case, laid_out(case))
-    worst = largest_anywhere(max(errors.values()))
-    bad = {what: f"{error:.1e}" for what, error in errors.items() if not error <= tolerance(case)}
-    assert worst <= tolerance(case), f"off by {worst:.1e}, here by {bad}"
+    assert_trains_like_one_process(case, laid_out(case))
 
 
 def laid_out(case):

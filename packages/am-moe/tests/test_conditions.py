@@ -6,7 +6,6 @@ Conditions and layouts of `am_testkit.conditions`, crossed pairwise; with `AM_SW
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import replace
 
 import pytest
@@ -15,15 +14,14 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2_moe.modeling_qwen2_moe  # noqa: F401
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 
 from am_moe import build_meshes, parallelize_model
 from am_moe.context_parallel import shard_sequence
-from am_testkit import compositions, conditions
-from am_testkit.compared import OnRanks, compare, largest_anywhere
-from am_testkit.conditioned import build_model, tolerance
+from am_testkit import conditions
+from am_testkit.compared import OnRanks, clip_whole_gradients
+from am_testkit.conditioned import build_model
 from am_testkit.device import device_type
-from am_testkit.exact import whole
+from am_testkit.drawn import assert_trains_like_one_process, draw
 
 USUAL = {
     "attention": ("sdpa", "eager"),
@@ -39,21 +37,12 @@ USUAL = {
     "cp": (1, 2),
     "ep": (1, 2, 4),
 }
-ONLY_HERE = {axis: degrees for axis, degrees in conditions.LAYOUTS.items() if axis in USUAL}
-PLAIN = {"copies": ("none",), "compile": ("none",), "recompute": USUAL["recompute"], "weights": USUAL["weights"]}
-CASES = conditions.cross(conditions.AXES | PLAIN | ONLY_HERE if os.environ.get("AM_SWEEP") else USUAL, least=2, most=4)
+CASES = draw(USUAL, narrow=("weights", "recompute", "copies", "compile"))
 
 
-def case_of(case):
-    return pytest.param(case, id=conditions.name(case), marks=pytest.mark.ranks(compositions.ranks(case), timeout=120))
-
-
-@pytest.mark.parametrize("case", map(case_of, CASES))
+@pytest.mark.parametrize("case", CASES)
 def test_a_layout_trains_like_one_process_under_every_condition(case):
-    errors = compare(case, laid_out(case))
-    worst = largest_anywhere(max(errors.values()))
-    bad = {what: f"{error:.1e}" for what, error in errors.items() if not error <= tolerance(case)}
-    assert worst <= tolerance(case), f"off by {worst:.1e}, here by {bad}"
+    assert_trains_like_one_process(case, laid_out(case))
 
 
 def laid_out(case):
@@ -73,7 +62,7 @@ def laid_out(case):
         activation_checkpointing=case["recompute"] == "layers",
         mp_policy=policy if case["numbers"] == "bfloat16 by mp_policy" else MixedPrecisionPolicy(),
     )
-    return OnRanks(case, model, functools.partial(share_of, case, world), clip, dist.get_world_size())
+    return OnRanks(case, model, functools.partial(share_of, case, world), clip_whole_gradients, dist.get_world_size())
 
 
 def share_of(case, world, batch):
@@ -89,13 +78,3 @@ def share_of(case, world, batch):
         name: shard_sequence(value, world["cp"]) for name, value in ({"position_ids": places} | mine.inputs).items()
     }
     return replace(mine, ids=ids, labels=labels, inputs=inputs)
-
-
-def clip(named, largest):
-    """By whole gradients, as one process does: am-fsdp, which clips shards, is not for this package's tests."""
-    spread = [(parameter, whole(parameter.grad)) for _, parameter in named if parameter.grad is not None]
-    norm = torch.stack([gradient.double().norm() for _, gradient in spread]).norm()
-    for parameter, _ in spread:
-        local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        local.mul_(min(1.0, largest / (norm.item() + 1e-6)))
-    return norm

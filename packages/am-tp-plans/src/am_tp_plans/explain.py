@@ -18,6 +18,7 @@ from am_tp_plans.local import LocalShards
 from am_tp_plans.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
 from am_tp_plans.rehearsal import Findings, rehearse
+from am_tp_plans.sequence import sharded_stacks
 from am_tp_plans.styles import each
 from am_tp_plans.translate import matches, named_styles
 from am_tp_plans.watch import Collective
@@ -64,6 +65,7 @@ class PlanReport:
         layer_bytes: what one rank sends for one layer, forward and backward, on average.
         numbers: what a run of a small twin with numbers showed.
         random: modules, by wildcard name, that draw random numbers for a rank's share in evaluation already.
+        whole_sequence: stacks of layers that the plan shards, but not along the sequence, where it does so in others.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +80,7 @@ class PlanReport:
     layer_bytes: tuple[float, float]
     numbers: NumericCheck
     random: tuple[str, ...] = ()
+    whole_sequence: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("module", "", "style", "from", "parameters", "sends forward", "backward")]
@@ -106,6 +109,8 @@ class PlanReport:
         ]
         if self.random:
             lines.append(f"random numbers are drawn for a rank's share in: {', '.join(self.random)}")
+        if self.whole_sequence:
+            lines.append(f"the sequence is whole between the layers of: {', '.join(self.whole_sequence)}")
         return "\n".join(lines)
 
 
@@ -176,6 +181,7 @@ def explain_plan(
         _per_layer(model, found, sent),
         check_numbers(model, plan, ranks, example_inputs),
         tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
+        _whole_sequence(model, concrete),
     )
 
 
@@ -241,6 +247,15 @@ def _hidden_bytes(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) 
     width = getattr(embedding, "embedding_dim", 0)
     sharded = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     return width // ranks if sharded else width
+
+
+def _whole_sequence(model: nn.Module, concrete: dict[str, ParallelStyle]) -> tuple[str, ...]:
+    shards = {
+        name for name, style in concrete.items() if any(getattr(s, "shards_sequence", False) for s in each(style))
+    }
+    stacks = sharded_stacks(model, concrete)
+    whole = [stack for stack in stacks if not any(name.startswith(f"{stack}.") for name in shards)]
+    return tuple(whole) if shards else ()
 
 
 def _per_layer(model: nn.Module, found: Findings, sent) -> tuple[float, float]:

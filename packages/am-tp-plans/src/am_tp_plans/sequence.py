@@ -42,6 +42,9 @@ def add_sequence_parallelism(
     scattering what its rowwise ones sum; or, what mixes tokens in another way, seeing the whole sequence and splitting
     its result. The gradients of parameters on a shard are summed over the ranks during backward.
 
+    Each stack of layers that the plan shards, such as an encoder and a decoder, is tried by itself. Between them the
+    sequence is whole. A stack for which nothing can be shown keeps the plan as it is; `explain_plan` names it.
+
     Args:
         model: real or on meta, whole (before a pipeline cut).
         plan: a tensor-parallel plan for it, without sequence parallelism.
@@ -53,44 +56,61 @@ def add_sequence_parallelism(
         A new plan. With it, S must divide over the axis.
 
     Raises:
-        ValueError: the plan has several stacks of layers, or what the layers do between their modules needs other
-            tokens; names it. Or a small twin of the model computes other numbers with the plan.
+        ValueError: no stack can be sharded, because the inputs do not run all of it, or because what its layers do
+            between their modules needs other tokens; names it. Or a small twin of the model computes other numbers with
+            the plan.
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
     concrete, ranks = expand_plan(model, plan), fewest_ranks(model, ranks)
-    stack, length = _stack(model, concrete)
-    entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
-    if length == 1:
-        entry = {f"{stack}.0": Several(SequenceShardInput(), SequenceGatherOutput())}
-    blocks = _blocks(model, stack, plan)
-    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
-    try:
-        _rehearse(model, plan, entry, chosen, ranks, example_inputs)
-    except ValueError as error:
+    stacks = sharded_stacks(model, concrete)
+    if not stacks:
+        raise ValueError("a sequence is sharded between the layers of a stack, but the plan shards nothing in any")
+    sharded, errors = plan, {}
+    for stack in stacks:
+        try:
+            sharded = _shard_between_layers(model, sharded, stack, ranks, example_inputs)
+        except ValueError as error:
+            errors[stack] = error
+    if sharded is plan:
+        stack, error = next(iter(errors.items()))
         raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
-    for block, inner in blocks.items():
-        for placement in list(_placements(block, inner, plan))[:-1]:
-            try:
-                _rehearse(model, plan, entry, chosen | {block: placement}, ranks, example_inputs)
-            except ValueError:
-                continue
-            chosen[block] = placement
-            break
-    plan = complete(model, _merged(plan, entry, chosen), example_inputs)
+    plan = complete(model, sharded, example_inputs)
     rehearse_training(model, expand_plan(model, plan), ranks, example_inputs)
     check_numbers(model, plan, ranks, example_inputs)
     return plan
 
 
-def _stack(model: nn.Module, concrete: Plan) -> tuple[str, int]:
-    """The outermost list of layers that holds sharded linears, and its length."""
+def sharded_stacks(model: nn.Module, concrete: Plan) -> list[str]:
+    """The names of the lists of layers, those that are in no other list, in which a plan shards something."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
-    stacks = [stack for stack in outer if any(name.startswith(f"{stack}.") for name in concrete)]
-    if len(stacks) != 1:
-        shards = f"shards {len(stacks)} of them: {stacks}" if stacks else "shards nothing in any"
-        raise ValueError(f"a sequence is sharded between the layers of one stack, but the plan {shards}")
-    return stacks[0], len(model.get_submodule(stacks[0]))  # type: ignore[arg-type]
+    return [stack for stack in outer if any(name.startswith(f"{stack}.") for name in concrete)]
+
+
+def _shard_between_layers(
+    model: nn.Module, plan: Plan, stack: str, ranks: int, example_inputs: dict[str, Any] | None
+) -> Plan:
+    """The plan with the sequence sharded between the layers of one stack.
+
+    Raises:
+        ValueError: a rehearsal does not show it to be right.
+    """
+    length = len(model.get_submodule(stack))  # type: ignore[arg-type]
+    entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
+    if length == 1:
+        entry = {f"{stack}.0": Several(SequenceShardInput(), SequenceGatherOutput())}
+    blocks = _blocks(model, stack, plan)
+    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
+    _rehearse(model, stack, _merged(plan, entry, chosen), ranks, example_inputs)
+    for block, inner in blocks.items():
+        for placement in list(_placements(block, inner, plan))[:-1]:
+            try:
+                _rehearse(model, stack, _merged(plan, entry, chosen | {block: placement}), ranks, example_inputs)
+            except ValueError:
+                continue
+            chosen[block] = placement
+            break
+    return _merged(plan, entry, chosen)
 
 
 def unsharded_stack(model: nn.Module, plan: Plan) -> str | None:
@@ -151,15 +171,18 @@ def _without_shared_input(style: ParallelStyle) -> ParallelStyle | None:
     return Several(*left) if left else None
 
 
-def _rehearse(
-    model: nn.Module,
-    plan: Plan,
-    entry: Plan,
-    chosen: dict[str, Plan],
-    ranks: int,
-    example_inputs: dict[str, Any] | None,
-) -> None:
-    rehearse(model, expand_plan(model, _merged(plan, entry, chosen)), ranks, example_inputs)
+def _rehearse(model: nn.Module, stack: str, plan: Plan, ranks: int, example_inputs: dict[str, Any] | None) -> None:
+    """As `rehearse`; nothing is shown of what did not run."""
+    concrete = expand_plan(model, plan)
+    ran = rehearse(model, concrete, ranks, example_inputs).ran
+    for name, style in concrete.items():
+        if name in ran or not name.startswith(f"{stack}.") or not any(isinstance(part, _RUN) for part in each(style)):
+            continue
+        if any(True for _ in model.get_submodule(name).parameters()):
+            inputs = "ids alone do" if example_inputs is None else "the example inputs do"
+            raise ValueError(
+                f"{inputs} not run {name}, so that nothing is shown of it; give example_inputs that run it"
+            )
 
 
 def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
@@ -171,6 +194,7 @@ def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
 
 _COLWISE = (ColwiseParallel, PackedColwiseParallel)
 _ROWWISE = (RowwiseParallel, Conv1DRowwiseParallel)
+_RUN = (*_COLWISE, *_ROWWISE, SequenceShardInput, SequenceGatherInput, SequenceGatherOutput, SequenceWholeBlock)
 
 
 def _is_rowwise(style: ParallelStyle) -> bool:

@@ -232,6 +232,7 @@ def _around(module: Any, before: Callable | None, after: Callable | None = None)
 
 
 def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backward: str | None = None) -> torch.Tensor:
+    watch.ran.add(name)
     dim = _sequence_dim(watch, name, hidden)
     whole = torch.ones(*hidden.shape[:dim], hidden.shape[dim] * ranks, *hidden.shape[dim + 1 :], dtype=hidden.dtype)
     watch.sends(name, "forward", "all-gather", whole.numel())
@@ -248,6 +249,7 @@ def _gathered_for_readers(watch: Watch, name: str, hidden: torch.Tensor, ranks: 
 
 
 def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    watch.ran.add(name)
     if watch.share(hidden) or hidden.dim() < 3 or hidden.shape[1] % ranks:
         raise WrongError(f"{name} would split {tuple(hidden.shape)}, which is no whole sequence, along dim 1")
     watch.sends(name, "backward", "all-gather", hidden.numel())

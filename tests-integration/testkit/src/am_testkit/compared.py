@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from am_testkit.batches import Batch
 from am_testkit.conditioned import MeanOfAll, autocast, build_model, output_of
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.pairwise import Case
-from am_testkit.programs import LARGEST_NORM, Loop, OneProcess, program
+from am_testkit.programs import LARGEST_NORM, Loop, OneProcess, program, zeros_of_a_copy
 
 # Softmax and norms of transformers are float32 even in a float64 model: what is smaller than this beside the largest
 # gradient is their rounding.
@@ -49,6 +50,9 @@ class OnRanks(Loop):
 
     def clip(self) -> torch.Tensor:
         return self.clip_to(list(self.model.named_parameters()), LARGEST_NORM)
+
+    def copy(self) -> torch.Tensor:
+        return whole(zeros_of_a_copy(self.model, self.case, self.share(self.next())))
 
     def loss(self, batch: Batch) -> torch.Tensor:
         dtype = autocast(self.case)
@@ -89,6 +93,16 @@ def compare_gradients(laid_out: Loop, one: OneProcess) -> dict[str, float]:
                 actual, expected = torch.broadcast_tensors(actual, expected)
                 errors[name] = relative_error(actual, expected, floor)
     return errors
+
+
+def clip_whole_gradients(named: Iterable[tuple[str, nn.Parameter]], largest: float) -> torch.Tensor:
+    """Clip by the norm of whole gradients, as one process does. Collective, where they are sharded."""
+    trained = [parameter for _, parameter in named if parameter.grad is not None]
+    norm = torch.stack([whole(parameter.grad).double().norm() for parameter in trained]).norm()
+    for parameter in trained:
+        local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        local.mul_(min(1.0, largest / (norm.item() + 1e-6)))
+    return norm
 
 
 def mean_over_world(loss: torch.Tensor | None) -> torch.Tensor:

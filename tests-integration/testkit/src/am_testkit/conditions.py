@@ -173,6 +173,11 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
         "the head looks at the whole sequence",
     ),
     (("head", "pp"), lambda h, pp: h == "inner states" and pp > 1, "a pipeline returns what its last stage returns"),
+    (
+        ("head", "tp"),
+        lambda h, tp: h == "inner states" and tp == "2 sp",
+        "hidden states between layers are parts of the sequence",
+    ),
     (("head", "ep"), lambda h, ep: h == "masked" and ep > 1, "the model has no experts"),
     (
         ("trained", "calls"),

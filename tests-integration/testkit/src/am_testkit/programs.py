@@ -78,13 +78,14 @@ class Loop:
 
     def error(self) -> None:
         batch = self.next()
-        short = Batch(batch.ids, batch.labels[:-1, ..., :-1].contiguous(), batch.inputs)
+        labels = batch.labels[:-1] if batch.labels.dim() == 1 else batch.labels[:-1, :-1]
+        short = Batch(batch.ids, labels.contiguous(), batch.inputs)
         try:
             self.train(short)
         except ValueError:
             self.zero_grad()
         else:
-            raise AssertionError("labels that are short of a row and a token were accepted")
+            raise AssertionError("labels that are short of a row were accepted")
 
     def update(self) -> None:
         for optimizer in self.optimizers:

@@ -1,0 +1,81 @@
+"""Sequence parallelism of models with several stacks of layers: each is shown by itself, or stays whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+from am_tp_plans import SequenceShardInput, add_sequence_parallelism, explain_plan
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, hidden):
+        return hidden + self.down(self.up(self.norm(hidden)).relu())
+
+
+class TwoStacks(nn.Module):
+    """A tower over patches, whose mean is added to every token, and a stack over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.tower = nn.ModuleList([Layer(), Layer()])
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, input_ids, patches=None):
+        hidden = self.embed(input_ids)
+        if patches is not None:
+            for layer in self.tower:
+                patches = layer(patches)
+            hidden = hidden + patches.mean(1, keepdim=True)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+PLAN = {f"{stack}.*.up": ColwiseParallel() for stack in ("tower", "layers")}
+PLAN |= {f"{stack}.*.down": RowwiseParallel() for stack in ("tower", "layers")}
+IDS = torch.ones(2, 8, dtype=torch.int64)
+
+
+def sharded_stacks(plan):
+    return {key.partition(".")[0] for key, style in plan.items() if isinstance(style, SequenceShardInput)}
+
+
+@pytest.mark.parametrize(
+    ("patches", "stacks", "whole"),
+    [(6, {"tower", "layers"}, ()), (7, {"layers"}, ("tower",)), (None, {"layers"}, ("tower",))],
+    ids=["both divide", "patches do not divide", "the tower does not run"],
+)
+def test_each_stack_is_shown_by_itself_or_keeps_its_whole_sequence(patches, stacks, whole):
+    inputs = {"input_ids": IDS} | ({"patches": torch.ones(2, patches, 8)} if patches else {})
+    plan = add_sequence_parallelism(TwoStacks(), PLAN, example_inputs=inputs)
+    assert sharded_stacks(plan) == stacks
+    report = explain_plan(TwoStacks(), plan, 2, example_inputs=inputs)
+    assert report.whole_sequence == whole
+    assert ("the sequence is whole between the layers of: tower" in str(report)) == bool(whole)
+
+
+def test_a_plan_without_a_stack_that_can_be_shown_is_refused_with_the_reason():
+    tower = {key: style for key, style in PLAN.items() if key.startswith("tower")}
+    with pytest.raises(ValueError, match=r"the blocks of tower: ids alone do not run tower.0.*give example_inputs"):
+        add_sequence_parallelism(TwoStacks(), tower)
+    with pytest.raises(ValueError, match="the plan shards nothing in any"):
+        add_sequence_parallelism(TwoStacks(), {})
+
+
+class LastLayerIsSkipped(TwoStacks):
+    def forward(self, input_ids):
+        return self.layers[0](self.embed(input_ids))
+
+
+def test_nothing_is_added_to_layers_that_do_not_run():
+    layers = {key: style for key, style in PLAN.items() if key.startswith("layers")}
+    with pytest.raises(ValueError, match="the blocks of layers"):
+        add_sequence_parallelism(LastLayerIsSkipped(), layers)
