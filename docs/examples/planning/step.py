@@ -399,12 +399,12 @@ def _stages(model: Any, stack: str, kinds: tuple[int, ...], count: int) -> list[
 
 @functools.lru_cache(maxsize=8)
 def _flops(model: Any, stack: str, layers: int) -> Any:
-    beside = [name for name, module in modules_beside(model, stack) if any(True for _ in module.parameters())]
-    names = [name for name, _ in modules_beside(model, stack)]
+    beside = [name for name, module in modules_beside(model, (stack,)) if any(True for _ in module.parameters())]
+    names = [name for name, _ in modules_beside(model, (stack,))]
     here = names.index(stack)
     before = tuple(name for name in beside if names.index(name) < here)
     after = tuple(name for name in beside if names.index(name) > here)
-    return costs_of(model, Anatomy(stack, layers, before, after), "flops")
+    return costs_of(model, Anatomy((stack,), (layers,), before, after), "flops")
 
 
 @functools.lru_cache(maxsize=64)
