@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import nox
 from packaging.requirements import Requirement
@@ -71,6 +72,14 @@ def verify(session: nox.Session) -> None:
     run(session, "python", "docs/examples/verify.py", *session.posargs)
 
 
+@nox.session(venv_backend="none", requires=["together"])
+def plan(session: nox.Session) -> None:
+    """Which layout: `nox -s plan -- path/to/folder --gpus 64 --memory 80GiB --batch-tokens 4M --seq-len 8192`."""
+    if not session.posargs:
+        session.error("say which model and how many ranks: nox -s plan -- llama --gpus 64")
+    run(session, "python", "docs/examples/plan.py", *session.posargs)
+
+
 @nox.session
 @nox.parametrize("package", [*PACKAGES, "am-testkit"], ids=[*PACKAGES, "testkit"])
 def tests(session: nox.Session, package: str) -> None:
@@ -115,12 +124,20 @@ def sweep(session: nox.Session) -> None:
     folder.mkdir(parents=True)
     session.env["AM_SWEEP"] = str(folder)
     for package in PACKAGES[1:]:
-        kinds = ("test_*sweep.py", "test_habits.py", "test_images.py", "test_context_parallel_heads.py")
-        kinds += ("test_encoders.py",)
+        kinds = (
+            "test_*sweep.py",
+            "test_habits.py",
+            "test_heads.py",
+            "test_encoders.py",
+            "test_*images.py",
+            "test_some_ranks.py",
+            "test_context_parallel_heads.py",
+        )
         tests = sorted(str(file) for kind in kinds for file in ROOT.glob(f"packages/{package}/tests/{kind}"))
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
-    tables = ("pipeline", "images", "tensor", "encoders", "data", "experts", "context", "context_heads")
+    tables = ("pipeline", "heads", "images", "some_ranks", "tensor", "encoders", "data", "experts", "context")
+    tables += ("context_heads",)
     run(session, "python", "docs/coverage/tables.py", str(folder), *tables)
 
 
@@ -278,7 +295,11 @@ def install(session: nox.Session, *requirements: str) -> None:
     options = ["-c", CONSTRAINTS] if CONSTRAINTS else []
     if not uses_uv(session):
         options.append("--no-compile")  # the first import compiles what is used, a tenth of what is installed
+    named = [r for r in requirements if r != "-e"]
+    session.log(f"installs {len(named)} requirements and what they need, once: minutes where torch is among them")
+    begun = time.monotonic()
     session.install(*options, *requirements, env=installer_settings())
+    session.log(f"installed {', '.join(named)} in {time.monotonic() - begun:.0f} s")
     stamp.write_text(made_by)
 
 

@@ -5,6 +5,7 @@ A page whose code is for several ranks says so with the `torchrun` line that sta
 
 from __future__ import annotations
 
+import ast
 import os
 import pathlib
 import re
@@ -13,7 +14,8 @@ import sys
 
 import pytest
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
+ROOT = pathlib.Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 RUNNER = DOCS / "run_page.py"
 NOT_PAGES = ("benchmarks", "coverage", "packages", "api", "examples")  # packages: each tests its own README
 PAGES = [p for p in sorted(DOCS.rglob("*.md")) if p.relative_to(DOCS).parts[0] not in NOT_PAGES]
@@ -83,3 +85,22 @@ def test_a_page_that_shows_something_else_is_found(tmp_path):
     page.write_text("```python\nprint(1 + 1)\n```\n\n```text\n3\n```\n")
     with pytest.raises(AssertionError, match=r"page\.md:2 prints\s+2\s+but the page shows\s+3"):
         run(RUNNER, page)
+
+
+def messages():
+    """Every string in the sources, with `…` where it is filled in."""
+    found = []
+    for path in [*ROOT.glob("packages/*/src/**/*.py"), *(DOCS / "examples").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_every_error_that_is_explained_is_one_that_is_said():
+    said = messages()
+    explained = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(explained) > 20
+    assert not [words for words in explained if words.strip("… ") not in said]

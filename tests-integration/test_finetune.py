@@ -57,6 +57,12 @@ def launch(ranks, layout, base, text, out, *more):
     return job.output
 
 
+def load(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
 def whole_loss(model, text):
     total = number = 0
     for ids, labels, more in text.every_row(8):
@@ -97,6 +103,17 @@ def test_a_folder_is_trained_as_by_one_process_and_what_is_written_has_the_loss_
         configs = [json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "model")]
         assert configs[0] == configs[1]
     assert whole_loss(AutoModelForCausalLM.from_pretrained(base).eval(), text) != pytest.approx(printed, abs=1e-5)
+
+
+def test_adapters_over_a_base_in_4_bits_are_trained_as_by_one_process(base, chats, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    packed = ("--lora", 4, "--load-in-4bit", "--steps", 3)
+    output = launch(2, "--pp 1 --dp 2", base, chats, tmp_path, *packed, "--check")
+    assert "check: the run agrees with one process" in output
+    held = [float(number) for number in re.findall(r"weights per rank: ([\d.]+), ([\d.]+) MB", output)[0]]
+    in_full = sum(p.numel() for p in load(base).parameters()) * 4 / 1e6
+    assert held[0] == held[1] < in_full / 2, "half of the embedding, and of an eighth of the linears"
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (tmp_path / "adapter").iterdir()}
 
 
 def test_an_evaluation_has_no_dropout_and_what_follows_it_has(chats, tokenizer, tmp_path):

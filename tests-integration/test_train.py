@@ -12,12 +12,14 @@ import sys
 import types
 
 import pytest
+from torch import nn
 
 TRAIN = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "train.py"
 
 sys.path.insert(0, str(TRAIN.parent))
 
 from training import checkpoint
+from training.compiled import compile_layers
 from training.degrees import Degrees
 from training.model import build_config
 from training.text import ByteText
@@ -34,6 +36,7 @@ LAYOUTS = {
     "pp2-ep2-dp2": ["--pp", "2", "--dp", "2", "--ep", "2"],
     "pp2-cp2-ep2": ["--pp", "2", "--dp", "1", "--cp", "2", "--ep", "2"],
     "lora": ["--pp", "2", "--dp", "2", "--config", "llama", "--lora", "4"],
+    "compiled": ["--pp", "2", "--dp", "2", "--config", "llama", "--compile", "aot_eager"],
 }
 if os.environ.get("AM_SWEEP"):  # eight processes on two cores take a minute
     LAYOUTS["pp2-cp2-tp2"] = ["--pp", "2", "--dp", "1", "--cp", "2", "--tp", "2", "--sequence-parallel"]
@@ -80,6 +83,10 @@ def test_a_run_agrees_with_one_process(layout, tmp_path):
     assert code == 0, output
     assert "check: the run agrees with one process" in output
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+    page = (tmp_path / "report.html").read_text()
+    pictures = 2 + (tmp_path / "timeline.png").exists() + (tmp_path / "load.png").exists()
+    assert page.count("data:image/png") == pictures
+    assert page.count("<tr>") == 5 + 1 + size(arguments), "facts, and a line for each rank"
     if "--pp 2" in " ".join(arguments):
         assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
@@ -102,7 +109,8 @@ def test_degrees_that_do_not_fit_are_refused_by_the_launch_before_any_collective
     code, output = finish(launch(2, "--pp", 2, "--dp", 2, "--out", tmp_path / "nothing"))
     assert code != 0
     words = "^ValueError: --pp 2 x --dp 2 x --tp 1 is 4 ranks, but 2 were started"
-    assert len(re.findall(words, output, re.MULTILINE)) == 2, "on every rank"
+    assert len(re.findall(words, output, re.MULTILINE)) == 1, "its traceback once"
+    assert len(re.findall("^rank [01] ends in the start: rank [01] failed in the start: ValueError", output, re.M)) == 1
     assert "init_process_group" not in output
 
 
@@ -141,6 +149,17 @@ SPARSE = DENSE | {"num_experts": 8, "model_type": "qwen3_moe"}
 def test_degrees_that_do_not_fit_are_refused_with_what_would(degrees, world, config, sizes, words):
     with pytest.raises(ValueError, match=words):
         Degrees(**degrees).check(world, types.SimpleNamespace(**config), *sizes)
+
+
+def test_compiling_takes_the_layers_of_a_part_whole_and_refuses_a_model_without():
+    experts = nn.ModuleList([nn.Linear(2, 2)])
+    layers = nn.ModuleList([nn.ModuleDict({"experts": experts}), nn.Identity()])
+    model = nn.ModuleDict({"body": nn.ModuleDict({"layers": layers})})
+    compile_layers(model, "eager")
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl]
+    assert compiled == ["body.layers.0"], "neither experts by themselves nor what holds another stage's place"
+    with pytest.raises(ValueError, match="--compile: Linear has no list of layers"):
+        compile_layers(nn.Linear(2, 2), "eager")
 
 
 def test_what_is_neither_a_model_nor_a_text_nor_a_checkpoint_is_refused(tmp_path):

@@ -10,8 +10,20 @@ import torch
 import transformers
 
 from am_testkit import compositions
+from am_testkit.heads import types_for
 from am_testkit.zoo import NOT_BUILT, model_types
 
+# What the models of `heads` are for, and the auto classes that build them.
+TASKS = {
+    "translation": "AutoModelForSeq2SeqLM",
+    "speech": "AutoModelForSpeechSeq2Seq",
+    "masked": "AutoModelForMaskedLM",
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "question": "AutoModelForQuestionAnswering",
+    "image": "AutoModelForImageClassification",
+    "encoding": "AutoModelForTextEncoding",
+}
 HERE = pathlib.Path(__file__).parent
 # What nobody says is what the plainest run has.
 _FORM = "ids alone, a next-token loss over every token, no dropout, all weights trained."
@@ -30,7 +42,7 @@ VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers
 
 
 def main(folder: str, *names: str) -> None:
-    tables = (pipeline, images, tensor, encoders, data, experts, context, context_heads, composed)
+    tables = (pipeline, heads, images, some_ranks, tensor, encoders, data, experts, context, context_heads, composed)
     for name, write in ((t.__name__.replace("composed", "compositions"), t) for t in tables):
         if names and name not in names:
             continue
@@ -80,6 +92,60 @@ def pipeline(measured: dict[str, dict]) -> list[str]:
     ]
 
 
+def heads(measured: dict[str, dict]) -> list[str]:
+    tried = {name: result for name, result in measured.items() if "not built" not in result}
+    exact, refused = count(tried)
+    rows, counts = [], []
+    for task, what in TASKS.items():
+        mine = {name: result for name, result in measured.items() if name.startswith(f"{task}-")}
+        built = {name: result for name, result in mine.items() if name in tried}
+        numbers = (*count(built), len(mine) - len(built), len(types_for(task)))
+        counts.append(f"| {task} | {what} | {' | '.join(map(str, numbers))} |")
+        for name, result in sorted(mine.items()):
+            cells = [cell(result[kind]) if kind in result else "" for kind in ("Interleaved1F1B", "1F1B")]
+            more = ", ".join(result.get("travels", []))
+            if reason := result.get("refused") or result.get("not built"):
+                more = ("refused: " if "refused" in result else "not built: ") + " ".join(reason.split())[:300]
+            columns = (
+                name.removeprefix(f"{task}-"),
+                task,
+                result.get("kind", ""),
+                *cells,
+                result.get("dtype", ""),
+                more,
+            )
+            rows.append(f"| {' | '.join(text.replace('|', '/') for text in columns)} |")
+    return [
+        "# Pipelining: encoder-decoders, encoders and heads",
+        "",
+        f"Of {len(tried)} models, **{exact} train exactly**, {refused} are refused. {len(measured) - len(tried)} more",
+        "cannot be had small by the test kit. What has no row is not measured.",
+        "",
+        "| task | class of transformers | exact | refused | not built | types in all |",
+        "|---|---|---|---|---|---|",
+        *counts,
+        "",
+        "Of heads for sequences, tokens and questions, the types are here that are no causal language models; the",
+        "stacks of those are in [their own table](pipeline.md).",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. Each is a model of four layers, of an encoder-decoder two in either stack,",
+        "cut and run over two processes: four stages under Interleaved1F1B (which cuts inside the encoder, between the",
+        "stacks and inside the decoder) with the attention that transformers takes by itself, two stages under 1F1B",
+        "with eager attention; translation, speech and masked models in both ways, others in one of them. Four rows in",
+        "two microbatches. The numbers are the largest relative differences from one process among all that the model",
+        "returns and all gradients, 1e-7 where transformers' own code computes in float32.",
+        "",
+        f"Conditions: {_FLOATS}; under Interleaved1F1B two steps whose gradients add up with an evaluation between",
+        "them, of three lengths of encoder and decoder, the last two padded on the right where a type takes a mask;",
+        "under 1F1B one step; a loss on all tensors that the model returns, no dropout, all weights trained. *Travels*",
+        "names what goes along with the hidden state.",
+        "",
+        "| model type | task | class | 4 stages | 2 stages | | travels |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 def images(measured: dict[str, dict]) -> list[str]:
     exact, refused = count(measured)
     rows = []
@@ -90,7 +156,7 @@ def images(measured: dict[str, dict]) -> list[str]:
         "# Pipelining: models of images and text",
         "",
         f"Of {len(rows)} model types of `AutoModelForImageTextToText`, **{exact} train exactly** on two stages with an",
-        f"image in every row, {refused} are refused. The others of the class take images in forms that the test kit",
+        f"image in every row; refused: {refused}. The others of the class take images in forms that the test kit",
         "does not make, and are not tried.",
         "",
         f"`nox -s sweep`, {VERSIONS}. A four-layer model of the type with random weights, cut and run over two",
@@ -102,6 +168,32 @@ def images(measured: dict[str, dict]) -> list[str]:
         "",
         "| model type | class | 2 stages | |",
         "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def some_ranks(measured: dict[str, dict]) -> list[str]:
+    exact = sum(all(not isinstance(error, str) for error in result.values()) for result in measured.values())
+    rows = [
+        f"| {name} | {cell(result['trained']).replace('|', '/')} | {cell(result['frozen']).replace('|', '/')} |"
+        for name, result in sorted(measured.items())
+    ]
+    return [
+        "# Sharded data parallelism: images on some ranks only",
+        "",
+        f"Of {len(rows)} model types of `AutoModelForImageTextToText` that take text alone too, **{exact} are exact**",
+        "with images on one of two ranks. The others of the class take images in forms that the test kit does not",
+        "make, and are not tried.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `fsdp2_strategy_parallelize` of a two-layer model of the type, random weights,",
+        "over two data ranks; four steps: images on the first rank, on the second, on none, on the first again. The",
+        "numbers are the largest relative differences from one process among the logits and all gradients.",
+        "",
+        "Conditions: the attention that transformers takes by itself; float64; the mean of the logits' squares as",
+        "loss; no dropout; all weights trained, or the towers frozen.",
+        "",
+        "| model type | all trained | towers frozen |",
+        "|---|---|---|",
         *rows,
     ]
 

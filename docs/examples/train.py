@@ -23,15 +23,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoTokenizer
 
 import am_fsdp
+import am_moe
 import am_pipeline
 from am_fsdp.process_group import Stop
 from am_moe.context_parallel.support import mixers
-from training import checkpoint, session
+from training import checkpoint, memory, page, session
 from training.agreement import refuse_differences
 from training.degrees import Degrees
 from training.examples import IGNORED, Examples
@@ -41,6 +43,7 @@ from training.model import (
     build_config,
     build_model,
     build_optimizer,
+    model_in_4_bits,
     model_without_weights,
     next_token_loss,
 )
@@ -60,17 +63,18 @@ def main() -> None:
     args = parse_arguments()
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=args.timeout)))
     store = session.join(launchers, rank, world_size, args.timeout)
-    config = build_config(args.model or args.config, args.size)
-    text = read_text(args, args.text)
-    arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
-    sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
-    contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
-    refuse_differences(store, rank, world_size, arguments | contents)
-    degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
-    degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
-    text.check(args.seq_len)
-    if args.resume:
-        checkpoint.latest(args.out)
+    with Watch(store, rank, world_size, args.timeout):  # of an error that all ranks have, one prints the traceback
+        config = build_config(args.model or args.config, args.size)
+        text = read_text(args, args.text)
+        arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+        sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
+        contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
+        refuse_differences(store, rank, world_size, arguments | contents)
+        degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
+        degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
+        text.check(args.seq_len)
+        if args.resume:
+            checkpoint.latest(args.out)
 
     # The watch inside: when a rank fails, nobody waits for the process group of the others.
     with am_fsdp.stop_on_signal() as stop, Watch(store, rank, world_size, args.timeout) as watch:
@@ -86,8 +90,9 @@ def train(
     stop: Stop,
     watch: Watch,
 ) -> None:
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if args.model:
-        model = model_without_weights(args.model, args.lora, args.seed)
+        model = build_from_folder(args, device)
         if args.packed and (states := mixers(model)):
             raise ValueError(f"--packed: {states[0][0]} keeps a state from one text of a row to the next; leave it out")
     else:
@@ -95,7 +100,6 @@ def train(
     alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
     meshes = degrees.meshes(device.type)
     loss_fn = TokenMean(args.batch // args.microbatch * degrees.cp)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     layout = lay_out(
         model,
         degrees,
@@ -107,9 +111,10 @@ def train(
         loss_fn=loss_fn,
         mp_policy=half if args.dtype == "bfloat16" else None,
         recompute=args.recompute,
+        compile_with=args.compile,
     )
     del model
-    for part in layout.parts if args.model else ():
+    for part in layout.parts if args.model and not args.load_in_4bit else ():
         am_fsdp.load_hf_weights(part, args.model, device=device, strict=degrees.pp == 1)
     optimizers = [build_optimizer(part, args.lr) for part in layout.parts]
     rate = Rate(args.lr, args.warmup, args.steps, args.decay)
@@ -122,6 +127,8 @@ def train(
         alone.replay(text, done)
 
     say(f"{type(layout.parts[0]).__name__} over {degrees}, {text.source}")
+    held = memory.of_every_rank(memory.weights_held(layout.parts) / 1e6, device)
+    say(f"weights per rank: {', '.join(f'{megabytes:,.2f}' for megabytes in held)} MB")
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
     mine = degrees.rows(meshes[0], args.batch)
     log = LossLog(args.out / "losses.txt", done, enabled=dist.get_rank() == 0)
@@ -165,7 +172,8 @@ def train(
     progress.close()
 
     watch.at("the report")
-    draw_timeline(layout, ids, labels, more, args)
+    draw_last_step(layout, degrees, meshes[0], (ids, labels, more), args)
+    most = memory.of_every_rank(memory.most_in_use(device) / 1e6, device)
     entropy = text.unigram_entropy()
     if args.model:
         watch.at("the folder")
@@ -175,7 +183,19 @@ def train(
         title = f"{config.model_type}, {degrees}"
         unit = "token" if args.model else "byte"
         plot_loss(str(args.out / "loss.png"), log.losses, entropy, alone.losses if alone else [], title, unit)
-        say(f"loss {log.losses[0]:.4f} -> {log.losses[-1]:.4f}; unigram entropy {entropy:.4f}; pictures in {args.out}")
+        facts = {
+            "layout": str(degrees),
+            "text": text.source,
+            "loss": f"{log.losses[0]:.4f} → {log.losses[-1]:.4f}",
+            "tokens per second": f"{page.typical(progress.speeds):,.0f}",
+            "compared with one process": alone.words() if alone else "no (--check)",
+        }
+        of_ranks = {"weights, MB": held, "most memory in use, MB": most}
+        page.write_report(args.out, title, facts, of_ranks, progress.norms, progress.speeds)
+        say(
+            f"loss {log.losses[0]:.4f} -> {log.losses[-1]:.4f}; unigram entropy {entropy:.4f}; "
+            f"pictures in {args.out}, all on one page in {args.out / 'report.html'}"
+        )
     finish(alone, device)
 
 
@@ -188,6 +208,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
     model.add_argument("--lora", type=int, default=0, help="train LoRA adapters of this rank over the frozen model")
+    model.add_argument(
+        "--load-in-4bit", action="store_true", help="with --lora, a frozen model in 4 bits (bitsandbytes)"
+    )
     model.add_argument("--text", help="a file or folder; the Python standard library if not given; with --model .jsonl")
     model.add_argument("--packed", action="store_true", help="with --model, several texts to a row, kept apart")
     model.add_argument("--eval-text", help="with --model, a file to evaluate on")
@@ -216,6 +239,13 @@ def parse_arguments() -> argparse.Namespace:
         help="to compute in; bfloat16 keeps weights and sums of gradients in float32",
     )
     steps.add_argument("--recompute", action="store_true", help="recompute layers in the backward")
+    steps.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile each layer, with inductor or the backend named",
+    )
     steps.add_argument("--clip", type=float, default=1.0, help="largest global gradient norm")
     steps.add_argument("--seed", type=int, default=0)
     run = parser.add_argument_group("run")
@@ -232,12 +262,16 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--size is for --config; a folder's model is as it is")
     if (args.packed or args.eval_text) and not args.model:
         parser.error("--packed and --eval-text need --model")
+    if args.load_in_4bit and not (args.model and args.lora > 0):
+        parser.error("--load-in-4bit needs --model and --lora: packed weights are not trained")
     if args.lr is None:
         args.lr = (2e-4 if args.lora else 1e-5) if args.model else 3e-3
     if args.tolerance is None:
         args.tolerance = 1e-5 if args.dtype == "float32" else 3e-2
     if args.ep is None:
         args.ep = args.dp if not args.model and args.config == "qwen3_moe" and args.tp == 1 else 1
+    if args.compile and args.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
+        parser.error(f"--compile {args.compile}: torch has no such backend; it has {', '.join(known)}")
     if args.lora < 0:
         parser.error("--lora must be at least 0")
     for name in ("steps", "batch", "microbatch", "seq_len", "timeout", "eval_every"):
@@ -273,6 +307,12 @@ def read_text(args: argparse.Namespace, path: str | None) -> ByteText | Examples
         return ByteText(path)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     return Examples(path, tokenizer, args.seq_len, args.packed)
+
+
+def build_from_folder(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    if args.load_in_4bit:
+        return model_in_4_bits(args.model, args.lora, args.seed, getattr(torch, args.dtype), device)
+    return model_without_weights(args.model, args.lora, args.seed)
 
 
 def share_of(batch: tuple, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -335,18 +375,29 @@ def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> p
     return folder
 
 
-def draw_timeline(
-    layout: Layout, ids: torch.Tensor, labels: torch.Tensor, more: dict[str, torch.Tensor], args: argparse.Namespace
+def draw_last_step(
+    layout: Layout, degrees: Degrees, world_mesh: DeviceMesh, batch: tuple, args: argparse.Namespace
 ) -> None:
-    """Run one more step, without an optimizer step, and draw what the schedule did."""
-    if not layout.stages:
-        return
-    with am_pipeline.record_timeline(layout.stages) as events:
+    """Run one more step, without an optimizer step, and draw what the schedule did and which experts were chosen."""
+    ids, labels, more = batch
+    with_experts = [part for part in layout.parts if degrees.ep > 1 and am_moe.find_experts(part)]
+    loads = [am_moe.ExpertLoad(part) for part in with_experts if not args.compile]  # which would compile anew
+    counted = world_mesh["dp_replicate", "dp_shard", "cp"]
+    if layout.stages:
+        with am_pipeline.record_timeline(layout.stages) as events:
+            layout.step(ids, labels, **more)
+        everyone = am_pipeline.gather_timeline(events, layout.stages)
+        if dist.get_rank() == 0:
+            title = f"{args.schedule}, {args.batch // args.dp_replicate // args.dp // args.microbatch} microbatches"
+            am_pipeline.plot_timeline(everyone, str(args.out / "timeline.png"), title)
+    elif loads:
         layout.step(ids, labels, **more)
-    everyone = am_pipeline.gather_timeline(events, layout.stages)
-    if dist.get_rank() == 0:
-        title = f"{args.schedule}, {args.batch // args.dp_replicate // args.dp // args.microbatch} microbatches"
-        am_pipeline.plot_timeline(everyone, str(args.out / "timeline.png"), title)
+    mine = {layer: choices for load in loads for layer, choices in load.total(counted).items()}
+    of_stages: list = [None] * dist.get_world_size()
+    dist.all_gather_object(of_stages, {layer: choices.cpu() for layer, choices in mine.items()})
+    choices = {layer: some[layer] for some in of_stages for layer in some}
+    if dist.get_rank() == 0 and choices:
+        am_moe.plot_load(choices, str(args.out / "load.png"), "the last step,", degrees.ep)
 
 
 class Alone:
@@ -354,8 +405,10 @@ class Alone:
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace) -> None:
         self.args = args
-        if args.model:
-            self.model = am_fsdp.load_hf_weights(model_without_weights(args.model, args.lora, args.seed), args.model)
+        if args.load_in_4bit:
+            self.model = copy.deepcopy(model)
+        elif args.model:
+            self.model = am_fsdp.load_hf_weights(build_from_folder(args, torch.device("cpu")), args.model)
         else:  # context parallelism changes the other's config
             self.model = build_model(copy.deepcopy(model.config), args.seed, args.lora)
         self.rate = Rate(args.lr, args.warmup, args.steps, args.decay)
@@ -367,6 +420,12 @@ class Alone:
         """Norms are sums of many roundings; one that misses or doubles a contribution is off by far more than this."""
         exact = self.worst_loss <= self.args.tolerance and self.worst_norm <= 100 * self.args.tolerance
         return exact and self.worst_ever <= 5e-2
+
+    def words(self) -> str:
+        return (
+            f"largest relative difference of the loss {self.worst_loss:.1e} and of the gradient norm "
+            f"{self.worst_norm:.1e} in the first {EXACT_STEPS} steps, of the loss {self.worst_ever:.1e} in all"
+        )
 
     def replay(self, text: ByteText | Examples, steps: int) -> None:
         """Catch up with a resumed run."""
@@ -398,11 +457,7 @@ def finish(alone: Alone | None, device: torch.device) -> None:
     parted = torch.tensor(int(alone is not None and not alone.agrees()), device=device)
     dist.broadcast(parted, 0)
     if alone:
-        say(
-            f"check: the run {'PARTS from' if parted else 'agrees with'} one process; largest relative difference "
-            f"of the loss {alone.worst_loss:.1e} and of the gradient norm {alone.worst_norm:.1e} in the first "
-            f"{EXACT_STEPS} steps, of the loss {alone.worst_ever:.1e} in all"
-        )
+        say(f"check: the run {'PARTS from' if parted else 'agrees with'} one process; {alone.words()}")
     # Not sys.exit: a gloo thread that lets go of its last work while the interpreter finalises aborts the process, and
     # a run whose work is done would be reported as failed.
     sys.stdout.flush()

@@ -18,6 +18,7 @@ import am_fsdp
 import am_moe
 import am_pipeline
 import am_tp_plans
+from training.compiled import compile_layers
 from training.degrees import Degrees
 from training.model import main_output, next_token_loss
 
@@ -58,6 +59,7 @@ def lay_out(
     loss_fn: Loss = next_token_loss,
     mp_policy: MixedPrecisionPolicy | None = None,
     recompute: bool | str | int = False,
+    compile_with: str | None = None,
     output_of: Callable = main_output,
     autocast: torch.dtype | None = None,
 ) -> Layout:
@@ -73,14 +75,14 @@ def lay_out(
             microbatches, data and context ranks.
         mp_policy: FSDP2's; None to compute and reduce in the dtype of the parameters.
         recompute: a mode of `am_fsdp.checkpoint_layers`.
+        compile_with: a backend of `torch.compile`, for each layer by itself; None to compile nothing.
         output_of: what `loss_fn` gets of a whole model's output; a last stage gives its logits or last hidden state.
         autocast: the dtype that forward and loss run in by `torch.autocast`; None for that of the parameters.
     """
     # Of the whole model: a pipeline part does not show everything that a plan is derived from.
     plan = am_tp_plans.resolve_plan(model, sequence_parallel=degrees.sequence_parallel) if degrees.tp > 1 else None
-    parallelize = functools.partial(
-        parallelize_part, degrees=degrees, plan=plan, mp_policy=mp_policy, recompute=recompute
-    )
+    settings = {"mp_policy": mp_policy, "recompute": recompute, "compile_with": compile_with}
+    parallelize = functools.partial(parallelize_part, degrees=degrees, plan=plan, **settings)
     cp_mesh = meshes[0]["cp"] if degrees.cp > 1 else None
     if degrees.pp == 1:
         if not any(parameter.is_meta for parameter in model.parameters()):
@@ -128,6 +130,7 @@ def parallelize_part(
     plan: dict[str, ParallelStyle] | None,
     mp_policy: MixedPrecisionPolicy | None = None,
     recompute: bool | str | int = False,
+    compile_with: str | None = None,
     **_axes: object,
 ) -> None:
     """Tensor parallel, context, experts, then data parallel around all of it; on the model, or on a pipeline part."""
@@ -160,6 +163,8 @@ def parallelize_part(
         )
     else:
         am_fsdp.checkpoint_layers(part, recompute)
+    if compile_with:
+        compile_layers(part, compile_with)
 
 
 def _share_of_sequence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -96,6 +97,35 @@ def model_without_weights(folder: str, lora: int, seed: int) -> nn.Module:
             add_adapters(model, lora, seed)
     torch.manual_seed(seed)  # adapters begin by it
     return model
+
+
+def model_in_4_bits(folder: str, lora: int, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A folder's causal LM with bitsandbytes' NF4 weights in its linears and adapters over them, float32.
+
+    Every rank holds the base whole, at half a byte a weight, until it is laid out.
+
+    Args:
+        dtype: to compute in. Packed weights are stored as numbers of it, since FSDP2 casts what has another.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes accelerate")
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=packed, dtype=torch.float32, device_map={"": device}, local_files_only=True
+    )
+    add_adapters(model, lora, seed)
+    return model.train()
 
 
 def add_adapters(model: nn.Module, rank: int, seed: int) -> None:

@@ -11,6 +11,8 @@ import time
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+COLOR = "#4c72b0"
+
 
 class Progress:
     """Loss, gradient norm and speed of each step; a bar on a terminal, one line every few steps elsewhere."""
@@ -22,10 +24,14 @@ class Progress:
         self.total = total
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not enabled or not sys.stderr.isatty())
         self.clock = time.perf_counter()
+        self.norms: list[float] = []
+        self.speeds: list[float] = []
 
     def update(self, step: int, loss: float, norm: float) -> None:
         now = time.perf_counter()
         speed, self.clock = self.tokens_per_step / (now - self.clock), now
+        self.norms.append(norm)
+        self.speeds.append(speed)
         if not self.enabled:
             return
         if not self.bar.disable:
@@ -70,15 +76,38 @@ class LossLog:
 
 
 def plot_loss(path: str, losses: list[float], entropy: float, single: list[float], title: str, unit: str) -> None:
-    """The loss, beside the text's unigram entropy and, of the last steps, the single process's."""
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    """The loss of each step and its running mean, beside the text's unigram entropy.
+
+    Beneath, where one process trained the last steps too, the relative difference to it.
+    """
+    figure = Figure(figsize=(8, 5.5 if single else 4.5), dpi=120, layout="constrained")
+    axes, *beneath = figure.subplots(
+        1 + bool(single), sharex=True, height_ratios=[3, 1][: 1 + bool(single)], squeeze=False
+    ).flat
     steps = range(1, 1 + len(losses))
-    axes.plot(steps, losses, label="in parallel", linewidth=2)
-    if single:
-        axes.plot(steps[-len(single) :], single, "--", color="black", linewidth=1, label="one process")
-    axes.axhline(entropy, color="grey", linestyle=":", label=f"unigram entropy of the text, {entropy:.2f}")
-    axes.set(xlabel="step", ylabel=f"loss, nats per {unit}", title=title, ylim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.plot(steps, losses, color=COLOR, alpha=0.35, linewidth=1, label="each step")
+    axes.plot(steps, running_mean(losses), color=COLOR, linewidth=2, label="running mean")
+    known = [loss for loss in losses if math.isfinite(loss)]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    if low - (high - low) / 2 < entropy < high:
+        axes.axhline(entropy, color="grey", linestyle=":", label=f"unigram entropy of the text, {entropy:.2f}")
+    axes.set(ylabel=f"loss, nats per {unit}", title=title)
     axes.legend(frameon=False)
+    for panel in beneath:
+        mine = losses[-len(single) :]
+        panel.semilogy(
+            steps[-len(single) :], [max(1e-9, abs(a - b) / abs(b)) for a, b in zip(mine, single, strict=True)]
+        )
+        panel.set(ylabel="difference to\none process", ylim=(1e-9, 1))
+    for panel in (axes, *beneath):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.margins(x=0.01)
+    (axes, *beneath)[-1].set_xlabel("step")
     figure.savefig(path)
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Of the tenth of the values around each, at least of three; what is not known is passed over."""
+    reach = max(1, len(values) // 20)
+    around = ([v for v in values[max(0, i - reach) : i + reach + 1] if math.isfinite(v)] for i in range(len(values)))
+    return [sum(some) / len(some) if some else math.nan for some in around]

@@ -10,6 +10,9 @@ import torch.distributed as dist
 
 from training import checkpoint, manifest
 
+# What a run leaves in its folder besides checkpoints.
+_OF_A_RUN = ("run", "losses.txt", "loss.png", "timeline.png", "load.png", "report.html", "model", "adapter", "latest")
+
 
 def begin(folder: pathlib.Path, resume: bool) -> pathlib.Path | None:
     """The checkpoint to continue from, the newest that is sound, or None at the beginning of a run.
@@ -61,6 +64,7 @@ def _set_aside(folder: pathlib.Path) -> None:
     names = itertools.chain(["before"], (f"before-{number}" for number in itertools.count(2)))
     before = next(folder / name for name in names if not (folder / name).exists())
     before.mkdir()
-    for path in [*folder.glob("step-*"), *(folder / name for name in ("run", "losses.txt", "latest"))]:
+    print(f"an earlier run in {folder} is now in {before}", flush=True)
+    for path in [*folder.glob("step-*"), *(folder / name for name in _OF_A_RUN)]:
         if path.exists():
             path.rename(before / path.name)

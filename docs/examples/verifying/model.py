@@ -44,7 +44,7 @@ class Subject:
             ValueError: nothing of that name, or transformers has not this attention for it.
         """
         torch.manual_seed(seed)
-        model = _built_by_function(self.name) if self.is_function else self._from_transformers(attention)
+        model = built_by_function(self.name) if self.is_function else self._from_transformers(attention)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -97,7 +97,7 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _built_by_function(name: str) -> nn.Module:
+def built_by_function(name: str) -> nn.Module:
     where, _, function = name.rpartition(":")
     if where.endswith(".py"):
         spec = importlib.util.spec_from_file_location(pathlib.Path(where).stem, where)

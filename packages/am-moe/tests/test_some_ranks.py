@@ -114,8 +114,7 @@ def test_a_rank_whose_tokens_choose_no_expert_trains_as_in_one_process(case, spr
     assert_same(actual, expected, 1e-10)
 
 
-@pytest.mark.ranks(2)
-def test_images_on_some_ranks_only_are_refused_on_every_rank_and_the_next_step_runs():
+def llava_of_experts():
     import transformers
 
     torch.manual_seed(0)
@@ -131,29 +130,78 @@ def test_images_on_some_ranks_only_are_refused_on_every_rank_and_the_next_step_r
     )  # fmt: skip
     model = transformers.LlavaForConditionalGeneration(config).double()
     model.set_experts_implementation("eager")
-    one = copy.deepcopy(model)
-    world = init_device_mesh(device_type(), (2,), mesh_dim_names=("dp",))
-    experts = init_device_mesh(device_type(), (2,), mesh_dim_names=("ep",))
-    parallelize_model(model, world, experts, dp_axis_names=("dp",), ep_axis_name="ep")
-    generator = torch.Generator().manual_seed(0)
+    return model
+
+
+def images_and_text(seed=0):
+    """Two rows of an image and text, and two of text alone."""
+    generator = torch.Generator().manual_seed(seed)
     text = {"input_ids": torch.randint(3, 90, (2, 8), generator=generator)}
     ids = torch.cat([torch.full((2, 4), 95), text["input_ids"]], dim=1)
-    images = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=generator)}
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=generator)}, text
 
-    def rows(batch, rank):
-        return {name: value[rank : rank + 1] for name, value in batch.items()}
 
-    for batch in (images, text):
-        model(**rows(batch, dist.get_rank())).logits.square().mean().backward()
-        one(**batch).logits.square().mean().backward()
-        # A bias of keys changes no softmax: its gradient is nothing but rounding.
-        expected = {n: p.grad for n, p in one.named_parameters() if p.grad is not None and "k_proj.bias" not in n}
-        actual = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        assert set(actual) >= set(expected)
-        assert_same({n: g for n, g in actual.items() if n in expected}, expected, 1e-5)
+def check_gradients(model, one):
+    # A bias of keys changes no softmax: its gradient is nothing but rounding.
+    expected = {n: p.grad for n, p in one.named_parameters() if p.grad is not None and "k_proj.bias" not in n}
+    actual = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(actual) >= set(expected)
+    assert_same({n: g for n, g in actual.items() if n in expected}, expected, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["expert parallel", "replicas"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.ranks(4)
+def test_images_on_some_ranks_train_as_in_one_process(layout, frozen):
+    model = llava_of_experts()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen and "language_model" not in name))
+    one = copy.deepcopy(model)
+    if layout == "replicas":
+        world = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("replicas", "shards"))
+        parallelize_model(model, world, None, dp_axis_names=("replicas", "shards"))
+    else:
+        world = init_device_mesh(device_type(), (4,), mesh_dim_names=("dp",))
+        experts = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("copies", "ep"))
+        parallelize_model(
+            model, world, experts, dp_axis_names=("dp",), ep_axis_name="ep", ep_shard_axis_names=("copies",)
+        )
+    for step, with_images in enumerate([(3,), (0, 1), (), (0, 1, 2, 3), (1, 2)]):
+        batches = [images_and_text(10 * step + rank)[0 if rank in with_images else 1] for rank in range(4)]
+        model(**batches[dist.get_rank()]).logits.square().mean().backward()
+        for batch in batches:
+            (one(**batch).logits.square().mean() / 4).backward()
+        check_gradients(model, one)
         model.zero_grad()
         one.zero_grad()
-        mixed = rows(images if dist.get_rank() else text, dist.get_rank())
-        for given in (mixed, {"pixel_values": torch.empty(0)} | mixed):
-            with pytest.raises(ValueError, match="given different inputs, such as images on some ranks only"):
-                model(**given)
+        with torch.no_grad():
+            other_way = batches[3 - dist.get_rank()]
+            assert_same({"": model(**other_way).logits}, {"": one(**other_way).logits}, 1e-5, "evaluation")
+        tower = [n for n, p in model.named_parameters() if p.grad is not None and "vision" in n]
+        assert not frozen or not tower
+
+
+@pytest.mark.ranks(2)
+def test_inputs_that_no_tower_takes_on_some_ranks_only_are_refused_on_every_rank_and_the_next_step_runs():
+    model = llava_of_experts()
+    one = copy.deepcopy(model)
+    apply_fsdp(model, data_mesh(), False, False)
+    images, text = images_and_text()
+
+    def rows(batch):
+        return {name: value[dist.get_rank() :][:1] for name, value in batch.items()}
+
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"given different inputs, such as .*attention_mask is given on some ranks"):
+        model(**rows(text), **({"attention_mask": mask} if dist.get_rank() else {}))
+    for batch in (images, text):
+        model(**rows(batch)).logits.square().mean().backward()
+        one(**batch).logits.square().mean().backward()
+        check_gradients(model, one)
+        model.zero_grad()
+        one.zero_grad()
+    # A layer that only one rank skips is seen before its collective.
+    if dist.get_rank():
+        del model.model.language_model.layers[1]
+    with pytest.raises(ValueError, match="some ranks are at"):
+        model(**rows(images if dist.get_rank() else text))

@@ -76,7 +76,7 @@ def test_wrong_balances_are_refused():
         plan_cut(tiny("llama"), 2, balance="weight")
     with pytest.raises(ValueError, match="between 1 and the number of layers, 2"):
         balanced(Costs(0, (1, 1), 0), 3)
-    assert Anatomy("layers", 2, (), ()).layer(1) == "layers.1"
+    assert Anatomy(("layers",), (2,), (), ()).layer(1) == "layers.1"
 
 
 def test_a_plan_is_a_table_before_anything_is_built():

@@ -21,14 +21,11 @@ from am_testkit.models import next_token_loss
 from am_testkit.natural import natural_batch, natural_types, small_with_images
 
 SWEEP = os.environ.get("AM_SWEEP")
-ALWAYS = ["gemma3", "internvl", "llava_next", "qwen2_5_vl", "qwen3_vl"]
+ALWAYS = ["gemma3", "idefics3", "internvl", "llava_next", "qwen2_5_vl", "qwen3_vl"]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 # Why a model is not cut, in the words of the error.
 REFUSED = {
     "blip-2": "cannot be cut between the layers of qformer",
-    "idefics2": "however their dims are read",
-    "idefics3": "however their dims are read",
-    "smolvlm": "however their dims are read",
 }
 
 

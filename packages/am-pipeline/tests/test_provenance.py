@@ -11,7 +11,7 @@ from torch import nn
 
 from am_pipeline import plan_cut
 from am_pipeline.crossing import CannotCutError, Shape, needs_of, shape_of
-from am_pipeline.forms import SIZES
+from am_pipeline.forms import SIZES, text_form
 from am_pipeline.provenance import Draw, Inner, Input, Value, Weight
 from am_pipeline.reading import Reading, holders_of
 from am_pipeline.weightless import Weightless
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
 
 
 def read(run):
-    return Reading(Weightless(Decoder(run)), "layers")
+    return Reading(Weightless(Decoder(run)), ["layers"], text_form("input_ids", training=True))
 
 
 def stack(model, hidden):
@@ -231,4 +231,4 @@ def test_dims_are_told_from_two_runs(small, large, shape):
     found = shape_of(small, large, SIZES)
     assert (found if found is None else str(found)) == shape
     if isinstance(found, Shape):
-        assert (found.at(*SIZES[0]), found.at(*SIZES[1])) == (small, large)
+        assert (found.at(SIZES[0]), found.at(SIZES[1])) == (small, large)

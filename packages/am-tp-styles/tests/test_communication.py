@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -19,11 +20,14 @@ from am_tp_styles.axis import MeshAxis, part_of
 from am_tp_styles.communication import (
     gather,
     gather_for_shares,
+    once,
     scatter_sum,
     split,
     sum_gradients,
+    sum_gradients_in_order,
     sum_over_ranks,
 )
+from am_tp_styles.edges import gather_for_all_readers
 
 
 def axis():
@@ -48,6 +52,35 @@ def test_a_model_may_write_into_what_a_sharded_layer_returns():
         out += out.detach().square()
         out.square().sum().backward()
     assert_same(gradients(both), gradients(one), 1e-12, "gradients")
+
+
+@pytest.mark.ranks(2)
+def test_nothing_of_a_graph_outlives_it():
+    """A tensor with a view of itself beside it was kept, with the graph behind it, for good."""
+    over = axis()
+    exchanges = [
+        lambda x: sum_gradients(x, over),
+        lambda x: sum_over_ranks(x, over),
+        lambda x: split(x, over, 0),
+        lambda x: gather(x, over, 0),
+        lambda x: scatter_sum(x, over, 0),
+        lambda x: gather_for_shares(x, over, 0),
+        lambda x: gather_for_all_readers(over, 0, x),
+        lambda x: sum_gradients_in_order(over, x, x * 2),
+        lambda x: once(x, over),
+    ]
+    for exchange in exchanges:
+        before = of_graphs()
+        out = exchange(torch.ones(4, requires_grad=True) * 2)
+        sum(tensor.sum() for tensor in (out if isinstance(out, tuple) else (out,))).backward()
+        del out
+        assert of_graphs() == before
+
+
+def of_graphs():
+    """How many tensors there are that know how they came about."""
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) and found.grad_fn is not None for found in gc.get_objects())
 
 
 def share(axis, seed):

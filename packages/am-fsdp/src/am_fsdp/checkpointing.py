@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,12 +13,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from am_fsdp.units import layer_stacks
 
-MODES = ("full", "selective", "mlp")
+Mode = Literal["full", "selective", "mlp"]
+MODES = get_args(Mode)
 _MLP = re.compile(r"(^|_)(mlp|ffn?|feed_forward|moe|experts)($|_|\d)")
 _SAVED = re.compile(r"^(aten::(mm|addmm|bmm|baddbmm|_scaled_dot_product\w*|_grouped_mm)|_c10d_functional::\w+)$")
 
 
-def checkpoint_layers(model: nn.Module, mode: bool | str | int = "full") -> None:
+def checkpoint_layers(model: nn.Module, mode: bool | int | Mode = "full") -> None:
     """Recompute activations in backward instead of keeping them.
 
     The forward of each layer instance is replaced, inside the hooks that FSDP and tensor-parallel styles put on the
@@ -47,7 +48,7 @@ def checkpoint_layers(model: nn.Module, mode: bool | str | int = "full") -> None
         module.forward = functools.partial(checkpoint, module.forward, **how)
 
 
-def recomputed_modules(model: nn.Module, mode: bool | str | int) -> list[Any]:
+def recomputed_modules(model: nn.Module, mode: bool | int | Mode) -> list[Any]:
     """The modules that `checkpoint_layers` would recompute; none without recomputation, changes nothing.
 
     Raises:
@@ -75,7 +76,7 @@ def _check(model: nn.Module, mode: Any) -> None:
         )
 
 
-def _recomputed(model: nn.Module, mode: bool | str | int) -> Iterator[Any]:
+def _recomputed(model: nn.Module, mode: bool | int | Mode) -> Iterator[Any]:
     for stack in layer_stacks(model):
         layers = [layer for layer in stack if any(True for _ in layer.parameters())]
         if mode == "mlp":

@@ -16,6 +16,7 @@ from am_fsdp.buffers import compute_buffers, planned_buffers
 from am_fsdp.hf_folder import HFFolder
 from am_fsdp.hf_names import model_tensors, named_tensors, some, tied_sources
 from am_fsdp.lazy import Box, Lazy
+from am_fsdp.packed import check_whole
 
 
 @torch.no_grad()
@@ -61,6 +62,7 @@ def load_hf_weights(
             to initialise. Every rank that holds the same model and sees the same folder raises the same, before any
             memory is allocated.
     """
+    check_whole(base_model(model))
     source = HFFolder(folder)
     whole, model = model, base_model(model)
     held = named_tensors(model)

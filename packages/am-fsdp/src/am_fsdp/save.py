@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from am_fsdp.agreement import exchange, rank_in, together
 from am_fsdp.hf_folder import ADAPTER, FileWriter, check_dtypes, files_of, index_text
 from am_fsdp.hf_names import folder_tensors, named_tensors, of_transformers, own_classes, some, tied_sources
 from am_fsdp.lazy import Box, Lazy
+from am_fsdp.packed import packed_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "": 1}
 _WEIGHTS = re.compile(r"(pytorch_model|model|adapter_model).*\.(safetensors|bin|json)")
@@ -50,7 +51,7 @@ def save_hf_weights(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
-    adapters: str | None = None,
+    adapters: Literal["base", "adapter", "merged"] | None = None,
     pipeline_parts: bool = False,
 ) -> None:
     """Write a model that is laid out over ranks as a folder that `from_pretrained` loads.
@@ -179,6 +180,11 @@ def _folder_tensors(
     if adapters == "adapter":
         held = adapter_tensors(found, leaves, adapter_of(base))
         return {key: _in_dtype(lazy, dtype) for key, lazy in held.items()}
+    if packed := packed_weights(base):
+        raise ValueError(
+            f"{next(iter(packed))} is packed (quantised), and its scales have no place in a "
+            'folder of weights; adapters="adapter" writes the adapter alone'
+        )
     if adapters == "merged":
         _check_untied(found, tensors)
         plain = merged_tensors(base, found, leaves, adapter_of(base))

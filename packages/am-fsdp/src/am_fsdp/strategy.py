@@ -13,9 +13,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
-from am_fsdp.checkpointing import checkpoint_layers, recomputed_modules
+from am_fsdp.checkpointing import Mode, checkpoint_layers, recomputed_modules
 from am_fsdp.evaluation import reshard_after_evaluation
+from am_fsdp.packed import check_packed
 from am_fsdp.replicas import check_replicas, check_replicas_at_first_forward
+from am_fsdp.same_towers import run_towers_on_every_rank
 from am_fsdp.units import apply_fsdp_sharding_recursively, edges, units_of_another_dtype
 
 
@@ -26,7 +28,7 @@ def fsdp2_strategy_parallelize(
     mp_policy: MixedPrecisionPolicy | None = None,
     offload_policy: CPUOffloadPolicy | None = None,
     sequence_parallel: bool = False,
-    activation_checkpointing: bool | str | int = False,
+    activation_checkpointing: bool | int | Mode = False,
     cpu_offload: bool = False,
     tp_shard_plan: dict[str, ParallelStyle] | str | None = None,
     dp_mesh_name: str | tuple[str, str] = "data_parallel",
@@ -60,14 +62,16 @@ def fsdp2_strategy_parallelize(
         its `save_pretrained` says to call `save_hf_weights`.
 
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
-        each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`.
+        each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`. Models with
+        several stacks of layers compare what they are given over the data axis in every forward (`same_towers`): a
+        tower that any rank runs is run by all, on made-up images where a rank has none.
 
     Raises:
-        ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis,
-            experts are already spread over the data ranks, a unit is sharded already, one module holds parameters of
-            two dtypes, the recomputation or the plan does not fit, or real weights differ between data
-            or tensor ranks; on every rank alike, before the model is changed. From the first forward: so do weights
-            that a model from meta was given.
+        ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis, packed
+            (quantised) weights would be cast or lost, experts are already spread over the data ranks, a unit is sharded
+            already, one module holds parameters of two dtypes, the recomputation or the plan does not fit, or real
+            weights differ between data or tensor ranks; on every rank alike, before the model is changed. From the
+            first forward: so do weights that a model from meta was given.
         TypeError: a dtype or a policy is something else.
     """
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
@@ -78,6 +82,7 @@ def fsdp2_strategy_parallelize(
     recomputed_modules(model, activation_checkpointing)
     offload = offload_policy or (offload_to_cpu() if cpu_offload else OffloadPolicy())
     mixed = mp_policy or default_mp_policy(model, param_dtype)
+    check_packed(model, mixed)
     units_of_another_dtype(model, mixed)
     plan = None
     if tp_mesh is not None and tp_mesh.size() > 1:
@@ -98,6 +103,7 @@ def fsdp2_strategy_parallelize(
             fully_shard(whole, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
+    run_towers_on_every_rank(model, dp_mesh, mixed)
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
     if from_meta:

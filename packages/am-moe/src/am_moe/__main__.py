@@ -47,7 +47,9 @@ def _model_on_meta(name: str) -> nn.Module:
         raise ImportError("explaining a model by its config needs transformers: pip install transformers") from error
     kinds = transformers.CONFIG_MAPPING
     try:
-        config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
+        config = (
+            kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        )
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
     except Exception as error:  # transformers validates with exceptions of many kinds

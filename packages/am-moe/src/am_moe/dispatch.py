@@ -23,10 +23,12 @@ Its obligations:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
+
+DispatcherName = Literal["all_to_all", "all_gather", "local"]
 
 
 @dataclass(frozen=True)

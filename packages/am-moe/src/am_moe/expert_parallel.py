@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils.parametrize import is_parametrized
 
 from am_moe.calls import CALLS
-from am_moe.dispatch import Dispatcher, get_dispatcher
+from am_moe.dispatch import Dispatcher, DispatcherName, get_dispatcher
 from am_moe.experts import Experts, describe, describe_experts, routes_itself
 
 _HOW_TO_ADAPT = (
@@ -28,7 +28,7 @@ def apply_ep(
     ep_mesh: DeviceMesh,
     moe_mesh: DeviceMesh | None = None,
     *,
-    dispatcher: str | Dispatcher = "all_to_all",
+    dispatcher: DispatcherName | Dispatcher = "all_to_all",
     tp_mesh: DeviceMesh | None = None,
 ) -> nn.Module:
     """Spread the experts of every layer over the ranks of an axis, in place.
@@ -115,7 +115,9 @@ class ExpertParallel(ParallelStyle):
         dispatcher, tp_mesh: as in `apply_ep`.
     """
 
-    def __init__(self, *, dispatcher: str | Dispatcher = "all_to_all", tp_mesh: DeviceMesh | None = None) -> None:
+    def __init__(
+        self, *, dispatcher: DispatcherName | Dispatcher = "all_to_all", tp_mesh: DeviceMesh | None = None
+    ) -> None:
         super().__init__()
         self.dispatcher = dispatcher
         self.tp_mesh = tp_mesh

@@ -16,7 +16,8 @@ from am_moe._torch_compat import reduce_unused
 from am_moe.evaluation import reshard_after_evaluation
 from am_moe.expert_parallel import check_adapters
 from am_moe.experts import Experts, describe_experts
-from am_moe.same_towers import check_inputs_of_every_forward
+from am_moe.packed import check_packed
+from am_moe.same_towers import run_towers_on_every_rank
 from am_moe.units import edges, layer_stacks, layers, may_use_a_part, units_of_another_dtype
 
 
@@ -58,7 +59,8 @@ def apply_fsdp(
 
     A parameter of a layer that chooses among modules (Switch Transformers' experts), or whose experts may all be passed
     over (LongCat Flash), may be used on some ranks only: it gets zeros from the others, and on all ranks a gradient of
-    zeros where none used it. Ranks whose inputs would run different towers are refused in that forward.
+    zeros where none used it. A tower that any rank runs is run by all, on made-up images where a rank has none
+    (`same_towers`); ranks whose inputs differ otherwise are refused in that forward.
 
     Collectives: those of FSDP2, over `fsdp_mesh` and `ep_shard_mesh`; where the model has several stacks of layers, one
         all-reduce of two numbers over `fsdp_mesh` in every forward (`same_towers`).
@@ -71,7 +73,7 @@ def apply_fsdp(
     found = describe_experts(model)
     if ep_enabled and ep_shard_enabled and ep_shard_mesh is None:
         raise ValueError("ep_shard_enabled=True needs ep_shard_mesh, the ranks that hold the same experts")
-    check_units(model, ep_enabled, lm_head_precision, wrap_outer_model)
+    check_units(model, ep_enabled, lm_head_precision, wrap_outer_model, mp_policy)
     if ep_enabled:
         check_adapters(found)
     head, head_dtype = _head(model, lm_head_precision)
@@ -107,7 +109,7 @@ def apply_fsdp(
         if may_use_a_part(layer):
             reduce_unused(layer)
     _prefetch(model)
-    check_inputs_of_every_forward(model, fsdp_mesh)
+    run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
 
@@ -137,9 +139,14 @@ def _refuse_save_pretrained(model: Any) -> None:
 
 
 def check_units(
-    model: nn.Module, ep_enabled: bool, lm_head_precision: str | torch.dtype | None, wrap_outer_model: bool
+    model: nn.Module,
+    ep_enabled: bool,
+    lm_head_precision: str | torch.dtype | None,
+    wrap_outer_model: bool,
+    mp_policy: MixedPrecisionPolicy | None,
 ) -> None:
     """Refuse what `apply_fsdp` would, with its errors, as far as the model alone shows it; nothing is changed."""
+    check_packed(model, mp_policy or MixedPrecisionPolicy())
     _head(model, lm_head_precision)
     spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
     units_of_another_dtype(model, MixedPrecisionPolicy(), spread)

@@ -77,7 +77,7 @@ def parallelize_model(
         asked = "sequence_parallel=True" if sequence_parallel else "tp_shard_plan"
         raise ValueError(f"{asked} needs a tensor axis of several ranks; tp_axis_name is {tp_axis_name!r}")
     cp_mesh = _several(world_mesh, cp_axis_name)
-    check_units(model, ep_axis_name is not None, lm_head_precision, wrap_outer_model)
+    check_units(model, ep_axis_name is not None, lm_head_precision, wrap_outer_model, mp_policy)
     spreads = moe_mesh is not None and ep_axis_name is not None and _has_experts_here(model)
     if spreads:
         check_spread(model, moe_mesh[ep_axis_name])

@@ -92,7 +92,7 @@ def _timeline(options: argparse.Namespace) -> str:
 
 
 def _model_on_meta(name: str) -> nn.Module:
-    """A transformers causal LM on the meta device, from a folder or file with its config or a model type.
+    """A transformers causal LM, or encoder-decoder, on meta, from a folder or file with its config or a model type.
 
     Raises:
         ImportError: transformers is not installed.
@@ -104,7 +104,9 @@ def _model_on_meta(name: str) -> nn.Module:
         raise ImportError("planning a model by its config needs transformers: pip install transformers") from error
     kinds = transformers.CONFIG_MAPPING
     try:
-        config = kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name)
+        config = (
+            kinds[name]() if name in kinds else transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        )
     except (OSError, KeyError) as error:
         raise ValueError(f"{name!r} is neither a folder with a config.json nor a model type of transformers") from error
     except Exception as error:  # transformers validates with exceptions of many kinds
@@ -112,9 +114,14 @@ def _model_on_meta(name: str) -> nn.Module:
     layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
     if layers > _LAYERS:
         raise ValueError(f"{layers} layers are beyond what can be ({_LAYERS}); look for a slip in the config")
+    kind = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        kind = transformers.AutoModelForSeq2SeqLM
+        if type(config) not in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{name} takes no ids; plan it with plan_pipeline(model, ..., example_inputs=...)")
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            return kind.from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # whatever a model's own code meets in such a config
         raise ValueError(f"the config of {name!r} makes no model: {type(error).__name__}: {error}") from error
 

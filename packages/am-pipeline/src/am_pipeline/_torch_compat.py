@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -339,19 +339,19 @@ def _to_others(messages: list[dist.P2POp]) -> list[dist.P2POp]:
     return [message for message in messages if message.peer != dist.get_rank()]
 
 
-def compute_dtype(part: nn.Module, layers: str = "") -> torch.dtype:
+def compute_dtype(part: nn.Module, layers: Iterable[str] = ("",)) -> torch.dtype:
     """The dtype of the hidden state in a part: FSDP's mixed-precision dtype if it has one, else most parameters'.
 
     Not the first one's: models keep some modules in float32, and neighbouring stages must agree.
 
     Args:
-        layers: full name of what counts: a head or an embedding of another dtype does not change the layers'.
+        layers: full names of what counts: a head or an embedding of another dtype does not change the layers'.
     """
     if isinstance(part, FSDPModule):
         policy = part._get_fsdp_state()._mp_policy
         if policy.param_dtype is not None:
             return policy.param_dtype
-    return _dtype_of_most(part.get_submodule(layers)) or torch.get_default_dtype()
+    return _dtype_of_most(*map(part.get_submodule, layers)) or torch.get_default_dtype()
 
 
 def element_size(model: nn.Module) -> int:
@@ -359,9 +359,9 @@ def element_size(model: nn.Module) -> int:
     return (_dtype_of_most(model) or torch.float32).itemsize
 
 
-def _dtype_of_most(module: nn.Module) -> torch.dtype | None:
+def _dtype_of_most(*modules: nn.Module) -> torch.dtype | None:
     elements: Counter[torch.dtype] = Counter()
-    for parameter in module.parameters():
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
         if parameter.is_floating_point():
             elements[parameter.dtype] += parameter.numel()
     return elements.most_common(1)[0][0] if elements else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -13,32 +14,63 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "deco
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Where a decoder's parts sit.
+    """Where a model's parts sit. Layers are numbered through all of its stacks.
 
     Attributes:
-        stack: full name of the `ModuleList` of decoder layers, for example `model.layers`.
-        num_layers: its length.
-        before: full names of the modules with parameters that run before the stack (embeddings, encoders).
-        after: full names of the modules with parameters that run after it (final norm, head). A module that runs
+        stacks: full names of the `ModuleList`s of layers in the order in which they run: `("model.layers",)`, or of an
+            encoder-decoder `("model.encoder.layers", "model.decoder.layers")`.
+        depths: the number of layers of each.
+        before: full names of the modules with parameters that run before all layers (embeddings, towers).
+        after: full names of the modules with parameters that run after them (final norm, head). A module that runs
             on both sides is in both.
-        between: full names of those that run between two layers, which every stage holds.
+        between: full names of those that run between two layers of one stack, which every stage holds.
+        joints: full names of those that run between two stacks, each with the layer that it stays with: the last of
+            the one where it reads what that made (an encoder's final norm), else the first of the next (a decoder's
+            embedding).
     """
 
-    stack: str
-    num_layers: int
+    stacks: tuple[str, ...]
+    depths: tuple[int, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
     between: tuple[str, ...] = ()
+    joints: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return sum(self.depths)
 
     def layer(self, index: int) -> str:
-        return f"{self.stack}.{index}"
+        return self.layers[index]
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Full names of all layers, in order."""
+        pairs = zip(self.stacks, self.depths, strict=True)
+        return tuple(f"{stack}.{index}" for stack, depth in pairs for index in range(depth))
+
+    def __str__(self) -> str:
+        return " and ".join(self.stacks)
 
 
 def candidate_stacks(model: nn.Module) -> list[str]:
-    """The outermost `ModuleList`s whose modules all have parameters, the likeliest decoder stack first.
+    """The lists of layers, the likeliest decoder stack first.
 
     Where lists are as long as the layer count of `model.config`, only they count; heavier lists come before lighter
-    ones. Lists nested in another list, such as experts in a layer, do not count.
+    ones.
+
+    Raises:
+        ValueError: there is no such list.
+    """
+    lists = layer_lists(model)
+    count = config_value(model, *_LAYER_COUNTS)
+    return [name for name in lists if len(model.get_submodule(name)) == count] or lists
+
+
+def layer_lists(model: nn.Module) -> list[str]:
+    """The outermost `ModuleList`s whose modules all have parameters, the heaviest first.
+
+    Lists nested in another list, such as experts in a layer, do not count.
 
     Raises:
         ValueError: there is no such list.
@@ -51,14 +83,12 @@ def candidate_stacks(model: nn.Module) -> list[str]:
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{other}.") for other in lists)}
     if not lists:
         raise ValueError(f"{type(model).__name__} has no ModuleList of layers: there is no decoder stack to cut")
-    count = config_value(model, *_LAYER_COUNTS)
-    fitting = [name for name, layers in lists.items() if len(layers) == count] or list(lists)
-    return sorted(fitting, key=lambda name: -sum(p.numel() for p in lists[name].parameters()))
+    return sorted(lists, key=lambda name: -sum(p.numel() for p in lists[name].parameters()))
 
 
-def modules_beside(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that are not ancestors of the stack, and the stack itself, in order of registration."""
-    above = {stack.rsplit(".", depth)[0] for depth in range(1, stack.count(".") + 1)}
+def modules_beside(model: nn.Module, stacks: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that are not ancestors of a stack, and the stacks themselves, in order of registration."""
+    above = {stack.rsplit(".", depth)[0] for stack in stacks for depth in range(1, stack.count(".") + 1)}
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():

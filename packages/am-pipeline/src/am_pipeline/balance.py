@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from am_pipeline.anatomy import Anatomy, config_value, modules_beside
+from am_pipeline.anatomy import Anatomy, config_value
+from am_pipeline.inputs import DECODER_IDS
 
 Balance = Literal["flops", "parameters", "time", "layers"]
 BALANCES: tuple[str, ...] = get_args(Balance)
@@ -47,13 +49,13 @@ def costs_of(model: nn.Module, anatomy: Anatomy, by: str) -> Costs:
     if by == "time":
         return _measured(model, anatomy)
     weigh = _flops if by == "flops" else _parameters
-    beside = dict(modules_beside(model, anatomy.stack))
     share = _expert_share(model)
-    return Costs(
-        sum(weigh(_at(model, beside, name), share) for name in anatomy.before),
-        tuple(weigh(layer, share) for layer in model.get_submodule(anatomy.stack).children()),
-        sum(weigh(_at(model, beside, name), share) for name in anatomy.after),
-    )
+
+    def cost(names: Iterable[str]) -> float:
+        return sum(weigh(model.get_submodule(name), share) for name in names)
+
+    with_layer = [[layer, *(n for n, at in anatomy.joints if at == i)] for i, layer in enumerate(anatomy.layers)]
+    return Costs(cost(anatomy.before), tuple(map(cost, with_layer)), cost(anatomy.after))
 
 
 def balanced(costs: Costs, num_stages: int) -> list[range]:
@@ -122,15 +124,13 @@ def _expert_share(model: nn.Module) -> tuple[int, float] | None:
     return (experts, chosen / experts) if experts and chosen else None
 
 
-def _at(model: nn.Module, beside: dict[str, nn.Module], name: str) -> nn.Module:
-    return beside[name] if name in beside else model.get_submodule(name)
-
-
 def _measured(model: nn.Module, anatomy: Anatomy) -> Costs:
     first = next(model.parameters())
     if first.is_meta:
         raise ValueError("balance='time' runs the model, which is on the meta device; use 'flops' or 'parameters'")
     ids = torch.zeros(1, 256, dtype=torch.int64, device=first.device)
+    names = tuple(inspect.signature(model.forward).parameters)
+    inputs = {name: ids for name in (names[0], DECODER_IDS) if name in names}
     marks: list[float] = []
 
     def mark(*_: Any) -> None:
@@ -138,7 +138,7 @@ def _measured(model: nn.Module, anatomy: Anatomy) -> Costs:
             torch.accelerator.synchronize(first.device)
         marks.append(time.perf_counter())
 
-    layers = list(model.get_submodule(anatomy.stack).children())
+    layers = [model.get_submodule(name) for name in anatomy.layers]
     hooks = [layer.register_forward_pre_hook(mark) for layer in layers] + [layers[-1].register_forward_hook(mark)]
     runs: list[Sequence[float]] = []
     try:
@@ -146,7 +146,7 @@ def _measured(model: nn.Module, anatomy: Anatomy) -> Costs:
             for _ in range(4):
                 marks.clear()
                 mark()
-                model(ids)
+                model(**inputs)
                 mark()
                 runs.append([b - a for a, b in itertools.pairwise(marks)])
     finally:

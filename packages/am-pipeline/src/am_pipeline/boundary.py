@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 from am_pipeline._torch_compat import after_each_call, is_view
-from am_pipeline.crossing import Crossed, Shape, batch_and_sequence
+from am_pipeline.crossing import Crossed, Shape, Sizes
+from am_pipeline.inputs import decoder_length
 from am_pipeline.nested import map_leaves, tensors_in
-from am_pipeline.provenance import Argument, Tracer, Value
+from am_pipeline.provenance import Argument, Tracer, Value, leaves_of
 
 
 class Missing:
@@ -80,7 +81,7 @@ class Boundary:
     is_last: bool
     passage: Passage
     chosen: Passage | None = None
-    prove: Callable[[torch.Tensor | None, dict[str, Any], tuple[int, int], bool], Passage] | None = None
+    prove: Callable[[torch.Tensor | None, dict[str, Any], Sizes, bool], Passage] | None = None
     expected: list[tuple[tuple[int, ...], torch.dtype]] | None = None
     passes_on: bool = False
     watch: Tracer | None = None
@@ -91,7 +92,7 @@ class Boundary:
     _counts: Counter[str] = field(default_factory=Counter)
     _received: dict[Value, torch.Tensor] = field(default_factory=dict)
     _to_send: dict[Value, torch.Tensor] = field(default_factory=dict)
-    _sizes: tuple[int, int] = (0, 0)
+    _sizes: Sizes = (0, 0)
     _shards: int = 1
     _device: torch.device | str = "cpu"
 
@@ -121,11 +122,11 @@ class Boundary:
                 f"with these inputs the forward calls {unit} (call {call[1] + 1}), which is on another stage; it did "
                 "not when the model was cut"
             )
-        tensors = list(tensors_in((args, kwargs)))
+        arguments = list(leaves_of((args, kwargs)))
 
         def fill(leaf: Any) -> Any:
             if isinstance(leaf, Argument):
-                return tensors[leaf.position]
+                return arguments[leaf.position]
             return self._fill(leaf, call) if isinstance(leaf, Missing) else leaf
 
         return map_leaves(self.passage.returns[call], fill)
@@ -135,9 +136,10 @@ class Boundary:
             if self._with_gradients and not torch.is_grad_enabled() and self._crossed(leaf.value).requires_grad:
                 raise RuntimeError(_hidden(leaf.value))
             return self._received[leaf.value]
-        batch, length = self._sizes
-        length = 1 if call in self.passage.narrow else length // self._shards if leaf.of_layer else length
-        shape = leaf.small if leaf.shape is None else leaf.shape.at(batch, length)
+        batch, *lengths = self._sizes
+        shards = self._shards if leaf.of_layer else 1
+        lengths = [1 if call in self.passage.narrow else length // shards for length in lengths]
+        shape = leaf.small if leaf.shape is None else leaf.shape.at((batch, *lengths))
         if self.watch is not None:
             return self.watch.absent(call[0], shape, leaf.dtype)
         dtype = leaf.dtype
@@ -162,7 +164,9 @@ class Boundary:
         if seen is None:
             raise ValueError(f"the first stage of {type(part).__name__} must be called with {name}")
         self._device = seen.device
-        self._sizes = self._sizes_of(received) if received else (seen.shape[0], seen.shape[1])
+        self._sizes = (
+            self._sizes_of(received, first, kwargs) if received else (*seen.shape[:2], *decoder_length(kwargs))
+        )
         if self.chosen is None and self.prove is not None:
             others = {n: value for n, value in kwargs.items() if n not in (name, "use_cache")}
             self.passage = self.prove(first, others, self._sizes, part.training)
@@ -184,7 +188,7 @@ class Boundary:
                     "(a schedule built by this package does it)"
                 )
             _, shape, dtype = self.passage.first_input
-            kwargs[name] = no_numbers(shape.at(*self._sizes), dtype, self._device)
+            kwargs[name] = no_numbers(shape.at(self._sizes), dtype, self._device)
         return (kwargs.pop(name),), kwargs
 
     def _leave(self, part: nn.Module, args: tuple, output: Any) -> Any:
@@ -242,13 +246,24 @@ class Boundary:
     def _crossed(self, value: Value) -> Crossed:
         return next(c for c in (*self.passage.sends, *self.passage.receives) if c.value == value)
 
-    def _sizes_of(self, received: tuple[torch.Tensor, ...]) -> tuple[int, int]:
-        for crossed, tensor in zip(self.passage.receives, received, strict=True):
-            places = batch_and_sequence(crossed.shape)
-            if places is not None:
-                batch, length = (crossed.shape.dims[i].size_of(tensor.shape[i]) for i in places)
-                return batch, length * (self._shards if crossed.of_layer else 1)
-        raise RuntimeError("no tensor between the stages tells the batch size and the sequence length")
+    def _sizes_of(
+        self, received: tuple[torch.Tensor, ...], first: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> Sizes:
+        """The sizes of a microbatch: what arrives tells them, or the inputs; a cut refuses what neither does."""
+
+        def told(place: int) -> int | None:
+            for crossed, tensor in zip(self.passage.receives, received, strict=True):
+                size = crossed.shape.size_in(place, tuple(tensor.shape))
+                if size is not None:
+                    return size * (self._shards if crossed.of_layer and place else 1)
+            return None
+
+        batch, length, of_decoder = map(told, range(3))
+        if batch is None:
+            raise RuntimeError("no tensor between the stages tells the batch size")
+        if length is None:
+            length = 1 if first is None else first.shape[1]
+        return batch, length, *(decoder_length(kwargs) or (() if of_decoder is None else (of_decoder,)))
 
     @staticmethod
     def _as_agreed(sent: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, crossed: Crossed) -> torch.Tensor:

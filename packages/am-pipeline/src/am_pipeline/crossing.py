@@ -7,6 +7,7 @@ there, one of a unit that only an earlier stage holds travels through every stag
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ import torch
 from am_pipeline.provenance import Call, Draw, Inner, Input, Source, Trace, Value, Weight
 from am_pipeline.units import Units
 
-Sizes = tuple[tuple[int, int], ...]
+# Sequences, tokens of each, and of a model with a decoder of its own the tokens of that.
+Sizes = tuple[int, ...]
 
 
 class CannotCutError(Exception):
@@ -26,28 +28,27 @@ class CannotCutError(Exception):
 
 @dataclass(frozen=True)
 class Dim:
-    """`factor` times the batch size and the sequence length (either or both), plus `more`."""
+    """`factor` times the product of some of the `Sizes`, by their places, plus `more`."""
 
-    batch: bool
-    sequence: bool
+    of: tuple[int, ...]
     factor: Fraction = Fraction(1)
     more: int = 0
 
-    def at(self, batch: int, seq_len: int) -> int:
-        size = (batch if self.batch else 1) * (seq_len if self.sequence else 1)
+    def at(self, sizes: Sizes) -> int:
+        size = math.prod(sizes[place] for place in self.of)
         return size * self.factor.numerator // self.factor.denominator + self.more  # sizes may be symbolic
 
     def size_of(self, size: int) -> int:
-        """The batch size or sequence length of which this makes `size`."""
+        """The one of the sizes of which this makes `size`."""
         return (size - self.more) * self.factor.denominator // self.factor.numerator
 
     def __str__(self) -> str:
-        words = [w for w, there in (("batch", self.batch), ("sequence", self.sequence)) if there]
+        words = [("batch", "sequence", "decoder sequence")[place] for place in self.of]
         text = " * ".join(([str(self.factor)] if self.factor != 1 else []) + words)
         return f"{text} + {self.more}" if self.more else text
 
 
-BATCH, SEQUENCE = Dim(True, False), Dim(False, True)
+BATCH, SEQUENCE, DECODER_SEQUENCE = Dim((0,)), Dim((1,)), Dim((2,))
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,23 @@ class Shape:
 
     dims: tuple[int | Dim, ...]
 
-    def at(self, batch: int, seq_len: int) -> tuple[int, ...]:
-        return tuple(dim.at(batch, seq_len) if isinstance(dim, Dim) else dim for dim in self.dims)
+    def at(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(dim.at(sizes) if isinstance(dim, Dim) else dim for dim in self.dims)
+
+    @property
+    def sizes(self) -> set[int]:
+        """The places of the sizes that it depends on."""
+        return {place for dim in self.dims if isinstance(dim, Dim) for place in dim.of}
+
+    def size_in(self, place: int, shape: tuple[int, ...]) -> int | None:
+        """One of the sizes, from the shape of a tensor; None where no dim tells it by itself."""
+        for dim, size in zip(self.dims, shape, strict=True):
+            if isinstance(dim, Dim) and dim.of == (place,) and dim.factor >= 1:
+                return dim.size_of(size)
+        return None
 
     def __str__(self) -> str:
         return f"({', '.join(map(str, self.dims))})"
-
-
-def batch_and_sequence(shape: Shape) -> tuple[int, int] | None:
-    """Which dims tell the batch size and the sequence length; None where one of them is missing."""
-    dims = [(i, d) for i, d in enumerate(shape.dims) if isinstance(d, Dim) and d.factor >= 1]
-    batch = next((i for i, dim in dims if dim.batch and not dim.sequence), None)
-    sequence = next((i for i, dim in dims if dim.sequence and not dim.batch), None)
-    return None if batch is None or sequence is None else (batch, sequence)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
     def travel(value: Value, stage: int, reader: str) -> None:
         earlier = [holder for holder in holders(value.unit) if holder < stage]
         if not earlier:
-            ran = [int(c.unit.rpartition(".")[2]) for c in trace.calls if units.is_layer(c.unit)]
+            ran = units.layers_in(c.unit for c in trace.calls)
             order = "" if ran == sorted(set(ran)) else f"its forward runs the layers in the order {ran}: "
             where = _stages(holders(value.unit))
             raise CannotCutError(
@@ -208,10 +213,10 @@ def refuse_look(sources: Iterable[Source], place: str) -> None:
             raise CannotCutError(f"{place} depends on {source}, which every stage draws anew")
 
 
-def shape_of(small: tuple[int, ...], large: tuple[int, ...], sizes: Sizes) -> Shape | None:
+def shape_of(small: tuple[int, ...], large: tuple[int, ...], sizes: tuple[Sizes, ...]) -> Shape | None:
     """The dims of a tensor from its shapes in two runs, of two numbers of sequences and tokens.
 
-    None where a dim is neither fixed nor a multiple of the batch, the sequence or both, nor some more than a sequence.
+    None where a dim is neither fixed nor a multiple of the batch, a sequence or both, nor some more than a sequence.
     """
     if len(small) != len(large):
         return None
@@ -219,16 +224,17 @@ def shape_of(small: tuple[int, ...], large: tuple[int, ...], sizes: Sizes) -> Sh
     return None if any(dim is None for dim in dims) else Shape(tuple(d for d in dims if d is not None))
 
 
-def _dim(small: int, large: int, sizes: Sizes) -> int | Dim | None:
+def _dim(small: int, large: int, sizes: tuple[Sizes, ...]) -> int | Dim | None:
     if small == large:
         return small
-    for batch, sequence in ((True, False), (False, True), (True, True)):
-        unit = Dim(batch, sequence)
-        factor = Fraction(small, unit.at(*sizes[0]))
-        if factor and factor * unit.at(*sizes[1]) == large and 1 in (factor.numerator, factor.denominator):
-            return Dim(batch, sequence, factor)
-    if large - small == sizes[1][1] - sizes[0][1]:
-        return Dim(False, True, more=small - sizes[0][1])
+    lengths = range(1, len(sizes[0]))
+    for of in ((0,), *((place,) for place in lengths), *((0, place) for place in lengths)):
+        factor = Fraction(small, Dim(of).at(sizes[0]))
+        if factor and factor * Dim(of).at(sizes[1]) == large and 1 in (factor.numerator, factor.denominator):
+            return Dim(of, factor)
+    for place in lengths:
+        if large - small == sizes[1][place] - sizes[0][place]:
+            return Dim((place,), more=small - sizes[0][place])
     return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,16 +14,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from am_pipeline._torch_compat import compute_dtype
-from am_pipeline.anatomy import Anatomy, candidate_stacks
+from am_pipeline.anatomy import Anatomy, candidate_stacks, layer_lists
 from am_pipeline.balance import Costs, balanced, costs_of
 from am_pipeline.boundary import Boundary, Passage
-from am_pipeline.crossing import CannotCutError, Crossed
-from am_pipeline.forms import example_form, features_form, text_form
+from am_pipeline.crossing import CannotCutError, Crossed, Sizes
+from am_pipeline.forms import Form, example_forms, features_form, text_form
+from am_pipeline.inputs import DECODER_IDS
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.reading import Reading, Stages, holders_of, inputs_read
 from am_pipeline.skeleton import copy_without
 from am_pipeline.units import Units
 from am_pipeline.weightless import Weightless, refuse_uncopied
+
+# Of so many lists of layers, the heaviest, two may be the encoder's and the decoder's.
+_HEAVIEST = 4
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,8 @@ class CutPlan:
         return self
 
     def layers_of(self, stage: int) -> range:
-        """The decoder layers that a stage holds."""
-        prefix = f"{self.anatomy.stack}."
-        held = sorted(int(n[len(prefix) :]) for n in self.stages[stage] if n.startswith(prefix))
+        """The layers that a stage holds, numbered through all stacks: a decoder's after its encoder's."""
+        held = [index for index, layer in enumerate(self.anatomy.layers) if layer in self.stages[stage]]
         return range(held[0], held[-1] + 1)
 
     @property
@@ -82,9 +87,13 @@ class CutPlan:
 
     def modules_of(self, stage: int) -> str:
         """What a stage holds, in a few words: `model.layers.0-3  model.embed_tokens`."""
-        layers = self.layers_of(stage)
-        others = ", ".join(n for n in self.stages[stage] if not n.startswith(f"{self.anatomy.stack}."))
-        return f"{self.anatomy.stack}.{layers.start}-{layers.stop - 1}  {others}".rstrip()
+        layers, start, held = self.layers_of(stage), 0, []
+        for stack, depth in zip(self.anatomy.stacks, self.anatomy.depths, strict=True):
+            first, last = max(layers.start - start, 0), min(layers.stop - start, depth) - 1
+            held += [f"{stack}.{first}-{last}"] if first <= last else []
+            start += depth
+        others = ", ".join(n for n in self.stages[stage] if n not in self.anatomy.layers)
+        return f"{' '.join(held)}  {others}".rstrip()
 
     def parameters_of(self, model: nn.Module, stage: int) -> list[str]:
         """The names of the parameters that a stage holds, each once."""
@@ -113,13 +122,14 @@ def plan_cut(
     no collective, needs no memory and leaves the model as it is.
 
     Args:
-        model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers; may be on meta.
+        model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers, or ids of an encoder and
+            `decoder_input_ids` of a decoder and runs two, one after the other; may be on meta.
         num_stages: how many stages of about equal cost; not needed with `module_names_per_stage`.
         module_names_per_stage: full module names for each stage, by hand.
         balance: what to balance the stages by, see `costs_of`; or the costs themselves.
         example_inputs: what the model is called with, by name, where ids alone do not run all of it: as a processor
             gives it, ids and images for example. Only forms, lengths and flags count; without it, the model is called
-            with ids, or with features of the width that its first layer takes.
+            with ids (and ids of its decoder), or with features of the width that its first layer takes.
 
     Raises:
         ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
@@ -144,71 +154,142 @@ def plan_stages(
     by_hand = None
     if module_names_per_stage is not None:
         by_hand = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
-    stack = _stack_in(model, by_hand) if by_hand else None
-    candidates = [stack] if stack else candidate_stacks(model)
-    sizes = {name: sum(p.numel() for p in model.get_submodule(name).parameters()) for name in candidates}
+    candidates = _candidates(model, by_hand)
+    sizes = {
+        stacks: sum(p.numel() for s in stacks for p in model.get_submodule(s).parameters()) for stacks in candidates
+    }
     weightless = Weightless(model)
     plans: list[CutPlan] = []
     reasons: list[CannotCutError] = []
-    for name in candidates:
-        if plans and sizes[name] < sizes[plans[0].anatomy.stack]:
+    for stacks in candidates:
+        if plans and (len(stacks) < len(plans[0].anatomy.stacks) or sizes[stacks] < sizes[plans[0].anatomy.stacks]):
             break
         try:
-            plans.append(_plan_with(model, weightless, name, by_hand, count, balance, example_inputs))
+            plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs))
         except CannotCutError as why:
             reasons.append(why)
+        except ValueError as why:  # of so few layers there are no such stages; why the likelier stacks fail says more
+            if not reasons:
+                raise
+            reasons.append(CannotCutError(str(why)))
     if not plans:
-        where = f"{type(model).__name__} cannot be cut between the layers of {candidates[0]}"
+        where = f"{type(model).__name__} cannot be cut between the layers of {' and '.join(candidates[0])}"
         raise ValueError(f"{where}: {reasons[0]}") from reasons[0].__cause__
     if len(plans) > 1:
         raise ValueError(
-            f"{type(model).__name__} has several stacks of the same size, {[plan.anatomy.stack for plan in plans]}; "
+            f"{type(model).__name__} has several stacks of the same size, {[str(plan.anatomy) for plan in plans]}; "
             "name the modules of each stage yourself with module_names_per_stage"
         )
     return plans[0]
 
 
+def _candidates(model: nn.Module, by_hand: Stages | None) -> list[tuple[str, ...]]:
+    """The stacks that may be cut, together or alone, the likeliest first: two where a decoder takes ids of its own."""
+    if by_hand:
+        named = [name for names in by_hand for name in names]
+        lists = [stack for stack in candidate_stacks(model) if f"{stack}.0" in named]
+        if lists and all(any(name.startswith(f"{lists[0]}.") for name in names) for names in by_hand):
+            return [(lists[0],)]
+        several = [stack for stack in layer_lists(model) if f"{stack}.0" in named]
+        if len(several) > 1:  # no stack by itself has a layer on every stage
+            return [tuple(sorted(several, key=lambda stack: named.index(f"{stack}.0")))]
+        if lists:
+            return [(lists[0],)]
+    alone: list[tuple[str, ...]] = [(stack,) for stack in candidate_stacks(model)]
+    if DECODER_IDS not in inspect.signature(model.forward).parameters:
+        return alone
+    heaviest = layer_lists(model)[:_HEAVIEST]
+    return [*sorted(itertools.combinations(heaviest, 2), key=lambda pair: sum(map(heaviest.index, pair))), *alone]
+
+
 def _plan_with(
     model: nn.Module,
     weightless: Weightless,
-    stack: str,
+    stacks: tuple[str, ...],
     by_hand: Stages | None,
     count: Callable[[int], int],
     balance: str | Costs,
     example_inputs: Mapping[str, Any] | None,
 ) -> CutPlan:
-    reading = _read(weightless, stack, [name for names in by_hand or () for name in names], example_inputs)
+    """The plan for the first form of input that the model runs on and can be cut with."""
+    first: list[CannotCutError] = []
+    named = [name for names in by_hand or () for name in names]
+    for reading in _readings(weightless, stacks, named, example_inputs):
+        try:
+            return _plan_from(model, reading, by_hand, count, balance)
+        except CannotCutError as why:
+            first.append(why)
+    raise first[0]
+
+
+def _plan_from(
+    model: nn.Module, reading: Reading, by_hand: Stages | None, count: Callable[[int], int], balance: str | Costs
+) -> CutPlan:
     if by_hand is None:
         stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
     else:
         _check_stages(model, reading, by_hand)
-        stages = by_hand
+        stages = _with_dropouts(model, reading, by_hand)
     _check_runs(reading, stages)
     stages, passages = reading.cut(stages)
     reading.remember(passages)
     shared = _find_shared(model, reading.units, stages)
-    return CutPlan(reading.anatomy, stages, shared, passages, reading, compute_dtype(model, stack))
+    return CutPlan(reading.anatomy, stages, shared, passages, reading, compute_dtype(model, reading.anatomy.stacks))
 
 
-def _read(weightless: Weightless, stack: str, named: list[str], example_inputs: Mapping[str, Any] | None) -> Reading:
-    """Read a model called with the user's example, or with ids, or with features of a width that it takes."""
-    name, model = weightless.first_input, weightless.model
-    if example_inputs is not None:
-        runs = partial(inputs_read, weightless, Units(model, stack))
-        forms = [example_form(name, example_inputs, runs, training=model.training)]
-    else:
-        beside = (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(f"{stack}."))
-        widths = dict.fromkeys((m.in_features, m.weight.dtype) for m in beside)
-        forms = [text_form(name, model.training), *(features_form(name, *w, model.training) for w in widths)]
+def _readings(
+    weightless: Weightless, stacks: tuple[str, ...], named: list[str], example_inputs: Mapping[str, Any] | None
+) -> Iterator[Reading]:
+    """A model read as called with the user's example, or with ids, or with features of a width that it takes.
+
+    Raises:
+        CannotCutError: there is none, or no stage can be cut of what it runs.
+    """
+    units = Units(weightless.model, stacks)
     first: Exception | None = None
-    for form in forms:
+    found = False
+    for form in _forms(weightless, units, example_inputs):
         try:
-            return Reading(weightless, stack, named, form)
-        except CannotCutError:
-            raise
+            reading = Reading(weightless, stacks, form, named)
+        except CannotCutError as why:
+            if example_inputs is None:
+                raise
+            first = first or why
+            continue
         except Exception as error:  # whatever the model's own code raises is the reason it cannot be read
             first = first or error
-    raise CannotCutError(f"its forward failed on a few tokens: {type(first).__name__}: {first}") from first
+            continue
+        yield reading
+        found = True
+        if example_inputs is None:
+            return
+    if not found and isinstance(first, CannotCutError):
+        raise first
+    if not found:
+        _refuse_packed(weightless.model, first)
+        raise CannotCutError(f"its forward failed on a few tokens: {type(first).__name__}: {first}") from first
+
+
+def _forms(weightless: Weightless, units: Units, example_inputs: Mapping[str, Any] | None) -> Iterator[Form]:
+    name, model = weightless.first_input, weightless.model
+    if example_inputs is not None:
+        yield from example_forms(name, example_inputs, partial(inputs_read, weightless, units), training=model.training)
+        return
+    if DECODER_IDS in inspect.signature(model.forward).parameters:
+        yield text_form(name, model.training, decoder_ids=True)
+    yield text_form(name, model.training)
+    beside = (m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not units.is_layer(n))
+    for width, dtype in dict.fromkeys((m.in_features, m.weight.dtype) for m in beside):
+        yield features_form(name, width, dtype, model.training)
+
+
+def _refuse_packed(model: nn.Module, cause: Exception | None) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
+            raise CannotCutError(
+                f"{name}.weight is packed (quantised), which cannot be read without its numbers; FSDP2 "
+                "can shard such a model (am-fsdp)"
+            ) from cause
 
 
 def build_part(
@@ -243,7 +324,16 @@ def build_part(
             setattr(module, leaf, module._buffers[leaf].clone())
     if patch_causal_lm_model:
         boundary.install(part)
+    if hasattr(part, "generate"):
+        part.generate = partial(_refuse_to_generate, type(model).__name__)
     return part, boundary
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"a part of {name} cannot generate: the other layers are on other ranks. Write the parts as a folder "
+        "(am_fsdp.save_hf_weights(parts, folder, pipeline_parts=True)) and generate from it; schedule.eval gives logits"
+    )
 
 
 def _passage_for_call(
@@ -251,12 +341,10 @@ def _passage_for_call(
     stage: int,
     first: torch.Tensor | None,
     inputs: dict[str, Any],
-    sizes: tuple[int, int],
+    sizes: Sizes,
     training: bool,
 ) -> Passage:
-    if not inputs and training == plan.reading.form.training and not plan.reading.form.tensors:
-        return plan.passages[stage]
-    return plan.reading.passages_for(plan.stages, first, inputs, *sizes, training=training)[1][stage]
+    return plan.reading.passages_for(plan.stages, first, inputs, *sizes[:2], training=training)[1][stage]
 
 
 def _balanced_stages(model: nn.Module, anatomy: Anatomy, num_stages: int, balance: str | Costs) -> Stages:
@@ -264,7 +352,15 @@ def _balanced_stages(model: nn.Module, anatomy: Anatomy, num_stages: int, balanc
         ranges = split_layers(anatomy.num_layers, num_stages)
     else:
         ranges = balanced(costs_of(model, anatomy, balance) if isinstance(balance, str) else balance, num_stages)
-    stages = [[*(anatomy.layer(i) for i in layers), *anatomy.between] for layers in ranges]
+    return _around(anatomy, ranges)
+
+
+def _around(anatomy: Anatomy, ranges: Iterable[Iterable[int]]) -> Stages:
+    """Stages with these layers, and the modules that run beside them."""
+    stages = [
+        [*(anatomy.layer(i) for i in layers), *anatomy.between, *(n for n, at in anatomy.joints if at in layers)]
+        for layers in ranges
+    ]
     stages[0] = [*anatomy.before, *stages[0]]
     stages[-1] = [*stages[-1], *(name for name in anatomy.after if name not in stages[-1])]
     return tuple(tuple(dict.fromkeys(names)) for names in stages)
@@ -289,28 +385,36 @@ def _check_stages(model: nn.Module, reading: Reading, stages: Stages) -> None:
         missing = [n for n in expected if n not in named]
         twice = sorted({n for n in named if named.count(n) > 1})
         raise ValueError(
-            f"module_names_per_stage must name every layer of {anatomy.stack} once, in order; "
+            f"module_names_per_stage must name every layer of {anatomy} once, in order; "
             f"missing: {missing}, named twice: {twice}, order given: {named}"
         )
     for index, names in enumerate(stages):
         if not set(names) & set(expected):
-            raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy.stack}; it needs one")
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    orphans = [name for name in names if not _holders(reading.units, stages, name)]
+            raise ValueError(f"stage {index} of module_names_per_stage holds no layer of {anatomy}; it needs one")
+    names_of: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    orphans = [tied[0] for tied in names_of.values() if not any(_holders(reading.units, stages, name) for name in tied)]
     if orphans:
         raise ValueError(f"no stage of module_names_per_stage holds {orphans[:5]} ({len(orphans)} in all)")
 
 
-def _stack_in(model: nn.Module, stages: tuple[tuple[str, ...], ...]) -> str | None:
-    """The stack whose first layer the stages name, where a model has more than one that it could be."""
-    named = {name for names in stages for name in names}
-    return next((stack for stack in candidate_stacks(model) if f"{stack}.0" in named), None)
+def _with_dropouts(model: nn.Module, reading: Reading, stages: Stages) -> Stages:
+    """Units without parameters, which nobody names, are where the layers beside them are."""
+    automatic = _around(reading.anatomy, [[i for i, n in enumerate(reading.anatomy.layers) if n in s] for s in stages])
+    nameless = [unit for unit in reading.units.names if next(model.get_submodule(unit).parameters(), None) is None]
+    left = [unit for unit in nameless if not holders_of(stages, unit)]
+    return tuple(
+        (*mine, *(u for u in left if any(u == name or u.startswith(f"{name}.") for name in names)))
+        for mine, names in zip(stages, automatic, strict=True)
+    )
 
 
 def _check_runs(reading: Reading, stages: Stages) -> None:
     """On text alone a model may leave layers out; every stage needs one that runs."""
+    ran = [reading.anatomy.layer(index) for index in reading.ran]
     for stage, names in enumerate(stages):
-        if not any(reading.anatomy.layer(index) in names for index in reading.ran):
+        if not any(layer in names for layer in ran):
             raise CannotCutError(
                 f"on text alone its forward runs only the layers {sorted(set(reading.ran))}, none of them on "
                 f"stage {stage}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
@@ -87,6 +89,7 @@ def plan_pipeline(
     module_names_per_stage: list[list[str]] | None = None,
     balance: str | Costs = "flops",
     optimizer_bytes: int = 8,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> PipelinePlan:
     """Plan a pipeline without processes, memory or a device.
 
@@ -100,7 +103,8 @@ def plan_pipeline(
         ranks: size of the pipeline axis.
         schedule: its name.
         microbatches, microbatch_size, seq_len: per step; sequences; tokens.
-        layers_per_stage, round_to_pp_multiple, module_names_per_stage, balance: see `split_model_into_stages`.
+        layers_per_stage, round_to_pp_multiple, module_names_per_stage, balance, example_inputs: see
+            `split_model_into_stages`.
         optimizer_bytes: per parameter: 8 for Adam in fp32.
 
     Raises:
@@ -113,9 +117,10 @@ def plan_pipeline(
         def stages_for(layers: int) -> int:
             return calculate_virtual_stages(layers, layers_per_stage, ranks, single, round_to_pp_multiple)[0]
 
-        cut = plan_stages(model, stages_for, balance=balance if layers_per_stage is None else "layers")
+        by = balance if layers_per_stage is None else "layers"
+        cut = plan_stages(model, stages_for, balance=by, example_inputs=example_inputs)
     else:
-        cut = plan_cut(model, module_names_per_stage=module_names_per_stage)
+        cut = plan_cut(model, module_names_per_stage=module_names_per_stage, example_inputs=example_inputs)
     count = len(cut.stages)
     order = schedule_order(schedule, ranks, microbatches, count // ranks)
     flops = costs_of(model, cut.anatomy, "flops")

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from am_pipeline.crossing import BATCH, SEQUENCE, Dim, Shape
-from am_pipeline.inputs import ENCODER_INPUTS
+from am_pipeline.crossing import BATCH, DECODER_SEQUENCE, SEQUENCE, Dim, Shape, Sizes
+from am_pipeline.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
 
-# Sequences and tokens of the two runs that tell a tensor's dims apart.
+# Sequences and tokens of the two runs that tell a tensor's dims apart; where a decoder has its own, its tokens too.
 SIZES = ((3, 8), (5, 16))
+DECODER_SIZES = ((3, 8, 6), (5, 16, 18))
 # A third, to see that lengths are not rounded up.
-ODD = (2, 11)
+ODD = (2, 11, 7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +32,9 @@ class Given:
     shape: Shape
     sample: torch.Tensor
 
-    def at(self, batch: int, seq_len: int) -> torch.Tensor:
+    def at(self, sizes: Sizes) -> torch.Tensor:
         tensor = self.sample
-        for dim, size in enumerate(self.shape.at(batch, seq_len)):
+        for dim, size in enumerate(self.shape.at(sizes)):
             if size != (there := tensor.shape[dim]):
                 places = torch.arange(size, device=tensor.device)
                 # The last of a row stays the last: padding is there.
@@ -53,9 +54,19 @@ class Given:
             ones[..., 0] = ones[..., -1] = 0
         return replace(self, sample=ones)
 
+    def of(self, sample: torch.Tensor) -> Given:
+        """Another tensor of the same dims, whose fixed ones may have other sizes."""
+        pairs = zip(self.shape.dims, sample.shape, strict=False)
+        return Given(self.name, Shape(tuple(dim if isinstance(dim, Dim) else size for dim, size in pairs)), sample)
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """The sizes of its dims that are neither the batch nor a sequence."""
+        return tuple(dim for dim in self.shape.dims if not isinstance(dim, Dim))
+
     @property
     def batch_dim(self) -> int | None:
-        return next((i for i, dim in enumerate(self.shape.dims) if isinstance(dim, Dim) and dim.batch), None)
+        return next((i for i, dim in enumerate(self.shape.dims) if dim == BATCH), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +78,14 @@ class Form:
         tensors: further inputs that are tensors.
         others: further inputs that are not.
         training: whether the model is in training mode.
-        sizes: numbers of sequences and tokens at which it can be traced; two, or the one of the real batch.
+        sizes: at which it can be traced; two, or the one of the real batch.
     """
 
     first: Given
     tensors: Mapping[str, Given] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
     training: bool = False
-    sizes: tuple[tuple[int, int], ...] = SIZES
+    sizes: tuple[Sizes, ...] = SIZES
 
     @property
     def batch_dims(self) -> dict[str, int | None]:
@@ -93,9 +104,14 @@ class AmbiguousError(ValueError):
     """An input could be split in more than one way, or in none."""
 
 
-def text_form(name: str, training: bool) -> Form:
-    """Ids alone."""
-    return Form(Given(name, Shape((BATCH, SEQUENCE)), torch.arange(15).view(3, 5) % 7 + 1), training=training)
+def text_form(name: str, training: bool, decoder_ids: bool = False) -> Form:
+    """Ids alone, or ids of an encoder and of a decoder."""
+    ids = torch.arange(15).view(3, 5) % 7 + 1
+    given = Given(name, Shape((BATCH, SEQUENCE)), ids)
+    if not decoder_ids:
+        return Form(given, training=training)
+    more = {DECODER_IDS: Given(DECODER_IDS, Shape((BATCH, DECODER_SEQUENCE)), ids + 1)}
+    return Form(given, more, training=training, sizes=DECODER_SIZES)
 
 
 def features_form(name: str, width: int, dtype: torch.dtype, training: bool) -> Form:
@@ -103,10 +119,12 @@ def features_form(name: str, width: int, dtype: torch.dtype, training: bool) -> 
     return Form(Given(name, Shape((BATCH, SEQUENCE, width)), torch.zeros(1, 1, width, dtype=dtype)), training=training)
 
 
-def example_form(
+def example_forms(
     name: str, example: Mapping[str, Any], runs: Callable[[Form], set[str] | None], *, training: bool
-) -> Form:
-    """The form of inputs that a user shows, as a processor gives them.
+) -> Iterator[Form]:
+    """The forms that inputs may have that a user shows, as a processor gives them.
+
+    The second dim of the model's first argument is its sequence, or of features and pixels a fixed size.
 
     Raises:
         ValueError: the model's first argument is not among them, or has no batch and sequence dim.
@@ -114,11 +132,21 @@ def example_form(
     first = example.get(name)
     if not isinstance(first, torch.Tensor) or first.dim() < 2:
         raise ValueError(f"example_inputs must have {name!r}, a tensor of shape (B, S, ...); it has {sorted(example)}")
-    given = Given(name, Shape((BATCH, SEQUENCE, *first.shape[2:])), first)
     rest = {key: value for key, value in example.items() if key != name}
-    if not rest:
-        return Form(given, training=training)
-    return resolve_form(given, rest, first.shape[0], first.shape[1], runs, training=training, batch_dims={})
+    ambiguous: AmbiguousError | None = None
+    for dims in ((BATCH, SEQUENCE), *(((BATCH, first.shape[1]),) if first.is_floating_point() else ())):
+        given = Given(name, Shape((*dims, *first.shape[2:])), first)
+        try:
+            sizes = first.shape[0], first.shape[1]
+            yield (
+                resolve_form(given, rest, *sizes, runs, training=training, batch_dims={})
+                if rest
+                else Form(given, training=training)
+            )
+        except AmbiguousError as error:
+            ambiguous = ambiguous or error
+    if ambiguous is not None:
+        raise ambiguous
 
 
 def resolve_form(
@@ -150,14 +178,17 @@ def resolve_form(
     tensors = {n: value for n, value in inputs.items() if isinstance(value, torch.Tensor)} | given_pieces
     tensors = {name: value.detach().cpu() for name, value in tensors.items()}
     others = {name: value for name, value in inputs.items() if name not in tensors}
+    lengths = (seq_len, *decoder_length(tensors))
     options = {
-        name: list(_options(name, value, batch // pieces if name in given_pieces else batch, seq_len, batch_dims))
+        name: list(_options(name, value, batch // pieces if name in given_pieces else batch, lengths, batch_dims))
         for name, value in tensors.items()
     }
     of_text = {name: shapes for name, shapes in options.items() if name not in ENCODER_INPUTS}
     splits = pieces > 1 and batch > pieces
 
-    def small(choice: Mapping[str, Shape], sizes: tuple[tuple[int, int], ...] = SIZES) -> Form:
+    known = DECODER_SIZES if len(lengths) > 1 else SIZES
+
+    def small(choice: Mapping[str, Shape], sizes: tuple[Sizes, ...] = known) -> Form:
         return Form(first, {n: Given(n, shape, tensors[n]) for n, shape in choice.items()}, others, training, sizes)
 
     def masked(form: Form) -> Form:
@@ -166,7 +197,7 @@ def resolve_form(
 
     def larger(choice: Mapping[str, Shape]) -> Form:
         """More sequences than the batch has, and than tokens: code that looks up a row for each runs out of others."""
-        return masked(small(choice, ((batch + 8, batch + 3),)))
+        return masked(small(choice, ((batch + 8, batch + 3, batch + 5),)))
 
     def real(choice: Mapping[str, Shape]) -> Form:
         """The first microbatch itself: what must fit each other in number, images and their places, does."""
@@ -176,11 +207,11 @@ def resolve_form(
             whole = dim is None or given.name in given_pieces
             sample = given.sample if whole else given.sample.chunk(pieces, dim)[0]
             pairs = zip(given.shape.dims, sample.shape, strict=True)
-            dims = tuple(d if isinstance(d, Dim) and d.batch else size for d, size in pairs)
+            dims = tuple(d if d == BATCH else size for d, size in pairs)
             return Given(given.name, Shape(dims), sample)
 
         ids = piece(Given(first.name, Shape((*first.shape.dims[:1], *first.sample.shape[1:])), first.sample))
-        sizes = ((ids.sample.shape[0], seq_len),)
+        sizes = ((ids.sample.shape[0], *lengths),)
         given = {n: piece(Given(n, shape, tensors[n])) for n, shape in choice.items()}
         return Form(ids, given, others, training, sizes)
 
@@ -232,11 +263,17 @@ def _first_that_runs(
 
 
 def _options(
-    name: str, value: torch.Tensor, batch: int, seq_len: int, batch_dims: Mapping[str, int | None]
+    name: str, value: torch.Tensor, batch: int, lengths: Sizes, batch_dims: Mapping[str, int | None]
 ) -> Iterator[Shape]:
     """Every way to read a tensor's dims, the likeliest first."""
+    sequences = list(zip((SEQUENCE, DECODER_SEQUENCE), lengths, strict=False))
+    if name.startswith("decoder_"):
+        sequences.reverse()
+    if name == DECODER_IDS:
+        yield Shape((BATCH, DECODER_SEQUENCE, *value.shape[2:]))
+        return
     could = [
-        [dim for dim, there in ((BATCH, size == batch), (SEQUENCE, size == seq_len), (size, True)) if there]
+        [dim for dim, there in ((BATCH, batch), *sequences, (size, size)) if there == size]
         if size > 1
         else [BATCH, size]
         if size == batch

@@ -22,6 +22,9 @@ ENCODER_INPUTS = (
     "input_audio_embeds",
 )
 
+# Ids of the decoder's own sequences, whose length need not be that of the encoder's.
+DECODER_IDS = "decoder_input_ids"
+
 # Room for a description beside what the ranks agree on anyway; a longer one needs a message of its own.
 TEXT_BYTES = 1024
 
@@ -78,9 +81,28 @@ def receive_inputs(
         text = _share_text(text if sends else "", size, source, host_group)
     described = json.loads(text)
     return {
-        name: _imagine(each) if name in ENCODER_INPUTS else _receive(each, tensors, sends, source, group, device)
+        name: _imagine(each, device)
+        if name in ENCODER_INPUTS
+        else _receive(each, tensors, sends, source, group, device)
         for name, each in described.items()
     }
+
+
+def decoder_length(inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The tokens of the decoder's own sequences where there are any, else nothing: the third of `Sizes`.
+
+    Raises:
+        ValueError: microbatches of different lengths.
+    """
+    ids = inputs.get(DECODER_IDS)
+    given = ids if isinstance(ids, (list, tuple)) else [ids]
+    lengths = {tensor.shape[1] for tensor in given if isinstance(tensor, torch.Tensor) and tensor.dim() > 1}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the microbatches of a step need {DECODER_IDS} of one length, as what stages send has it; they have "
+            f"{sorted(lengths)}: pad them"
+        )
+    return tuple(lengths)
 
 
 def split_inputs(
@@ -157,12 +179,12 @@ def _receive(description: list, tensors: list[torch.Tensor], sends: bool, source
     return tensor
 
 
-def _imagine(description: list) -> Any:
-    """A tensor of that form without memory, where only the form of an input matters."""
+def _imagine(description: list, device: torch.device) -> Any:
+    """A tensor of that form without memory, where only the form of an input matters: ones, as zeros may be padding."""
     kind, what, *dtype = description
     if kind == "list":
-        return [_imagine(each) for each in what]
-    return what if kind == "value" else torch.zeros((), dtype=_DTYPES[dtype[0]]).expand(what)
+        return [_imagine(each, device) for each in what]
+    return what if kind == "value" else torch.ones((), dtype=_DTYPES[dtype[0]], device=device).expand(what)
 
 
 def _share_text(text: str, size: int, source: int, group: dist.ProcessGroup) -> str:

@@ -22,6 +22,11 @@ MULTIMODAL_ENCODERS = (
     "audio_projector",
     "embed_vision",
     "embed_audio",
+    # And what nemo-automodel names besides, for models of its users' own.
+    "image_encoder",
+    "vision_encoder",
+    "audio_encoder",
+    "multimodal_projector",
 )
 
 

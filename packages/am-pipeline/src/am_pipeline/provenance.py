@@ -105,7 +105,10 @@ class Leaf:
 
 
 class Argument:
-    """A tensor that a unit hands back as it got it: the n-th among its arguments."""
+    """A tensor that a unit hands back as it got it: the n-th among all that is in its arguments, None included.
+
+    A mask of ones may be None in one microbatch and a tensor in the next.
+    """
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -164,6 +167,7 @@ class Trace:
         trained: where the model's code asks whether a gradient goes through a tensor that a unit made.
         written: values that were written into after they were returned.
         kept: parameters and buffers that code between units wrote into, and from what.
+        opened: units of which code between units called a part by itself.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -177,6 +181,7 @@ class Trace:
     trained: list[str] = field(default_factory=list)
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
+    opened: set[str] = field(default_factory=set)
 
     def call(self, unit: str, index: int) -> Call:
         return next(c for c in self.calls if (c.unit, c.index) == (unit, index))
@@ -485,7 +490,10 @@ class Tracer(TorchDispatchMode):
     def _entering(self, name: str):
         def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.path.append(name)
-            if self.active is None and name and self.unit_of(name) == name:
+            unit = self.unit_of(name)
+            if self.active is None and unit is not None and unit != name:
+                self.trace.opened.add(unit)
+            if self.active is None and name and unit == name:
                 call = Call(name, self.counts[name])
                 self.counts[name] += 1
                 self.trace.calls.append(call)
@@ -500,11 +508,11 @@ class Tracer(TorchDispatchMode):
             if call is None or call.unit != name or name in self.path:
                 return None
             self.active = None
-            return self._returned(call, list(tensors_in((args, kwargs))), output)
+            return self._returned(call, list(leaves_of((args, kwargs))), output)
 
         return leave
 
-    def _returned(self, call: Call, arguments: list[torch.Tensor], output: Any) -> Any:
+    def _returned(self, call: Call, arguments: list[Any], output: Any) -> Any:
         """What the unit returned, made a source: every tensor that it made or wrote is a value of this call."""
         values: dict[int, Value] = {}
         template: list[Any] = []

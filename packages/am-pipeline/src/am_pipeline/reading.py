@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,14 +25,14 @@ from am_pipeline.crossing import (
     Crossed,
     Needs,
     Shape,
-    batch_and_sequence,
+    Sizes,
     needs_of,
     shape_of,
 )
-from am_pipeline.forms import ODD, SIZES, Form, Piece, resolve_form, text_form
-from am_pipeline.inputs import ENCODER_INPUTS
+from am_pipeline.forms import ODD, SIZES, Form, Piece, resolve_form
+from am_pipeline.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
 from am_pipeline.nested import map_leaves
-from am_pipeline.provenance import Argument, Call, Input, Leaf, Trace, Tracer, Value, leaves_of, sent_key
+from am_pipeline.provenance import Argument, Call, Inner, Input, Leaf, Trace, Tracer, Value, leaves_of, sent_key
 from am_pipeline.skeleton import copy_without
 from am_pipeline.units import Units
 from am_pipeline.weightless import Weightless
@@ -40,7 +41,7 @@ Stages = tuple[tuple[str, ...], ...]
 
 
 class Reading:
-    """What one choice of stack shows of a model.
+    """What one choice of stacks shows of a model.
 
     Attributes:
         anatomy: where the model's parts sit.
@@ -50,34 +51,38 @@ class Reading:
     def __init__(
         self,
         weightless: Weightless,
-        stack: str,
+        stacks: Iterable[str],
+        form: Form,
         named: Iterable[str] = (),
-        form: Form | None = None,
         base: Reading | None = None,
     ) -> None:
         """Trace the model.
 
         Args:
             weightless: the model.
-            stack: full name of its stack of layers.
+            stacks: full names of its stacks of layers.
+            form: what it is called with.
             named: modules that a stage holds without what they are part of: nothing larger is one piece.
-            form: what it is called with; ids alone if None.
             base: an earlier reading with another form, from which the sizes of tensors are known.
         """
-        self.weightless, self.stack, self.base = weightless, stack, base
+        self.weightless, self.stacks, self.form, self.base = weightless, tuple(stacks), form, base
         self.named = tuple(named)
-        self.form = form or text_form(weightless.first_input, weightless.model.training)
         opened = {name.rsplit(".", n)[0] for name in named for n in range(1, name.count(".") + 1)}
         while True:
-            self.units = Units(weightless.model, stack, opened)
+            self.units = Units(weightless.model, self.stacks, opened)
             self.small = _trace(weightless, self.units, self.form, self.form.sizes[0], twice=True)
             called = {call.unit for call in self.small.calls}
             nested = {a for a in called for b in called if b.startswith(f"{a}.")}
+            nested |= {unit for unit in self.small.opened if not self.units.is_layer(unit)}
             if not nested:
                 break
             opened |= nested
-        if not any(self.units.is_layer(call.unit) for call in self.small.calls):
-            raise CannotCutError("its forward does not run them on text")
+        runs = {stack: [call.unit.startswith(f"{stack}.") for call in self.small.calls] for stack in self.stacks}
+        for stack, ran in runs.items():
+            if not any(ran):
+                raise CannotCutError(f"its forward does not run {stack if len(runs) > 1 else 'them'} on text")
+        self.stacks = tuple(sorted(self.stacks, key=lambda stack: runs[stack].index(True)))
+        self.units = Units(weightless.model, self.stacks, opened)
         self._refuse_other_paths()
         self.large, self.odd = self.small, None
         if len(self.form.sizes) > 1:
@@ -123,21 +128,22 @@ class Reading:
         """
         said = dict(batch_dims or {}) if inputs else {}
         splits = pieces if inputs else 1
-        pattern = training, _pattern(inputs, batch, seq_len, splits), tuple(sorted(said.items())), splits > 1
+        sizes = (batch, seq_len, *decoder_length(inputs))
+        given = self.form.first if first is None else self.form.first.of(first.detach().cpu())
+        pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
         if pattern not in self._proved:
-            given = self.form.first if first is None else replace(self.form.first, sample=first.detach().cpu())
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
             if inputs:
                 runs = partial(inputs_read, self.weightless, self.units)
-                sizes = (batch, seq_len)
-                form = resolve_form(given, inputs, *sizes, runs, training=training, batch_dims=said, pieces=splits)
+                of = (given, inputs, batch, seq_len, runs)
+                form = resolve_form(*of, training=training, batch_dims=said, pieces=splits)
             self._proved[pattern] = form.batch_dims, self._prove_forms(form, stages)
         return self._proved[pattern]
 
     def remember(self, passages: tuple[Passage, ...]) -> None:
         """What `cut` returned for this form."""
         if not self.form.tensors and not self.form.others:
-            self._proved[self.form.training, (), (), False] = {}, passages
+            self._proved[self.form.training, self.form.first.fixed, (), (), False] = {}, passages
 
     def _prove_forms(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
         """A form with masks holds for masks that hide something and for those that hide nothing."""
@@ -155,7 +161,7 @@ class Reading:
 
     def _prove_form(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
         try:
-            held, passages = Reading(self.weightless, self.stack, self.named, form, self).cut(stages)
+            held, passages = Reading(self.weightless, self.stacks, form, self.named, self).cut(stages)
             if held != stages:
                 more = [name for mine, names in zip(stages, held, strict=True) for name in names if name not in mine]
                 raise CannotCutError(f"with them more than one stage has to hold {', '.join(more)}")
@@ -163,7 +169,7 @@ class Reading:
             failed = "" if isinstance(why, CannotCutError) else f"its forward failed: {type(why).__name__}: "
             names = ", ".join((form.first.name, *form.tensors, *form.others))
             raise ValueError(
-                f"{type(self.weightless.model).__name__}, cut between the layers of {self.stack}, cannot be called "
+                f"{type(self.weightless.model).__name__}, cut between the layers of {self.anatomy}, cannot be called "
                 f"with {names}{' in training' if form.training else ''}: {failed}{why}"
             ) from why
         return passages
@@ -171,7 +177,7 @@ class Reading:
     @property
     def ran(self) -> list[int]:
         """The layers that run, in order."""
-        return [int(c.unit.rpartition(".")[2]) for c in self.small.calls if self.units.is_layer(c.unit)]
+        return self.units.layers_in(call.unit for call in self.small.calls)
 
     def cut(self, stages: Stages) -> tuple[Stages, tuple[Passage, ...]]:
         """What every stage does, and the modules that it holds: those given, and whose parameters its code reads too.
@@ -231,9 +237,9 @@ class Reading:
             place = next(i for i, leaf in enumerate(tensors) if isinstance(leaf, Leaf) and leaf.value == value)
             made.setdefault((value.unit, value.call), []).append((place, value))
         receives = tuple(self._crossed(value) for value in enters)
-        if stage and not any(batch_and_sequence(c.shape) for c in receives):
-            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
         first = (self.form.first.name, self.form.first.shape, self.form.first.sample.dtype)
+        if stage:
+            self._refuse_unknown_sizes(receives)
         # A unit that is held runs whether its result counts or not.
         held = (call for call in self.small.calls if stage in holders_of(stages, call.unit))
         run_on = {source.name for call in held for source in call.reads if isinstance(source, Input)}
@@ -246,6 +252,14 @@ class Reading:
             first,
             frozenset(needs.inputs[stage] | run_on),
         )
+
+    def _refuse_unknown_sizes(self, receives: tuple[Crossed, ...]) -> None:
+        """What a stage receives has to tell the sizes of a microbatch, but for those of the decoder's ids."""
+        shapes = [crossed.shape for crossed in receives]
+        told = {place for s in shapes for place in s.sizes if s.size_in(place, s.at(self.form.sizes[0])) is not None}
+        needed = {0} | self.form.first.shape.sizes
+        if needed - told:
+            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
 
     def _template(self, call: Call, larger: Call) -> Any:
         shapes = iter([leaf.shape for leaf in larger.leaves])
@@ -279,7 +293,7 @@ class Reading:
             )
         if self.odd is not None:
             seen = next((x.shape for x in self.odd.call(value.unit, value.call).leaves if x.value == value), None)
-            if seen != shape.at(*ODD):
+            if seen != shape.at(ODD):
                 raise CannotCutError(f"{value} is {shape} for even lengths and {seen} for {ODD[1]} tokens")
         if small.dtype.is_complex:
             raise CannotCutError(f"{value} has to travel to later stages, and is complex: messages are not")
@@ -290,7 +304,8 @@ class Reading:
         if len(self.form.sizes) > 1:
             return shape_of(small, large, self.form.sizes)
         known = self.base.shape_seen(value) if self.base is not None else None
-        return known if known is not None and known.at(*self.form.sizes[0]) == small else Shape(small)
+        fits = known is not None and max(known.sizes, default=0) < len(self.form.sizes[0])
+        return known if fits and known.at(self.form.sizes[0]) == small else Shape(small)
 
     def shape_seen(self, value: Value) -> Shape | None:
         """The dims of a value that was traced; None where there is no such value."""
@@ -320,7 +335,7 @@ class Reading:
         boundary.watch = tracer
         size = self.form.sizes[0]
         given = {n: v for n, v in _inputs(tracer, self.form, size).items() if n not in passage.withheld}
-        received = [tracer.given(c.value, c.shape.at(*size), c.dtype, c.requires_grad) for c in passage.receives]
+        received = [tracer.given(c.value, c.shape.at(size), c.dtype, c.requires_grad) for c in passage.receives]
         try:
             trace = tracer.run(lambda: part(*received, **given))
         except Exception as error:
@@ -342,7 +357,7 @@ class Reading:
                 )
         if stage == last and trace.output_keys != self.small.output_keys:
             raise CannotCutError("the last stage would compute its output from other values than the whole model")
-        sent = tuple(sent_key(c.value, tracer.unknown(c.shape.at(*size), c.dtype)) for c in passage.sends)
+        sent = tuple(sent_key(c.value, tracer.unknown(c.shape.at(size), c.dtype)) for c in passage.sends)
         if stage < last and trace.output_keys != sent:
             wrong = next(c for c, mine, key in zip(passage.sends, trace.output_keys, sent, strict=True) if mine != key)
             raise CannotCutError(f"stage {stage} would send something else than {wrong.value}")
@@ -352,11 +367,16 @@ class Reading:
     def _refuse_other_paths(self) -> None:
         """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""
         place = next((look.place for look in self.small.looks if any(isinstance(s, Input) for s in look.sources)), None)
-        if place is None or self.form.first.sample.is_floating_point():
+        first, tensors = self.form.first, self.form.tensors
+        given = [first, *(tensors[name] for name in (DECODER_IDS,) if name in tensors)]
+        ids = [each for each in given if not each.sample.is_floating_point()]
+        if place is None or not ids:
             return
-        ids, traces = self.form.first.sample, []
-        for other in (torch.zeros_like(ids), ids * 5 % 11, ids + 1):
-            form = replace(self.form, first=replace(self.form.first, sample=other))
+        traces = []
+        for change in (torch.zeros_like, lambda ids: ids * 5 % 11, lambda ids: ids + 1):
+            changed = {each.name: replace(each, sample=change(each.sample)) for each in ids}
+            of_decoder = {name: each for name, each in changed.items() if name in tensors}
+            form = replace(self.form, first=changed.get(first.name, first), tensors={**tensors, **of_decoder})
             with contextlib.suppress(Exception):  # what does not run at all needs no cut
                 traces.append(_trace(self.weightless, self.units, form, form.sizes[0]))
         for trace in traces:
@@ -366,31 +386,41 @@ class Reading:
                     raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
     def _anatomy(self) -> Anatomy:
-        """Which modules beside the stack run before, after and between its layers.
+        """Which modules beside the stacks run before, after and between their layers.
 
         What text does not run is before them: an image encoder and its projector, wherever they are registered.
         """
-        places = [place for place, call in enumerate(self.small.calls) if self.units.is_layer(call.unit)]
-        first, last = places[0], places[-1]
-        sides: dict[str, set[str]] = {}
-        for place, call in enumerate(self.small.calls):
-            if not self.units.is_layer(call.unit):
-                side = "before" if place < first else "after" if place > last else "between"
-                sides.setdefault(call.unit, set()).add(side)
-        found: dict[str, list[str]] = {"before": [], "between": [], "after": []}
-        for name, _ in modules_beside(self.weightless.model, self.stack):
-            if name == self.stack:
+        depths = [len(self.weightless.model.get_submodule(stack)) for stack in self.stacks]
+        ends = set(itertools.accumulate(depths))
+        sides: dict[str, set[str | int]] = {}
+        reads_layers: set[tuple[str, int]] = set()  # calls that depend on what layers made
+        ran, passed = self.ran, 0
+        for call in self.small.calls:
+            made = {(s.unit, s.call) for s in call.reads if isinstance(s, (Value, Inner))}
+            is_layer = self.units.is_layer(call.unit)
+            if is_layer or made & reads_layers:
+                reads_layers.add((call.unit, call.index))
+            if is_layer:
+                passed += len(self.units.layers_in([call.unit]))
+                continue
+            side: str | int = "before" if not passed else "after" if passed == len(ran) else "between"
+            if side == "between" and ran[passed] in ends and ran[passed - 1] < ran[passed]:
+                side = ran[passed - 1] if made & reads_layers else ran[passed]
+            sides.setdefault(call.unit, set()).add(side)
+        found: dict[str | int, list[str]] = {"before": [], "between": [], "after": []}
+        for name, _ in modules_beside(self.weightless.model, self.stacks):
+            if name in self.stacks:
                 continue
             units = [unit for unit in self.units.names if unit == name or unit.startswith(f"{name}.")]
             of = {unit: sides.get(unit, {"before"}) for unit in units}
             if of and all(where == next(iter(of.values())) for where in of.values()):
                 of = {name: next(iter(of.values()))}
             for unit, where in of.items():
-                for side in found:
-                    if side in where:
-                        found[side].append(unit)
-        count = len(self.weightless.model.get_submodule(self.stack))
-        return Anatomy(self.stack, count, *(tuple(found[side]) for side in ("before", "after", "between")))
+                for side in where:
+                    found.setdefault(side, []).append(unit)
+        joints = tuple((unit, side) for side, units in found.items() if isinstance(side, int) for unit in units)
+        before, after, between = (tuple(found[side]) for side in ("before", "after", "between"))
+        return Anatomy(self.stacks, tuple(depths), before, after, between, joints)
 
 
 def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | None:
@@ -404,7 +434,7 @@ def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | 
     return {source.name for source in read if isinstance(source, Input)}
 
 
-def _trace(weightless: Weightless, units: Units, form: Form, size: tuple[int, int], twice: bool = False) -> Trace:
+def _trace(weightless: Weightless, units: Units, form: Form, size: Sizes, twice: bool = False) -> Trace:
     """Run the whole model on inputs of a form, for so many sequences and tokens."""
     model = weightless.fresh(form.training)
     tracer = Tracer(model, weightless.fake, units.of)
@@ -414,9 +444,9 @@ def _trace(weightless: Weightless, units: Units, form: Form, size: tuple[int, in
     return tracer.run(lambda: select_output(model(first, **given)), twice=twice)
 
 
-def _inputs(tracer: Tracer, form: Form, size: tuple[int, int]) -> dict[str, Any]:
+def _inputs(tracer: Tracer, form: Form, size: Sizes) -> dict[str, Any]:
     tensors = {form.first.name: form.first, **form.tensors}
-    return {name: tracer.input(name, given.at(*size)) for name, given in tensors.items()} | dict(form.others)
+    return {name: tracer.input(name, given.at(size)) for name, given in tensors.items()} | dict(form.others)
 
 
 class _HoldMoreError(Exception):
@@ -438,14 +468,15 @@ def holders_of(stages: Stages, unit: str) -> set[int]:
     return {s for s, names in enumerate(stages) if any(unit == n or unit.startswith(f"{n}.") for n in names)}
 
 
-def _pattern(inputs: Mapping[str, Any], batch: int, seq_len: int, pieces: int) -> tuple:
+def _pattern(inputs: Mapping[str, Any], sizes: Sizes, pieces: int) -> tuple:
     """What two calls have in common that one proof covers: names, dtypes, and which sizes are those of the batch."""
+    batch, *lengths = sizes
 
     def of(value: Any, rows: int = batch) -> Any:
         if isinstance(value, Piece):
             return "piece", of(value.tensor, batch // pieces)
         if not isinstance(value, torch.Tensor):
             return "float" if isinstance(value, float) else repr(value)
-        return str(value.dtype), tuple((size == rows, size == seq_len, size == 1) for size in value.shape)
+        return str(value.dtype), tuple((size == rows, *(size == n for n in lengths), size == 1) for size in value.shape)
 
     return tuple((name, of(value)) for name, value in sorted(inputs.items()))

@@ -173,10 +173,11 @@ def _refuse_wrapped(stages: list[PipelineStage]) -> None:
                 f"the part of stage {stage.stage_index} is wrapped in DistributedDataParallel, whose gradients a "
                 "pipeline does not average; in parallelize_fn, use FSDP2 (torch.distributed.fsdp.fully_shard) instead"
             )
-        if isinstance(stage, DecoderStage) and not _has(stage.submod, stage.plan.anatomy.stack):
+        stacks = stage.plan.anatomy.stacks if isinstance(stage, DecoderStage) else ()
+        if lost := [stack for stack in stacks if not _has(stage.submod, stack)]:
             raise ValueError(
                 f"the part of stage {stage.stage_index} is now a {type(stage.submod).__name__} without the module "
-                f"{stage.plan.anatomy.stack!r}; parallelize_fn must keep the names of what it wraps"
+                f"{lost[0]!r}; parallelize_fn must keep the names of what it wraps"
             )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline._torch_compat import Schedule, compute_dtype, forget_shapes, set_shapes
-from am_pipeline.crossing import Crossed
+from am_pipeline.crossing import Crossed, Sizes
 from am_pipeline.stage import DecoderStage
 
 
@@ -21,6 +21,7 @@ def reset_pp_stage_shapes(
     model_config: Any,
     microbatch_size: int,
     seq_len: int,
+    decoder_seq_len: int | None = None,
 ) -> None:
     """Prepare a schedule for batches of another sequence length (or microbatch size). Runs no collective.
 
@@ -33,15 +34,22 @@ def reset_pp_stage_shapes(
         model_config: `model.config`; only read for stages that this package did not cut.
         microbatch_size: sequences per microbatch.
         seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
+        decoder_seq_len: of an encoder-decoder, tokens per sequence of the decoder; `seq_len` unless given.
 
     Raises:
-        ValueError: a size is not positive or `seq_len` does not divide over the ranks that shard the sequence.
+        ValueError: a size is not positive or does not divide over the ranks that shard the sequence.
     """
-    precompute_stage_shapes(stages, model_config, microbatch_size, seq_len)
+    precompute_stage_shapes(stages, model_config, microbatch_size, seq_len, decoder_seq_len)
     forget_shapes(schedule)
 
 
-def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, microbatch_size: int, seq_len: int) -> None:
+def precompute_stage_shapes(
+    stages: list[PipelineStage],
+    model_config: Any,
+    microbatch_size: int,
+    seq_len: int,
+    decoder_seq_len: int | None = None,
+) -> None:
     """Give each stage meta tensors of what it receives and sends, before its first step. Runs no collective.
 
     The first stage receives ids `(B, S)`; what runs between stages has the shape that the cut found by running the
@@ -52,20 +60,23 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
         model_config: `model.config`; only its hidden size is read, and only for stages that this package did not cut.
         microbatch_size: sequences per microbatch.
         seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
+        decoder_seq_len: of an encoder-decoder, tokens per sequence of the decoder; `seq_len` unless given.
 
     Raises:
         ValueError: as `reset_pp_stage_shapes`; or there is no hidden size in `model_config` where it is needed.
     """
     if microbatch_size < 1 or seq_len < 1:
         raise ValueError(f"microbatch_size and seq_len must be positive, got {microbatch_size} and {seq_len}")
+    lengths = {"seq_len": seq_len, "decoder_seq_len": seq_len if decoder_seq_len is None else decoder_seq_len}
     for stage in stages:
         shards = getattr(stage.submod, "sequence_shards", 1)
-        if seq_len % shards:
-            raise ValueError(
-                f"seq_len={seq_len} does not divide over the {shards} ranks that shard the sequence; "
-                f"pad it to {-(-seq_len // shards) * shards}"
-            )
-        received, sent = _crossing(stage, model_config, microbatch_size, seq_len, shards)
+        for name, length in lengths.items():
+            if length < 1 or length % shards:
+                raise ValueError(
+                    f"{name}={length} does not divide over the {shards} ranks that shard the sequence; "
+                    f"pad it to {-(-length // shards) * shards}"
+                )
+        received, sent = _crossing(stage, model_config, (microbatch_size, *lengths.values()), shards)
         ids = torch.empty(microbatch_size, seq_len, dtype=torch.int64, device="meta")
         # The last stage's output is never sent, only counted.
         set_shapes(stage, (ids,) if stage.is_first else _on_meta(received), _on_meta(sent or received))
@@ -76,27 +87,29 @@ def precompute_stage_shapes(stages: list[PipelineStage], model_config: Any, micr
 
 def hidden_dtype(stage: PipelineStage) -> torch.dtype:
     """The dtype that a stage receives and sends."""
-    return compute_dtype(stage.submod, stage.plan.anatomy.stack if isinstance(stage, DecoderStage) else "")
+    return compute_dtype(stage.submod, stage.plan.anatomy.stacks if isinstance(stage, DecoderStage) else ("",))
 
 
 Sent = list[tuple[tuple[int, ...], torch.dtype]]
 
 
-def _crossing(stage: PipelineStage, config: Any, batch: int, seq_len: int, shards: int) -> tuple[Sent, Sent]:
+def _crossing(stage: PipelineStage, config: Any, sizes: Sizes, shards: int) -> tuple[Sent, Sent]:
     """Shape and dtype of every tensor that a stage receives and sends."""
     dtype = hidden_dtype(stage)
+    batch, *lengths = sizes
+    sharded = (batch, *(length // shards for length in lengths))
     if not isinstance(stage, DecoderStage):
-        hidden: Sent = [((batch, seq_len // shards, get_hidden_and_vocab_size(config)[0]), dtype)]
+        hidden: Sent = [((*sharded[:2], get_hidden_and_vocab_size(config)[0]), dtype)]
         return hidden, hidden
     passage = stage.boundary.passage
     cut_with = stage.plan.dtype
 
-    def sizes(crossed: Crossed) -> tuple[tuple[int, ...], torch.dtype]:
+    def form(crossed: Crossed) -> tuple[tuple[int, ...], torch.dtype]:
         # What had the layers' dtype when the model was cut has the one in which the part computes now.
         kind = dtype if crossed.dtype == cut_with else crossed.dtype
-        return crossed.shape.at(batch, seq_len // shards if crossed.of_layer else seq_len), kind
+        return crossed.shape.at(sharded if crossed.of_layer else sizes), kind
 
-    return [sizes(c) for c in passage.receives], [sizes(c) for c in passage.sends]
+    return [form(c) for c in passage.receives], [form(c) for c in passage.sends]
 
 
 def _on_meta(sizes: Sent) -> tuple[torch.Tensor, ...]:

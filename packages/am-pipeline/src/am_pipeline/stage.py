@@ -53,7 +53,11 @@ class DecoderStage(PipelineStage):
         device: torch.device,
         group: ProcessGroup,
     ) -> None:
-        super().__init__(part, stage_index, len(plan.stages), device, group=group)
+        # What a decoder computes of its own ids, on a stage that receives its encoder's output, does not depend on what
+        # arrives. Torch's split of a backward into inputs and weights fails there: such a stage does both at once.
+        whole = any(name in plan.stages[stage_index] for name, _ in plan.anatomy.joints)
+        builder = (lambda: _nothing_left) if whole else None
+        super().__init__(part, stage_index, len(plan.stages), device, group=group, dw_builder=builder)
         self.plan = plan
         self.boundary = boundary
         self._beside: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -162,6 +166,10 @@ class DecoderStage(PipelineStage):
 
     def _zeros(self, like: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros(t.shape, dtype=t.dtype, device=self.device) for t in like)
+
+
+def _nothing_left() -> None:
+    """The backward of the weights where that of the inputs has done it."""
 
 
 def _original(error: Exception) -> Exception:

@@ -26,12 +26,18 @@ from am_pipeline._torch_compat import (
     stages_of,
 )
 from am_pipeline.agreement import Agreement, Report, exchange_reports, read_reports
-from am_pipeline.boundary import Passage
 from am_pipeline.failure import StepFailure, host_group, refuse_together, vote
 from am_pipeline.forms import Piece
 from am_pipeline.gathers import GatherRecord
 from am_pipeline.gradients import GradientsSetAside
-from am_pipeline.inputs import ENCODER_INPUTS, describe_inputs, is_per_microbatch, receive_inputs, split_inputs
+from am_pipeline.inputs import (
+    ENCODER_INPUTS,
+    decoder_length,
+    describe_inputs,
+    is_per_microbatch,
+    receive_inputs,
+    split_inputs,
+)
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.shapes import hidden_dtype, reset_pp_stage_shapes
 from am_pipeline.shared import SharedCopies, sum_shared_gradients
@@ -66,7 +72,7 @@ class PipelineSchedule(StepHooks, Schedule):
     averaged_axes: tuple[str, ...] = ()
     peer_axes: tuple[str, ...] = ()
     _running: _Running | None = None
-    _shape: tuple[int, int, tuple] | None = None
+    _shape: tuple[int, tuple[int, ...], tuple] | None = None
     _evaluating: bool = False
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
@@ -315,15 +321,17 @@ class PipelineSchedule(StepHooks, Schedule):
                     "the microbatches of a step must send the same between stages, but their inputs differ in form: "
                     f"{sorted(others)}"
                 )
-        kept_here = set(others) & set(ENCODER_INPUTS)
-        if spread := kept_here - frozenset(kept_here).intersection(*_withheld(passages)):
+        later = [passage for of_stages in passages for passage in of_stages[1:]]
+        needed = set().union(*(passage.needs - passage.withheld for passage in later))
+        if spread := needed & set(shared) & set(ENCODER_INPUTS):
             raise ValueError(f"later stages depend on {sorted(spread)} themselves, which only the first is given")
         for stage in stages:
             stage.passages = tuple(of_stages[stage.stage_index] for of_stages in passages)
             stage.boundary.passage = stage.passages[0]
-        shape = (agreement.batch // count, agreement.seq_len, tuple(p.sends for p in passages[0]))
+        lengths = (agreement.seq_len, *decoder_length(others))
+        shape = (agreement.batch // count, lengths, tuple(p.sends for p in passages[0]))
         if shape != self._shape:
-            reset_pp_stage_shapes(self, stages, None, *shape[:2])
+            reset_pp_stage_shapes(self, stages, None, shape[0], *lengths)
             self._shape = shape
         return batch_dims
 
@@ -389,10 +397,6 @@ def _first_name(stages: list[DecoderStage]) -> str:
 
 def _piece(value: torch.Tensor | None) -> Piece | None:
     return None if value is None else Piece(value)
-
-
-def _withheld(passages: list[tuple[Passage, ...]]) -> list[frozenset[str]]:
-    return [passage.withheld for of_stages in passages for passage in of_stages[1:]]
 
 
 def _merged(chunks: list[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from typing import Any, cast
 
@@ -76,7 +77,16 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     model.sequence_shards = tp_mesh.size() if shards else 1
     if tp_mesh.size() > 1:
         refuse_parts(model, concrete, shards_sequence=shards)
+    if shards and tp_mesh.size() > 1 and hasattr(model, "generate"):
+        cast(Any, model).generate = functools.partial(_refuse_to_generate, type(model).__name__)
     return model
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"{name} cannot generate while its sequence is sharded between layers: one new token does not divide. "
+        "Lay it out without sequence parallelism, or write a folder (am_fsdp.save_hf_weights) and generate from it"
+    )
 
 
 def local_form(style: ParallelStyle) -> ParallelStyle:
@@ -233,6 +243,11 @@ def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> 
     module = base_layer(module)
     if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
         raise ValueError(f"{name} is sharded already; a plan is applied once, to a model of plain tensors")
+    if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
+        raise ValueError(
+            f"{name}.weight is packed (quantised) into shape {tuple(module.weight.shape)}, whose rows are no features; "
+            "tensor parallelism cannot shard it, FSDP2 can"
+        )
     if isinstance(style, ExpertsOverTensorAxis):
         what, number = "experts", getattr(module, "num_experts", 0)
         if not number or not all(p.shape[0] == number for p in module.parameters(recurse=False)):

@@ -75,6 +75,10 @@ def translate_to_torch_parallel_style(style: str) -> ParallelStyle:
     return _STYLES[style]()
 
 
+class NoPlanError(ValueError, AssertionError):
+    """A model without a plan. An AssertionError, too: code written for nemo-automodel catches that."""
+
+
 def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | None = None) -> dict[str, ParallelStyle]:
     """The tensor-parallel plan that a transformers model brings, collected from its class, itself and its inner models.
 
@@ -91,9 +95,10 @@ def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | N
         A plan for `apply_plan`, with full module names (`*` for one level) as keys.
 
     Raises:
-        ValueError: the model brings no plan, one with an unknown style, one whose parts contradict each other or that
-            would give wrong results, found out by running the model's forward once without devices (`rehearsal.py`)
-            and a small twin of it with numbers (`numeric_check.py`); or the model is a pipeline part.
+        ValueError: the model brings no plan (then an AssertionError, too), one with an unknown style, one whose parts
+            contradict each other or that would give wrong results, found out by running the model's forward once
+            without devices (`rehearsal.py`) and a small twin of it with numbers (`numeric_check.py`); or the model is a
+            pipeline part.
     """
     named = named_styles(model)
     if is_part(model):
@@ -102,7 +107,7 @@ def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | N
             "of the whole model before the cut and apply that to the parts"
         )
     if not named:
-        raise ValueError(f"{type(model).__name__} brings no tensor-parallel plan")
+        raise NoPlanError(f"{type(model).__name__} brings no tensor-parallel plan")
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     plan: dict[str, ParallelStyle] = {}
     layouts: dict[str, dict[str, Placement]] = {}

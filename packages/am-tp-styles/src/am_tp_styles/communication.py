@@ -149,7 +149,7 @@ class _GatherForAll(torch.autograd.Function):
         ctx.axis, ctx.dim = axis, dim
         ctx.set_materialize_grads(False)
         whole = axis.all_gather(tensor, dim)
-        return whole, whole.view_as(whole)
+        return whole, whole.detach()  # a view would hold the first, which it is laid beside, for good
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:

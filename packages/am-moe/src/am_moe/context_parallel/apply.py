@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from am_moe.context_parallel.batch import COUNTS, IGNORED, unshard_sequence
+from am_moe.context_parallel.batch import COUNTS, IGNORED, is_of_images, unshard_sequence
 from am_moe.context_parallel.ends import cut_tokens, gather_tokens
 from am_moe.context_parallel.heads import gather_heads, repeated_for, spread_heads
 from am_moe.context_parallel.kernel import Scores
@@ -21,14 +23,16 @@ from am_moe.context_parallel.masks import ContextMask, Sequence, describe, recog
 from am_moe.context_parallel.mixers import Running, run_on_whole_sequences
 from am_moe.context_parallel.nested import map_tensors
 from am_moe.context_parallel.plan import Plan, Rule
-from am_moe.context_parallel.prove import LABELS, Call, Proof, prove
+from am_moe.context_parallel.prove import LABELS, Call, Proof, entering, prove
 from am_moe.context_parallel.reading import Reading
 from am_moe.context_parallel.ring import shared_attention
 from am_moe.context_parallel.rotary import show_whole_length, tables_by_length
 from am_moe.context_parallel.support import (
     CONVOLUTIONS,
     check_supported,
+    configs_besides_towers,
     configs_of,
+    dropout_of_towers,
     engine_attention,
     is_part_of_pipeline,
     known_modules,
@@ -38,14 +42,15 @@ from am_moe.context_parallel.support import (
 )
 from am_moe.context_parallel.transport import place
 
-COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+CommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+COMM_TYPES = get_args(CommType)
 _PREFIX = "am_moe_context_parallel"
 # What shard_batch adds, of which a forward may know nothing.
 _OURS = frozenset({"num_labels_in_batch"})
 _numbers = itertools.count()
 
 
-def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -> nn.Module:
+def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: CommType = "p2p") -> nn.Module:
     """Let a model's attention see the whole sequence while each rank of an axis holds a part of it, in place.
 
     The model's modules, names and parameters stay. Its config names an attention function of its own, registered with
@@ -63,6 +68,10 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
 
     Returns:
         The model.
+
+    Images are turned into embeddings on every rank, whole, with the ids of all tokens (which are gathered), and cut
+    where the stack begins; so are the positions that a model counts from images (M-RoPE). The gradients of the tower
+    and of the embedding are then this rank's tokens' share, like every other.
 
     What of the model is not attention is read before the first forward of each form of calls (`prove.py`): it is exact
     on this rank's tokens, or on whole sequences where it has to see them, or refused. Logits that are per token are of
@@ -84,16 +93,19 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
     engine = engine_attention(model)
     if registry_attention(model) or not engine:
         check_supported(model)
-        configs = configs_of(model)
+        configs = configs_besides_towers(model)
         _check_configs(type(model).__name__, configs, cp_mesh, cp_comm_type)
         context = _Context(model, cp_mesh, cp_comm_type)
-        name, before = _register(context), [config._attn_implementation for config in configs]
+        name, before = _register(context), [(config, config._attn_implementation) for config in configs_of(model)]
         try:
             for config in configs:
                 config._attn_implementation = name
+            for config, implementation in before:  # a config sets those of towers within it, too
+                if all(config is not ours for ours in configs):
+                    config._attn_implementation = implementation
             context.prove(model, context.tokens_alone())
         except ValueError:
-            for config, implementation in zip(configs, before, strict=True):
+            for config, implementation in before:
                 config._attn_implementation = implementation
             raise
         if stack := context.known.stack:
@@ -106,12 +118,21 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: str = "p2p") -
         for _, tower in towers(model):
             for module in tower.modules():
                 if isinstance(module, CONVOLUTIONS):
-                    module.register_forward_pre_hook(_refuse_to_run)
+                    module.register_forward_pre_hook(context.before_convolution)
+        if hasattr(model, "generate"):
+            model.generate = functools.partial(_refuse_to_generate, type(model).__name__)
         model.register_forward_pre_hook(context.before_forward, with_kwargs=True)
         model.register_forward_hook(context.after_forward, always_call=True)
     for _, module in engine:
         _set_engine_group(module, cp_mesh, cp_comm_type)
     return whole
+
+
+def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
+    raise RuntimeError(
+        f"{name} cannot generate under context parallelism, which is for training: a new token is in no rank's part "
+        "of the sequence. Lay it out without, or write a folder (am_fsdp.save_hf_weights) and generate from it"
+    )
 
 
 class _Context:
@@ -131,6 +152,8 @@ class _Context:
         self.proofs: dict[tuple, Proof] = {}  # by the form of the call
         self.proof: Proof | None = None  # of the forward that runs
         self.labels: dict[str, Any] = {}  # and its labels and their counts
+        self.with_images = False  # that forward
+        self.with_others = False  # or with what a tower may take, and is no image
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
         """A copy of the model shares it: groups cannot be copied, and both copies' configs name these functions."""
@@ -161,17 +184,44 @@ class _Context:
             given["use_cache"] = False
         self.labels = {name: given[name] for name in (*LABELS, *COUNTS.values()) if name in given}
         given = {n: x for n, x in given.items() if n in self.parameters or not (self.names_all or n in _OURS)}
-        proof = self.prove(model, self._call(given, shape, mask is not None))
+        self.with_images = any(is_of_images(name) and x is not None for name, x in given.items())
+        if self.with_images:
+            proof = self.prove(model, self._call_of_embeddings(model, given, shape, mask is not None))
+            if proof is None or not self.known.stack or given.get("input_ids") is None:
+                raise ValueError(f"{self.name} takes images under context parallelism whole, with input_ids, only")
+            if model.training and (draws := dropout_of_towers(model, self.known.stack)):
+                raise ValueError(
+                    f"{self.name} has dropout in {draws}, which every context rank runs whole and would draw "
+                    "differently; set it to 0"
+                )
+            if _positions_of_images(model):
+                given["position_ids"] = None  # the model makes them of the whole batch
+        else:
+            proof = self.prove(model, self._call(given, shape, mask is not None))
+        by_tokens = self._call(given, shape, mask is not None).by_tokens
+        self.with_others = any(_has_axes(x) and n not in by_tokens and not is_of_images(n) for n, x in given.items())
         self.parts, self.sequence, self.proof = (positions.expand(shape), mask), None, proof
         return (), self._divided(given, shape, proof)
 
     def _call(self, given: dict[str, Any], shape: tuple[int, int], padded: bool) -> Call:
         by_tokens = {
             name for name, x in given.items()
-            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
+            if not is_of_images(name) and isinstance(x, torch.Tensor) and x.dim() > 1
+            and x.shape[1] == shape[1] and x.shape[0] in (1, shape[0])
             and (name not in LABELS or not x.is_floating_point())
         }  # fmt: skip
         return Call(given, frozenset(by_tokens), *shape, self.mesh.size(), padded)
+
+    def _call_of_embeddings(self, model: Any, given: dict[str, Any], shape: tuple[int, int], padded: bool) -> Call:
+        """A call with images as the rest of the model sees it: whole embeddings, which every rank makes alike."""
+        embedding = model.get_input_embeddings()
+        made_of = {"input_ids", "mm_token_type_ids", "token_type_ids"}
+        rest = {n: x for n, x in given.items() if n not in made_of and not is_of_images(n)}
+        dtype = embedding.weight.dtype
+        rest["inputs_embeds"] = torch.empty(*shape, embedding.weight.shape[-1], dtype=dtype, device="meta")
+        if axes := _positions_of_images(model):
+            rest["position_ids"] = torch.empty(axes, *shape, dtype=torch.int64, device="meta")
+        return dataclasses.replace(self._call(rest, shape, padded), with_images=True)
 
     def tokens_alone(self) -> Call:
         """The least that a forward can be given."""
@@ -229,10 +279,17 @@ class _Context:
         """Cut what enters the stack whole."""
         if self.proof is None or not any(self.proof.cuts):
             return None
+        if self.with_images and entering(args, kwargs) != self.proof.entering:
+            others = [name for name, *_ in entering(args, kwargs) if name not in {n for n, *_ in self.proof.entering}]
+            raise ValueError(
+                f"{self.name} gives its layers {', '.join(map(str, others)) or 'something else'} where there are "
+                "images, which context parallelism cannot cut along the sequence; train it with text, or with no "
+                "context axis"
+            )
         cuts = iter(self.proof.cuts)
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
-            return cut_tokens(tensor, self.mesh) if next(cuts) else tensor
+            return cut_tokens(tensor, self.mesh, dim) if (dim := next(cuts)) else tensor
 
         return map_tensors(args, cut), map_tensors(kwargs, cut)
 
@@ -256,6 +313,14 @@ class _Context:
         self._check_called()
         window = recognise(mask_function, local_size, torch.device(device))
         return self.whole_sequence().mask(*window)
+
+    def before_convolution(self, module: nn.Module, args: tuple) -> None:
+        """Towers run whole on images, and on made-up ones where other ranks have images; nothing else is whole."""
+        if self.parts is not None and self.with_others and not self.with_images:
+            raise ValueError(
+                f"a convolution ({type(module).__name__}) of an image or audio tower ran: what it becomes is not cut "
+                "along the sequence; context parallelism is for batches of text and images"
+            )
 
     def running(self) -> Running | None:
         """The forward that runs; None in a recomputation, whose hooks know nothing of it."""
@@ -347,11 +412,13 @@ def _register(context: _Context) -> str:
     return name
 
 
-def _refuse_to_run(module: nn.Module, args: tuple) -> None:
-    raise ValueError(
-        f"a convolution ({type(module).__name__}) of an image or audio tower ran: what it becomes is not cut along the "
-        "sequence; context parallelism is for batches of text"
-    )
+def _has_axes(value: Any) -> bool:
+    return value.dim() > 1 if isinstance(value, torch.Tensor) else isinstance(value, (list, tuple, dict))
+
+
+def _positions_of_images(model: nn.Module) -> int:
+    """How many positions a token has where the model counts them from its images (M-RoPE); 0 for one of the text's."""
+    return 3 if any(hasattr(module, "get_rope_index") for module in model.modules()) else 0
 
 
 def _check_mesh(mesh: DeviceMesh, comm_type: str) -> None:

@@ -15,6 +15,8 @@ from am_moe.context_parallel.plan import head_tail
 
 IGNORED = -100
 # The number of labels that belongs to each kind of them.
+# How the names of what images and videos are made of start; these are whole on every rank.
+_OF_IMAGES = ("pixel_", "image_", "video_")
 COUNTS = {"shift_labels": "num_items_in_batch", "labels": "num_labels_in_batch"}
 
 
@@ -26,7 +28,8 @@ def shard_batch(
     Tensors whose first dims are those of `input_ids` (or `inputs_embeds`) are cut along the sequence, one chunk from
     the head and one from the tail per rank. Labels are cut as they are, for losses that do not shift, and shifted over
     the whole sequence first, so that the last token of a chunk predicts the first of the next. What there is one of for
-    a row (`labels` of sequence classification, `start_positions`) stays whole.
+    a row (`labels` of sequence classification, `start_positions`) stays whole, and so do images (`pixel_values`,
+    `image_grid_thw` and the like), which every rank of the axis turns into embeddings.
 
     The result goes to a transformers model as it is, `model(**shard)`: the loss it returns is the sum over this rank's
     labels divided by `num_items_in_batch`, so that **the average of the ranks' losses is the mean over all labels**,
@@ -51,8 +54,8 @@ def shard_batch(
     Collectives: one all-reduce of two numbers over `average_mesh`, if given.
 
     Raises:
-        ValueError: a length that does not divide by twice the ranks of the axis, tensors of other shapes; on every
-            rank alike.
+        ValueError: a length that does not divide by twice the ranks of the axis, tensors of other shapes, images with
+            `position_ids` (the model counts positions from the images itself); on every rank alike.
     """
     tokens = batch.get("input_ids")
     tokens = batch.get("inputs_embeds") if tokens is None else tokens
@@ -61,6 +64,8 @@ def shard_batch(
     rows, seq_len = tokens.shape[:2]
     head_tail(seq_len, cp_mesh.size())
     whole = {name: value for name, value in batch.items() if value is not None}
+    if "position_ids" in whole and any(is_of_images(name) for name in whole):
+        raise ValueError("a batch with images takes no position_ids: the model counts positions from its images")
     whole.setdefault("position_ids", torch.arange(seq_len, device=tokens.device)[None].expand(rows, -1))
     labels = whole.get("labels")
     labelled = labels is not None and labels.shape == (rows, seq_len) and not labels.is_floating_point()
@@ -68,7 +73,7 @@ def shard_batch(
         whole["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     shard: dict[str, Any] = {}
     for name, value in whole.items():
-        if not isinstance(value, torch.Tensor) or _is_by_row(name, value, rows, labelled):
+        if is_of_images(name) or not isinstance(value, torch.Tensor) or _is_by_row(name, value, rows, labelled):
             shard[name] = value
         else:
             allowed = ((rows, seq_len), (1, seq_len)) if name == "position_ids" else ((rows, seq_len),)
@@ -76,7 +81,7 @@ def shard_batch(
                 raise ValueError(
                     f"batch[{name!r}] has shape {tuple(value.shape)}, which does not start with {(rows, seq_len)}: it "
                     "cannot be cut along the sequence. Leave it out; documents are packed by position_ids, padding is "
-                    "an attention_mask (B, S), and images and sounds are not for context parallelism"
+                    "an attention_mask (B, S), and sounds are not for context parallelism"
                 )
             shard[name] = shard_sequence(value, cp_mesh)
     if labelled:
@@ -86,6 +91,11 @@ def shard_batch(
             counts /= average_mesh.size()
         shard |= dict(zip(COUNTS.values(), counts.unbind(), strict=True))
     return shard
+
+
+def is_of_images(name: str) -> bool:
+    """Whether an argument of that name is what images or videos are made of."""
+    return name.startswith(_OF_IMAGES)
 
 
 def _is_by_row(name: str, value: torch.Tensor, rows: int, labelled: bool) -> bool:

@@ -12,9 +12,9 @@ from am_moe.context_parallel.rules import Part
 _TOKENS = Part(1)
 
 
-def cut_tokens(tensor: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-    """This rank's tokens of `(B, N, ...)`; the gradient of the others is zero here, as theirs have it."""
-    return shard_sequence(tensor, mesh)
+def cut_tokens(tensor: torch.Tensor, mesh: DeviceMesh, dim: int = 1) -> torch.Tensor:
+    """This rank's tokens along a dim; the gradient of the others is zero here, as theirs have it."""
+    return shard_sequence(tensor, mesh, dim)
 
 
 def gather_tokens(tensor: torch.Tensor, mesh: DeviceMesh, part: Part = _TOKENS) -> torch.Tensor:

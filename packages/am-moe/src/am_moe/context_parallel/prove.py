@@ -26,6 +26,7 @@ from am_moe.context_parallel.plan import head_tail
 from am_moe.context_parallel.reading import Reading, UnprovenError, running
 from am_moe.context_parallel.rules import Mean, Part, Sum, Wrong
 from am_moe.context_parallel.skeleton import skeleton_of
+from am_moe.packed import packed_weights
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class Proof:
 
     Attributes:
         way: of dividing it.
-        cuts: for each tensor that enters the stack whole, in order, whether it is cut.
+        cuts: for each tensor that enters the stack, in order, along which dim it is cut, 0 for not at all.
+        entering: what these are, by name; with images, nothing else may enter.
         gathers: for each tensor that leaves the stack, in order, where its tokens are if it is made whole.
         means: the places, among what the model returns, of means over this rank's labels.
         counted: the name of the labels that a sum or mean goes over, "" for none.
     """
 
     way: Way
-    cuts: list[bool] = field(default_factory=list)
+    cuts: list[int] = field(default_factory=list)
+    entering: list[tuple] = field(default_factory=list)
     gathers: list[Part | None] = field(default_factory=list)
     means: list[int] = field(default_factory=list)
     counted: str = ""
@@ -84,6 +87,7 @@ class Call:
         by_tokens: the names of tensors of this rank's tokens, `(B, S, ...)` or `(1, S, ...)`.
         rows, tokens, ranks: B, S, and how many ranks there are.
         padded: whether an attention mask may have zeros.
+        with_images: whether the embeddings are those of a call with images: they are then made of whole ids.
     """
 
     given: dict[str, Any]
@@ -92,12 +96,13 @@ class Call:
     tokens: int
     ranks: int
     padded: bool
+    with_images: bool = False
 
     def form(self) -> tuple:
         """What a proof depends on."""
         values = [(n, _form(x, n in self.by_tokens, self.rows)) for n, x in sorted(self.given.items())]
         by_length = self.tokens * self.ranks if self._counts() else 0
-        return tuple(values), self.padded, self.rows == 1, by_length
+        return tuple(values), self.padded, self.rows == 1, by_length, self.with_images
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, tokens and ranks to read with: small ones, where no argument is a number of tokens."""
@@ -122,7 +127,7 @@ def prove(model: nn.Module, known: Known, call: Call, watched: Callable[[Reading
     """
     runs = _Runs(model, known, call, watched)
     reason = ""
-    for way in WAYS if known.stack else WAYS[:1]:
+    for way in WAYS[call.with_images :] if known.stack else WAYS[:1]:
         try:
             return runs.proof(way)
         except UnprovenError as error:
@@ -192,6 +197,9 @@ class _Runs:
         except Exception as error:  # of any kind: its code may not expect a part of a sequence
             if recorded is None and isinstance(error, ValueError):  # the model's own, or a mask that is not known
                 raise
+            if packed := packed_weights(self.model):
+                first = next(iter(packed))
+                raise UnprovenError(f"holds packed (quantised) weights such as {first}, which are not read") from error
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             raise UnprovenError(f"cannot be read, its forward ends with {what}") from error
         finally:
@@ -223,6 +231,8 @@ class _Runs:
             shape = (self.rows, *shape[1:])
         if name in self.call.by_tokens:
             shape = (shape[0], self.seq_len, *shape[2:])
+        if name == "position_ids" and value.dim() == 3:  # a text's, and an image's times, rows and columns
+            return torch.arange(self.seq_len).expand(value.shape[0], self.rows, self.seq_len).contiguous()
         if name == "position_ids":
             return torch.arange(self.seq_len)[None].expand(shape).contiguous()
         if name == "attention_mask":
@@ -277,11 +287,14 @@ class _Runs:
         if self.reading.recorded is None or not self.proof_.way.whole_inputs:
             return None
 
-        def cut(tensor: torch.Tensor) -> torch.Tensor:
-            whole = tensor.shape[:2] in ((self.rows, self.seq_len), (1, self.seq_len))
-            self.proof_.cuts.append(whole and self.reading.state(tensor) is None)
-            return self.reading.part(tensor) if self.proof_.cuts[-1] else tensor
+        by_tokens = ((self.rows, self.seq_len), (1, self.seq_len))
 
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            dim = next((dim for dim in (1, 2) if tuple(tensor.shape[dim - 1 : dim + 1]) in by_tokens), 0)
+            self.proof_.cuts.append(dim if self.reading.state(tensor) is None else 0)
+            return self.reading.part(tensor, dim) if self.proof_.cuts[-1] else tensor
+
+        self.proof_.entering = entering(args, kwargs)
         return map_tensors(args, cut), map_tensors(kwargs, cut)
 
     def _leave_stack(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -299,6 +312,16 @@ class _Runs:
 
 
 LABELS = ("labels", "shift_labels")
+
+
+def entering(args: tuple, kwargs: dict[str, Any]) -> list[tuple]:
+    """What a module is given: name, dims and kind of each tensor, in the order of `map_tensors`; axes of positions."""
+    given = [*enumerate(args), *kwargs.items()]
+    return [
+        (name, x.dim(), x.is_floating_point() or (x.shape[0] if x.dim() == 3 else 0))
+        for name, value in given
+        for x in tensors_in(value)
+    ]
 
 
 def _form(value: Any, by_tokens: bool, rows: int) -> Any:

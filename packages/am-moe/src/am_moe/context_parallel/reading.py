@@ -132,11 +132,12 @@ class Reading(TorchDispatchMode):
         shape[part.dim] = shape[part.dim] // self.tokens * self.seq_len
         return self.new(tuple(shape), tensor.dtype, None)
 
-    def part(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A rank's tokens of what is whole, along dim 1."""
+    def part(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """A rank's tokens of what is whole, along a dim."""
         if self.state(tensor) is not None:
             return tensor
-        return self.new((tensor.shape[0], self.tokens, *tensor.shape[2:]), tensor.dtype, Part(1))
+        shape = (*tensor.shape[:dim], self.tokens, *tensor.shape[dim + 1 :])
+        return self.new(shape, tensor.dtype, Part(dim))
 
     # Operators.
 

@@ -80,6 +80,30 @@ def configs_of(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def configs_besides_towers(model: nn.Module) -> list[Any]:
+    """The configs of what runs on a rank's tokens; towers keep their attention, as they run whole on every rank."""
+    apart = {id(inner) for _, tower in towers(model) for inner in tower.modules()}
+    own = {id(m.config) for m in model.modules() if id(m) not in apart and hasattr(m, "config")}
+    return [config for config in configs_of(model) if id(config) in own]
+
+
+def dropout_of_towers(model: nn.Module, stack: str) -> str | None:
+    """The first module or setting before a model's stack that drops values in training, by name; None for none."""
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d))
+            and module.p > 0
+            and not name.startswith(f"{stack}.")
+        ):
+            return name
+    besides = configs_besides_towers(model)
+    for config in configs_of(model):
+        for field, value in vars(config).items() if all(config is not other for other in besides) else ():
+            if "drop" in field and isinstance(value, float) and value > 0:
+                return f"{type(config).__name__}.{field}"
+    return None
+
+
 def known_modules(model: nn.Module) -> Known:
     """The modules that a reading does not look into, because context parallelism knows what they do with tokens."""
     apart = {id(inner) for _, tower in towers(model) for inner in tower.modules()}

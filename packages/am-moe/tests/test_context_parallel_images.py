@@ -1,0 +1,133 @@
+"""Images under context parallelism: embeddings are made whole on every rank, then cut; exact, or refused by name.
+
+One of each mechanism runs always; with `AM_SWEEP=folder` every type does, and leaves there what it measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from am_moe import parallelize_model
+from am_moe.context_parallel import apply_cp, shard_batch
+from am_testkit.device import device_type
+from am_testkit.exact import assert_same, relative_error, whole
+from am_testkit.natural import natural_batch, natural_types, small_with_images
+
+SWEEP = os.environ.get("AM_SWEEP")
+MECHANISMS = ("llava", "qwen2_5_vl")  # positions of the text, and of the images (M-RoPE)
+# transformers computes softmax, norms and some routers in float32 even in a float64 model.
+TOLERANCE = 1e-5
+
+
+def context_mesh():
+    return init_device_mesh(device_type(), (2,), mesh_dim_names=("cp",))
+
+
+def batch_of(model, rows, padded):
+    """Images and text of a length that divides, with labels; padding left in the first row and right in the last."""
+    batch = natural_batch(model, rows)
+    more = -batch["input_ids"].shape[1] % 8
+    text = torch.randint(3, 50, (rows, more), generator=torch.Generator().manual_seed(3))
+    for name, value in batch.items():
+        if name == "input_ids":
+            batch[name] = torch.cat([value, text], 1)
+        elif name.endswith("token_type_ids"):
+            batch[name] = torch.cat([value, torch.zeros_like(text)], 1)
+    labels = batch["input_ids"].clone()
+    if padded:
+        mask = torch.ones_like(labels)
+        mask[0, :2] = mask[-1, -3:] = 0
+        batch["attention_mask"] = mask
+        labels[mask == 0] = -100
+    return batch | {"labels": labels}
+
+
+def check(model, one, mesh, batch):
+    """Loss and every gradient against one process."""
+    expected = one(**batch).loss
+    expected.backward()
+    loss = model(**shard_batch(batch, mesh)).loss
+    loss.backward()
+    mean = loss.detach().clone()
+    dist.all_reduce(mean)
+    error = abs(mean.item() / mesh.size() - expected.item()) / abs(expected.item())
+    wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+    largest = max(g.abs().max().item() for g in wanted.values())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) >= (name in wanted), name
+        if name in wanted:
+            error = max(error, relative_error(whole(parameter.grad), wanted[name], 1e-6 * largest))
+    worst = torch.tensor(error, dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    model.zero_grad()
+    one.zero_grad()
+    return worst.item()
+
+
+@pytest.mark.parametrize("model_type", natural_types() if SWEEP else MECHANISMS)
+@pytest.mark.ranks(2, timeout=120)
+def test_images_on_context_ranks_train_as_in_one_process(model_type):
+    mesh = context_mesh()
+    one = small_with_images(model_type, layers=2)
+    model = copy.deepcopy(one)
+    try:
+        apply_cp(model, mesh)
+        fully_shard(model, mesh=mesh)
+        errors = [
+            check(model, one, mesh, batch_of(one, rows, padded)) for rows, padded in ((2, False), (2, True), (1, False))
+        ]
+        text = {n: x for n, x in batch_of(one, 2, True).items() if not n.startswith(("pixel", "image", "mm_"))}
+        text["input_ids"] = text["input_ids"] % 50
+        errors.append(check(model, one, mesh, text))
+        found = max(errors)
+        assert found < TOLERANCE, f"off by {errors}"
+    except ValueError as error:
+        if not SWEEP:
+            raise
+        found = f"refused: {error}"
+    if SWEEP and dist.get_rank() == 0:
+        pathlib.Path(SWEEP, f"context_images-{model_type}.json").write_text(json.dumps({"cp2": found}))
+
+
+@pytest.mark.ranks(4)
+def test_images_on_some_data_ranks_train_as_in_one_process_with_context_ranks():
+    world = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "cp"))
+    one = small_with_images("qwen2_5_vl", layers=2)
+    model = copy.deepcopy(one)
+    parallelize_model(model, world, None, dp_axis_names=("dp",), cp_axis_name="cp")
+    images = batch_of(one, 2, True)
+    text = {"input_ids": images["input_ids"] % 50, "labels": images["labels"] % 50}
+    for batches in ((images, text), (text, images)):
+        model(**shard_batch(batches[world["dp"].get_local_rank()], world["cp"])).loss.backward()
+        for batch in batches:
+            (one(**batch).loss / 2).backward()
+        wanted = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+        assert_same({n: p.grad for n, p in model.named_parameters() if n in wanted}, wanted, TOLERANCE)
+        model.zero_grad()
+        one.zero_grad()
+
+
+@pytest.mark.ranks(2)
+def test_images_that_cannot_be_cut_are_refused_by_name():
+    mesh = context_mesh()
+    model = apply_cp(small_with_images("qwen3_vl", layers=2), mesh)  # its images enter several layers
+    with pytest.raises(ValueError, match=r"gives its layers .*visual_pos_masks"):
+        model(**shard_batch(batch_of(small_with_images("qwen3_vl", layers=2), 2, False), mesh))
+    dropping = small_with_images("llava", layers=2)
+    dropping.config.vision_config.attention_dropout = 0.1
+    apply_cp(dropping.train(), mesh)
+    images = batch_of(small_with_images("llava", layers=2), 2, False)
+    with pytest.raises(ValueError, match=r"has dropout in CLIPVisionConfig\.attention_dropout"):
+        dropping(**shard_batch(images, mesh))
+    positions = torch.arange(images["input_ids"].shape[1])[None]
+    with pytest.raises(ValueError, match="takes no position_ids"):
+        shard_batch(images | {"position_ids": positions}, mesh)
