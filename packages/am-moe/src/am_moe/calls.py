@@ -5,16 +5,40 @@ T tokens      D model dim      K choices      E experts, L of them on this rank
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
-from am_moe.dispatch import Received
+from am_moe.dispatch import Dispatcher, Received
+from am_moe.experts import Experts
 from am_moe.local_experts import run_local_experts
 from am_moe.shared_tokens import share_of, whole_again
 
-if TYPE_CHECKING:
-    from am_moe.expert_parallel import Spread
+
+@dataclass(frozen=True)
+class Spread:
+    """How an experts module is spread, kept at the module as `spread_experts`.
+
+    Attributes:
+        experts: what the module is.
+        mesh: the expert axis.
+        local: L, the experts of this rank.
+        dispatcher: how tokens travel.
+        tp_mesh: ranks that hold the same tokens, if the expert axis goes across those.
+    """
+
+    experts: Experts
+    mesh: DeviceMesh
+    local: int
+    dispatcher: Dispatcher
+    tp_mesh: DeviceMesh | None
+
+    @property
+    def gradient_scale(self) -> float:
+        """Tokens of all ranks of the axis contribute; those of ranks with the same tokens are one data rank's."""
+        return (self.tp_mesh.size() if self.tp_mesh else 1) / self.mesh.size()
 
 
 def routed(module: Any, spread: Spread, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import types
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils.parametrize import is_parametrized
 
-from am_moe.calls import CALLS
-from am_moe.dispatch import Dispatcher, DispatcherName, get_dispatcher
+from am_moe.calls import CALLS, Spread
+from am_moe.dispatch import Dispatcher, DispatcherName
+from am_moe.dispatchers import get_dispatcher
 from am_moe.experts import Experts, describe, describe_experts, routes_itself
 
 _HOW_TO_ADAPT = (
@@ -78,30 +78,6 @@ def check_spread(model: nn.Module, ep_mesh: DeviceMesh, style: ExpertParallel | 
     for experts in found:
         (style or ExpertParallel()).check(experts, model.get_submodule(experts.name), ep_mesh)
     return found
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How an experts module is spread, kept at the module as `spread_experts`.
-
-    Attributes:
-        experts: what the module is.
-        mesh: the expert axis.
-        local: L, the experts of this rank.
-        dispatcher: how tokens travel.
-        tp_mesh: ranks that hold the same tokens, if the expert axis goes across those.
-    """
-
-    experts: Experts
-    mesh: DeviceMesh
-    local: int
-    dispatcher: Dispatcher
-    tp_mesh: DeviceMesh | None
-
-    @property
-    def gradient_scale(self) -> float:
-        """Tokens of all ranks of the axis contribute; those of ranks with the same tokens are one data rank's."""
-        return (self.tp_mesh.size() if self.tp_mesh else 1) / self.mesh.size()
 
 
 class ExpertParallel(ParallelStyle):

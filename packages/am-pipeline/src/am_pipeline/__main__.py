@@ -12,8 +12,7 @@ from torch import nn
 
 from am_pipeline.balance import BALANCES
 from am_pipeline.estimate import plan_pipeline
-from am_pipeline.order import peak_live, read_order, schedule_order, simulate
-from am_pipeline.schedule import SCHEDULES
+from am_pipeline.order import SCHEDULES, peak_live, read_order, schedule_order, simulate
 from am_pipeline.timeline import plot_timeline, text_timeline
 
 _LAYERS = 10_000

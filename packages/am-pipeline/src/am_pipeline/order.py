@@ -7,9 +7,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from am_pipeline.placement import stage_ids_this_rank
+
+ScheduleName = Literal[
+    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+]
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 # Forward; backward in one pass; backward for the inputs only; backward for the weights only.
 KINDS = ("F", "B", "I", "W")
@@ -56,7 +61,6 @@ def schedule_order(name: str, ranks: int, microbatches: int, stages_per_rank: in
     """
     # torch's own classes say what they do; asking them needs no process group.
     from am_pipeline._torch_compat import order_of
-    from am_pipeline.schedule import SCHEDULES
 
     if name not in SCHEDULES:
         raise ValueError(f"unknown pipeline schedule {name!r}; torch has {', '.join(SCHEDULES)}")

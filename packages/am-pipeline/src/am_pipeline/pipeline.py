@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline.balance import Balance, Costs
+from am_pipeline.order import ScheduleName
 from am_pipeline.placement import RoundTo
-from am_pipeline.schedule import ReduceGrads, ScheduleName, build_pipeline_schedule
+from am_pipeline.schedule import ReduceGrads, build_pipeline_schedule
 from am_pipeline.shapes import precompute_stage_shapes
 from am_pipeline.split import split_model_for_csv, split_model_into_stages
 from am_pipeline.stage import DecoderStage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,15 +22,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from am_pipeline._torch_compat import CsvSchedule, Schedule, data_ranks, is_compiled, load_csv
-from am_pipeline.order import read_order
+from am_pipeline.order import SCHEDULES, ScheduleName, read_order
 from am_pipeline.stage import DecoderStage
 from am_pipeline.step import PipelineSchedule, cut_here, exact
 
 logger = logging.getLogger(__name__)
 
-ScheduleName = Literal[
-    "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
-]
 ReduceGrads = Literal["step", "microbatch"]
 
 
@@ -132,9 +129,6 @@ def schedule_class(csv: str | None, name: str | None) -> type[Schedule]:
         return get_schedule_class(name)
     except ValueError:
         raise ValueError(f"unknown pipeline schedule {name!r}; torch has {', '.join(SCHEDULES)}") from None
-
-
-SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 
 
 def scale_grads_by_divisor(stages: list[PipelineStage], divisor: int) -> None:

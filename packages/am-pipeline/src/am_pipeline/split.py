@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from am_pipeline._torch_compat import Schedule
 from am_pipeline.balance import Balance, Costs
 from am_pipeline.cut import CutPlan, build_part, plan_cut, plan_stages
-from am_pipeline.order import read_order
+from am_pipeline.order import ScheduleName, read_order
 from am_pipeline.placement import RoundTo, calculate_virtual_stages, stage_ids_this_rank
-from am_pipeline.schedule import ScheduleName, schedule_class
+from am_pipeline.schedule import schedule_class
 from am_pipeline.stage import DecoderStage
 
 
