@@ -40,6 +40,15 @@ ON_A_GPU = (
     "am-tp-plans/tests/test_plans.py",
     "am-tp-styles/tests/test_wrapped.py",
 )
+# One file of each package that shows quickly whether what it promises still holds.
+QUICK = (
+    "am-tp-styles/tests/test_communication.py",
+    "am-tp-plans/tests/test_shares.py",
+    "am-fsdp/tests/test_replicas.py",
+    "am-moe/tests/test_dispatch.py",
+    "am-pipeline/tests/test_order.py",
+    "am-pipeline/tests/test_shared.py",
+)
 TOGETHER = ROOT / ".nox" / "together" / ("Scripts" if sys.platform == "win32" else "bin")
 
 # With bytecode off, every process of every session would compile torch again.
@@ -78,6 +87,14 @@ def plan(session: nox.Session) -> None:
     if not session.posargs:
         session.error("say which model and how many ranks: nox -s plan -- llama --gpus 64")
     run(session, "python", "docs/examples/plan.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["together"])
+def quick(session: nox.Session) -> None:
+    """An answer within three minutes: types, and one file of tests of each package; `tests` and `lint` say the rest."""
+    _check_types(session)
+    files = [str(ROOT / "packages" / file) for file in QUICK]
+    pytest(session, "quick", "-n", "2", *files, *session.posargs)
 
 
 @nox.session
@@ -209,8 +226,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["together"])
 def types(session: nox.Session) -> None:
     """Static types of the five packages, and their public surface as it was recorded."""
-    sources = [f"{PROJECTS[p]}/src" for p in PACKAGES]
-    run(session, "pyrefly", "check", "--python-interpreter-path", str(TOGETHER / "python"), *sources)
+    _check_types(session)
     pytest(session, "types", "-p", "no:xdist", "tests-integration/packaging/test_public_surface.py")
 
 
@@ -269,6 +285,11 @@ def release_check(session: nox.Session) -> None:
     names = ("test_release.py", "test_release_all.py", "test_compat.py")
     checks = [f"tests-integration/packaging/{name}" for name in names]
     pytest(session, "release-check", "-rP", *checks, *session.posargs)
+
+
+def _check_types(session: nox.Session) -> None:
+    sources = [f"{PROJECTS[p]}/src" for p in PACKAGES]
+    run(session, "pyrefly", "check", "--python-interpreter-path", str(TOGETHER / "python"), *sources)
 
 
 def _ranges(session: nox.Session, kind: str) -> None:
