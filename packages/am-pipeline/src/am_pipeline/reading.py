@@ -129,9 +129,10 @@ class Reading:
         said = dict(batch_dims or {}) if inputs else {}
         splits = pieces if inputs else 1
         sizes = (batch, seq_len, *decoder_length(inputs))
-        given = self.form.first if first is None else self.form.first.of(first.detach().cpu())
+        given = self.form.first if first is None else self.form.first.of(first.detach())
         pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
         if pattern not in self._proved:
+            given = replace(given, sample=given.sample.cpu())
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
             if inputs:
                 runs = partial(inputs_read, self.weightless, self.units)
