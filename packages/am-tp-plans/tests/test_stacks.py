@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from am_tp_plans import SequenceShardInput, add_sequence_parallelism, explain_plan
+from am_testkit.device import device_type
+from am_testkit.exact import relative_error, whole
+from am_testkit.models import next_token_loss
+from am_testkit.zoo import small
+from am_tp_plans import SequenceShardInput, add_sequence_parallelism, apply_plan, explain_plan, infer_plan
 
 
 class Layer(nn.Module):
@@ -79,3 +86,28 @@ def test_nothing_is_added_to_layers_that_do_not_run():
     layers = {key: style for key, style in PLAN.items() if key.startswith("layers")}
     with pytest.raises(ValueError, match="the blocks of layers"):
         add_sequence_parallelism(LastLayerIsSkipped(), layers)
+
+
+@pytest.mark.parametrize("name", ["marian", "whisper"])
+@pytest.mark.ranks(2)
+def test_a_decoder_that_may_attend_to_an_encoder_is_right_with_one_and_without(name):
+    """With ids alone nothing runs its cross-attention, whose norms would miss the other ranks' tokens."""
+    model = small(name, attention=None).double()
+    plan = add_sequence_parallelism(model, infer_plan(model, 2))
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(2))
+    states = torch.randn(2, 10, model.config.hidden_size, generator=torch.Generator().manual_seed(3)).double()
+    given = {"encoder_outputs": (states,)} if name == "whisper" else {"encoder_hidden_states": states}
+    for inputs in ({}, given):
+        sharded = apply_plan(copy.deepcopy(model), init_device_mesh(device_type(), (2,)), plan)
+        for each in (sharded, one := copy.deepcopy(model)):
+            logits = whole(each(input_ids=ids, use_cache=False, **inputs).logits)
+            next_token_loss(logits, labels).backward()
+        found, wanted = (
+            {name: whole(p.grad) for name, p in each.named_parameters() if p.grad is not None}
+            for each in (sharded, one)
+        )
+        assert set(found) == set(wanted)
+        largest = max(gradient.abs().max().item() for gradient in wanted.values())
+        for name, gradient in wanted.items():
+            assert relative_error(found[name], gradient, 1e-6 * largest) < 1e-5, name

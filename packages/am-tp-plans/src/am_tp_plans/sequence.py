@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
@@ -74,9 +76,12 @@ def add_sequence_parallelism(
     if sharded is plan:
         stack, error = next(iter(errors.items()))
         raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
-    plan = complete(model, sharded, example_inputs)
-    rehearse_training(model, expand_plan(model, plan), ranks, example_inputs)
-    check_numbers(model, plan, ranks, example_inputs)
+    ways, plan = _ways_to_run(model, ranks, example_inputs), sharded
+    for inputs in ways:
+        plan = complete(model, plan, inputs)
+    for inputs in ways:
+        rehearse_training(model, expand_plan(model, plan), ranks, inputs)
+        check_numbers(model, plan, ranks, inputs)
     return plan
 
 
@@ -174,7 +179,8 @@ def _without_shared_input(style: ParallelStyle) -> ParallelStyle | None:
 def _rehearse(model: nn.Module, stack: str, plan: Plan, ranks: int, example_inputs: dict[str, Any] | None) -> None:
     """As `rehearse`; nothing is shown of what did not run."""
     concrete = expand_plan(model, plan)
-    ran = rehearse(model, concrete, ranks, example_inputs).ran
+    ways = _ways_to_run(model, ranks, example_inputs)
+    ran = frozenset().union(*(rehearse(model, concrete, ranks, inputs).ran for inputs in ways))
     for name, style in concrete.items():
         if name in ran or not name.startswith(f"{stack}.") or not any(isinstance(part, _RUN) for part in each(style)):
             continue
@@ -185,6 +191,20 @@ def _rehearse(model: nn.Module, stack: str, plan: Plan, ranks: int, example_inpu
             )
 
 
+def _ways_to_run(model: Any, ranks: int, example_inputs: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+    """The user's example; else ids alone and, where a decoder may attend to an encoder's states, both."""
+    takes = inspect.signature(model.forward).parameters
+    name = next((name for name in ("encoder_hidden_states", "encoder_outputs") if name in takes), None)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    cross = any(_CROSS.search(module) for module, _ in model.named_modules())
+    if example_inputs is not None or name is None or not cross or not isinstance(width, int):
+        return [example_inputs]
+    tokens = 4 * ranks
+    ids = torch.arange(2 * tokens).reshape(2, tokens) % 7 + 3
+    states = torch.linspace(-1, 1, 2 * (tokens + ranks) * width).reshape(2, tokens + ranks, width)
+    return [None, {"input_ids": ids, name: states if name == "encoder_hidden_states" else (states,)}]
+
+
 def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
     merged = dict(plan)
     for placement in chosen.values():
@@ -192,6 +212,7 @@ def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
     return merged | {key: with_style(merged.get(key), style) for key, style in entry.items()}
 
 
+_CROSS = re.compile(r"\.(encoder_attn|crossattention|cross_attn|EncDecAttention)$")
 _COLWISE = (ColwiseParallel, PackedColwiseParallel)
 _ROWWISE = (RowwiseParallel, Conv1DRowwiseParallel)
 _RUN = (*_COLWISE, *_ROWWISE, SequenceShardInput, SequenceGatherInput, SequenceGatherOutput, SequenceWholeBlock)
