@@ -17,29 +17,17 @@ import torch.distributed as dist
 from am_moe import _torch_compat
 from am_moe._torch_compat import group_of
 
-# Defined without `custom_op`, whose wrappers cost the host more than the rest of a call.
-_DEFINITIONS = {
-    "all_to_all": "(Tensor rows, int[] sent, int[] received, str group) -> Tensor",
-    "all_gather": "(Tensor rows, str group) -> Tensor",
-    "reduce_scatter": "(Tensor rows, str group) -> Tensor",
-    "counts_of_all": "(Tensor counts, str group) -> Tensor",
-}
-for _name, _schema in _DEFINITIONS.items():
-    torch.library.define(f"am_moe::{_name}", _schema)
 
-
-def _implements(name: str) -> Callable:
-    return torch.library.impl(f"am_moe::{name}", "CompositeExplicitAutograd")
-
-
-@_implements("all_to_all")
+@torch.library.custom_op(
+    "am_moe::all_to_all", mutates_args=(), schema="(Tensor rows, int[] sent, int[] received, str group) -> Tensor"
+)
 def _all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
     out = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group_of(group))
     return out
 
 
-@_implements("all_gather")
+@torch.library.custom_op("am_moe::all_gather", mutates_args=(), schema="(Tensor rows, str group) -> Tensor")
 def _all_gather(rows: torch.Tensor, group: str) -> torch.Tensor:
     ranks = dist.get_world_size(group_of(group))
     out = rows.new_empty(ranks * rows.shape[0], *rows.shape[1:])
@@ -47,14 +35,14 @@ def _all_gather(rows: torch.Tensor, group: str) -> torch.Tensor:
     return out
 
 
-@_implements("reduce_scatter")
+@torch.library.custom_op("am_moe::reduce_scatter", mutates_args=(), schema="(Tensor rows, str group) -> Tensor")
 def _reduce_scatter(rows: torch.Tensor, group: str) -> torch.Tensor:
     out = rows.new_empty(rows.shape[0] // dist.get_world_size(group_of(group)), *rows.shape[1:])
     _torch_compat.reduce_scatter(out, rows.contiguous(), group=group_of(group))
     return out
 
 
-@_implements("counts_of_all")
+@torch.library.custom_op("am_moe::counts_of_all", mutates_args=(), schema="(Tensor counts, str group) -> Tensor")
 def _counts_of_all(counts: torch.Tensor, group: str) -> torch.Tensor:
     ranks = dist.get_world_size(group_of(group))
     out = counts.new_empty(ranks * counts.shape[0], *counts.shape[1:])
@@ -62,22 +50,22 @@ def _counts_of_all(counts: torch.Tensor, group: str) -> torch.Tensor:
     return out.view(ranks, *counts.shape).cpu()
 
 
-@torch.library.register_fake("am_moe::counts_of_all")
+@_counts_of_all.register_fake
 def _(counts: torch.Tensor, group: str) -> torch.Tensor:
     return torch.empty(dist.get_world_size(group_of(group)), *counts.shape, dtype=counts.dtype)
 
 
-@torch.library.register_fake("am_moe::all_to_all")
+@_all_to_all.register_fake
 def _(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
     return rows.new_empty(sum(received), *rows.shape[1:])
 
 
-@torch.library.register_fake("am_moe::all_gather")
+@_all_gather.register_fake
 def _(rows: torch.Tensor, group: str) -> torch.Tensor:
     return rows.new_empty(dist.get_world_size(group_of(group)) * rows.shape[0], *rows.shape[1:])
 
 
-@torch.library.register_fake("am_moe::reduce_scatter")
+@_reduce_scatter.register_fake
 def _(rows: torch.Tensor, group: str) -> torch.Tensor:
     return rows.new_empty(rows.shape[0] // dist.get_world_size(group_of(group)), *rows.shape[1:])
 
@@ -110,22 +98,22 @@ def asked_now() -> Keeper | None:
 
 def all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """Rows to each rank, in order: `(sum(sent), ...)` to `(sum(received), ...)`."""
-    return _ask("all_to_all", lambda: torch.ops.am_moe.all_to_all(rows, sent, received, group.group_name))
+    return _ask("all_to_all", lambda: _all_to_all(rows, sent, received, group.group_name))
 
 
 def all_gather(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The rows of all ranks, as many of each: `(N, ...)` to `(P N, ...)`."""
-    return _ask("all_gather", lambda: torch.ops.am_moe.all_gather(rows, group.group_name))
+    return _ask("all_gather", lambda: _all_gather(rows, group.group_name))
 
 
 def reduce_scatter(rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks of this rank's part of the rows: `(P N, ...)` to `(N, ...)`."""
-    return _ask("reduce_scatter", lambda: torch.ops.am_moe.reduce_scatter(rows, group.group_name))
+    return _ask("reduce_scatter", lambda: _reduce_scatter(rows, group.group_name))
 
 
 def counts_of_all(counts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The counts of all ranks, in the host's memory: `(N, ...)` to `(P, N, ...)`. The one host sync of a dispatch."""
-    return _ask("counts_of_all", lambda: torch.ops.am_moe.counts_of_all(counts, group.group_name))
+    return _ask("counts_of_all", lambda: _counts_of_all(counts, group.group_name))
 
 
 def _ask(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
