@@ -105,7 +105,8 @@ def tests(session: nox.Session, package: str) -> None:
     install(session, *editable(*siblings(package), "am-testkit"), *tools)
     refuse_undeclared(session, package, "am-testkit", *tools)
     cores = os.cpu_count() or 1
-    spread = () if cores <= 2 or any(a.startswith(("-n", "--numproc")) for a in session.posargs) else ("-n", cores // 2)
+    chosen = any(a.startswith(("-n", "--numproc")) for a in session.posargs)
+    spread = () if chosen else ("-n", max(2, cores // 2))  # ranks wait for each other much of their time
     pytest(session, f"tests-{package}", f"{PROJECTS[package]}/tests", *map(str, spread), *session.posargs)
 
 
