@@ -146,7 +146,7 @@ PEAKS = {
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_composed_peak_is_that_of_the_real_layout_on_fake_ranks(name):
     layout, batch = PEAKS[name]
-    job, sizes = Job(layout.degrees.world, 8, batch, 256), LLAMA | {"num_hidden_layers": 4}
+    job, sizes = Job(layout.world, 8, batch, 256), LLAMA | {"num_hidden_layers": 4}
     four = model_of("llama", sizes)
     planned = peak_of(Clock(four, H100, job), Tracer(four, job).costs(layout), layout)
     assert planned.peak == pytest.approx(ledger_peak("llama", sizes, layout, batch, 256), rel=0.1)
@@ -154,21 +154,20 @@ def test_the_composed_peak_is_that_of_the_real_layout_on_fake_ranks(name):
 
 def ledger_peak(family, sizes, layout, batch, length):
     """The peak of the second step of a real layout, with fake tensors on fake ranks."""
-    degrees = layout.degrees
-    init_fake_process_group(degrees.world)
+    init_fake_process_group(layout.world)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        meshes = degrees.meshes("cpu")
+        meshes = layout.meshes("cpu")
         config = AutoConfig.for_model(family, use_cache=False, **sizes)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         made = lay_out(
             model,
-            degrees,
+            layout,
             meshes,
             schedule=layout.schedule,
             microbatch=layout.microbatch,
-            local_batch=batch // degrees.dp,
+            local_batch=batch // layout.dp,
             device=torch.device("cpu"),
             mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
             recompute=layout.recompute or False,
@@ -181,7 +180,7 @@ def ledger_peak(family, sizes, layout, batch, length):
             optimizers = [build_optimizer(part, 1e-3) for part in made.parts]
             held = [t for part in made.parts for t in (*part.parameters(), *part.buffers())]
             ledger.hold(*(t.to_local() if isinstance(t, DTensor) else t for t in held))
-            ids = torch.zeros(batch // degrees.dp, length, dtype=torch.int64)
+            ids = torch.zeros(batch // layout.dp, length, dtype=torch.int64)
             with ledger:
                 for _ in range(2):
                     ledger.peak = 0
@@ -235,7 +234,7 @@ def test_the_search_finds_what_trying_every_layout_finds(llama):
     clock, tracer = Clock(llama, H100, job), Tracer(llama, job)
     every = []
     for division in axes(job, 8, 0, most_tp=4, most_cp=1):
-        division.degrees.check(4, llama.config, job.batch, 1, job.seq_len)
+        division.check(4, llama.config, job.batch, 1, job.seq_len)
         for layout in expanded(division, job, 8):
             costs = tracer.costs(layout)
             if peak_of(clock, costs, layout).peak <= memory:
@@ -264,7 +263,7 @@ def small_llama():
 
 @functools.cache
 def traced(layout):
-    return Tracer(small_llama(), Job(layout.degrees.world, 8, 8, 128)).costs(layout)
+    return Tracer(small_llama(), Job(layout.world, 8, 8, 128)).costs(layout)
 
 
 @settings(deadline=None, max_examples=25)
@@ -307,9 +306,9 @@ def test_every_division_uses_all_ranks_once():
     found = list(axes(job, 8, 8, most_tp=8, most_cp=4))
     assert len(found) == len(set(found))
     for layout in found:
-        assert layout.degrees.world == 16
+        assert layout.world == 16
         assert layout.tp <= 8
-        layout.degrees.check(16, None if layout.ep == 1 else EightExperts, job.batch, 1, job.seq_len)
+        layout.check(16, None if layout.ep == 1 else EightExperts, job.batch, 1, job.seq_len)
     assert microbatch_sizes(12) == [1, 2, 4]
 
 
@@ -361,7 +360,7 @@ def test_heads_experts_and_batches_that_do_not_divide_are_left_out_by_name():
     assert {found.layout.tp for found in result.found} <= {1, 2}
     assert any("--tp 4 does not fit num_attention_heads=6" in why for why in result.refused)
     layouts = list(axes(Job(4, 8, 6, 256), 8, 0, most_tp=4, most_cp=1))
-    assert all(6 % layout.degrees.dp == 0 for layout in layouts)
+    assert all(6 % layout.dp == 0 for layout in layouts)
     assert all(layout.ep in (1, 2) for layout in axes(Job(8, 8, 8, 256), 8, 6, most_tp=1, most_cp=1))
 
 

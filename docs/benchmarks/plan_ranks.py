@@ -176,23 +176,22 @@ def measured(name: str, cases: list[Layout], rounds: int) -> list[dict[str, floa
 
 def build(name: str, layout: Layout) -> tuple:
     """A step of the main job's layout, with clipping and update, and what it trains."""
-    degrees = layout.degrees
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
     made = lay_out(
         model,
-        degrees,
-        degrees.meshes("cpu"),
+        layout,
+        layout.meshes("cpu"),
         schedule=layout.schedule,
         microbatch=layout.microbatch,
-        local_batch=BATCH // degrees.dp,
+        local_batch=BATCH // layout.dp,
         device=torch.device("cpu"),
         mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32),
         recompute=layout.recompute or False,
     )
     del model
     optimizers = [build_optimizer(part, 1e-4) for part in made.parts]
-    ids = torch.randint(0, 2048, (BATCH // degrees.dp, SEQ_LEN))
+    ids = torch.randint(0, 2048, (BATCH // layout.dp, SEQ_LEN))
     dist.broadcast(ids, 0)
 
     def step() -> None:
@@ -200,7 +199,7 @@ def build(name: str, layout: Layout) -> tuple:
         am_fsdp.clip_grad_norm_(
             [named for part in made.parts for named in part.named_parameters()],
             1.0,
-            pipeline_shards=degrees.pp,
+            pipeline_shards=layout.pp,
             duplicates=made.duplicates,
         )
         for optimizer in optimizers:

@@ -27,23 +27,12 @@ class Job:
 
 
 @dataclass(frozen=True, order=True)
-class Layout:
+class Layout(Degrees):
     """Degrees, schedule, sequences in a microbatch, and what is recomputed in the backward."""
 
-    pp: int = 1
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-    ep: int = 1
-    sequence_parallel: bool = False
     schedule: str = "1F1B"
     microbatch: int = 1
     recompute: str = ""
-
-    @property
-    def degrees(self) -> Degrees:
-        return Degrees(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp, self.ep, self.sequence_parallel)
 
     @property
     def stages_per_rank(self) -> int:
@@ -61,7 +50,7 @@ class Layout:
         return self.cp > 1 or self.ep > 1 or (self.pp > 1 and self.schedule == "ZBVZeroBubble")
 
     def microbatches(self, job: Job) -> int:
-        return job.batch // (self.dp_replicate * self.dp_shard * self.microbatch)
+        return job.batch // (self.dp * self.microbatch)
 
     def arguments(self, job: Job) -> str:
         """Of the main job."""

@@ -127,7 +127,7 @@ def search(
             result.refused["weights, gradients and optimizer alone do not fit"] += 1
             continue
         try:
-            layout.degrees.check(job.ranks, config, job.batch, 1, job.seq_len)
+            layout.check(job.ranks, config, job.batch, 1, job.seq_len)
         except ValueError as refusal:
             result.refused[str(refusal)] += 1
             continue
@@ -140,7 +140,7 @@ def search(
         if least[1].peak > memory:
             result.refused["their peak does not fit"] += 1
             continue
-        largest = microbatch_sizes(job.batch // layout.degrees.dp)[-1]
+        largest = microbatch_sizes(job.batch // layout.dp)[-1]
         divisions.append((clock.floor(costs, replace(layout, microbatch=largest)), layout))
     # The likeliest first: those that could not be faster than what was found are never expanded.
     best: dict[tuple, Found] = {}
@@ -194,7 +194,7 @@ def least_of(clock: Clock, tracer: Tracer, layout: Layout) -> tuple[Layout, Memo
 
 def expanded(division: Layout, job: Job, layers: int) -> Iterator[Layout]:
     """A division of the ranks with every microbatch, schedule and recomputation."""
-    local = job.batch // division.degrees.dp
+    local = job.batch // division.dp
     for microbatch, recompute in itertools.product(microbatch_sizes(local), RECOMPUTE):
         for schedule in schedules(division.pp, local // microbatch, layers):
             if not (schedule == "ZBVZeroBubble" and recompute):

@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from am_moe.context_parallel import apply, apply_cp, shard_batch, unshard_sequence
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error
-from am_testkit.zoo import small, small_config
+from am_testkit.zoo import let_weights_count, small, small_config
 
 SWEEP = os.environ.get("AM_SWEEP")
 ROWS, TOKENS = 2, 16
@@ -54,12 +54,7 @@ def with_head(head, model_type, attention="eager", dtype=torch.float64, **settin
     torch.manual_seed(0)
     kind = getattr(transformers, getattr(modeling_auto, HEADS[head])[model_type])
     model = kind._from_config(config, dtype=dtype, attn_implementation=attention).eval()
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = "eager"
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    let_weights_count(model)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_testkit.zoo import small_config
+from am_testkit.zoo import let_weights_count, small_config
 
 # What a model is for, and transformers' mapping of the types that have a class for it.
 TASKS = {
@@ -70,12 +70,7 @@ def small_for(
         config.num_labels = 3
     torch.manual_seed(0)
     model = kind._from_config(config, dtype=dtype, attn_implementation=attention)
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = "eager"
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    let_weights_count(model)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_testkit.zoo import small_config
+from am_testkit.zoo import let_weights_count, small_config
 
 # The side of an image in pixels; every patch size below divides it.
 _SIDE = 16
@@ -103,12 +103,7 @@ def small_with_images(
     config = small_config(model_type, layers, **(settings | ({"vision_config": tower} if tower else {})))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_experts_implementation"):
-            module.config._experts_implementation = "eager"
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    let_weights_count(model)
     return model.eval()
 
 

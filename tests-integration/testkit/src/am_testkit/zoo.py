@@ -106,13 +106,18 @@ def small(
         model = kind._from_config(config, dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    let_weights_count(model)
+    return model.train(model_type in _ONLY_IN_TRAINING)
+
+
+def let_weights_count(model: nn.Module) -> None:
+    """Noise on every parameter, since zeros and ones hide errors, and experts one by one; in place."""
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return model.train(model_type in _ONLY_IN_TRAINING)
 
 
 def runnable(model_type: str, **settings: Any) -> tuple[nn.Module, torch.dtype]:
