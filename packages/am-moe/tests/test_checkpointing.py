@@ -147,24 +147,32 @@ def test_what_cannot_be_recomputed_is_refused():
 
 
 class Routed(nn.Module):
-    """Two experts of each token, chosen by a matrix that its own module never multiplies with."""
+    """Two experts of each token, chosen by a matrix that it multiplies in one way or another."""
 
-    def __init__(self, by_owner):
+    def __init__(self, multiply):
         super().__init__()
-        self.by_owner = by_owner
+        self.multiply = multiply
         self.gate = nn.Linear(8, 4, bias=False)
         self.experts = nn.Parameter(torch.randn(4, 8, 8))
 
     def forward(self, x):
-        logits = self.gate(x) if self.by_owner else x @ self.gate.weight.t()
+        logits = self.multiply(self.gate, x)
         weights, ids = logits.softmax(-1).topk(2)
         return x + torch.einsum("tk,tkd->td", weights, torch.einsum("td,tkde->tke", x, self.experts[ids]))
 
 
-@pytest.mark.parametrize("by_owner", [True, False])
-def test_routing_is_kept_wherever_a_router_is_multiplied_and_looked_for_there_alone(by_owner):
+MULTIPLICATIONS = {
+    "by its owner": lambda gate, x: gate(x),
+    "by its user": lambda gate, x: x @ gate.weight.t(),
+    "by its user, by name": lambda gate, x: nn.functional.linear(input=x, weight=gate.weight),
+}
+
+
+@pytest.mark.parametrize("how", MULTIPLICATIONS)
+def test_routing_is_kept_wherever_a_router_is_multiplied_and_looked_for_there_alone(how):
     torch.manual_seed(0)
-    one = nn.ModuleList([Routed(by_owner)])
+    by_owner = how == "by its owner"
+    one = nn.ModuleList([Routed(MULTIPLICATIONS[how])])
     model = apply_ac(copy.deepcopy(nn.Sequential(one)), ignore_router=True, hidden_size=8, num_experts=4)[0]
     for step in range(2):
         losses = []

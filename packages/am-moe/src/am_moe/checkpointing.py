@@ -154,7 +154,8 @@ class _Products(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", None) in _PRODUCTS and isinstance(out, torch.Tensor):
             router = self.running.of.router
-            matrices = (arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 2)
+            given = (*args, *(kwargs or {}).values())
+            matrices = (arg for arg in given if isinstance(arg, torch.Tensor) and arg.dim() == 2)
             if out.shape[-1] == router[1] and any(tuple(m.shape) in (router, router[::-1]) for m in matrices):
                 self.running.product(out)
         return out
