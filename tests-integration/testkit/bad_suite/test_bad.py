@@ -23,6 +23,12 @@ def test_fine_before():
     meet()
 
 
+@pytest.mark.ranks(2)
+def test_ranks_ask_for_a_folder_before_their_parent_did(tmp_path_factory):
+    assert tmp_path_factory.mktemp("mine").is_dir()
+    meet()
+
+
 @pytest.mark.ranks(2, timeout=20)
 def test_assertion_on_one_rank():
     value = dist.get_rank()

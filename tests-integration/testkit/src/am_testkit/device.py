@@ -37,6 +37,7 @@ def join(store: dist.Store, rank: int, world: int, wait: timedelta) -> None:
     if not _on_gpus():
         torch.set_num_threads(1)
         dist.init_process_group("gloo", **group)
+        dist.barrier()  # who leaves at once closes the connections that the others are still making
         return
     alone = torch.cuda.device_count() >= world
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())

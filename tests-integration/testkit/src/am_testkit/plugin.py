@@ -38,6 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(LockstepSession(config, lockstep), "am_testkit_lockstep")
 
 
+@pytest.fixture(scope="session")
+def tmp_path_factory(tmp_path_factory):
+    """Its folder is made before ranks are forked: a worker of xdist has none yet, and each rank would make it."""
+    tmp_path_factory.getbasetemp()
+    return tmp_path_factory
+
+
 @pytest.fixture
 def tmp_path(tmp_path, request):
     """The same folder on every rank."""
