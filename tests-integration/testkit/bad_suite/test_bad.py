@@ -25,8 +25,13 @@ def test_fine_before():
 
 @pytest.mark.ranks(2)
 def test_ranks_ask_for_a_folder_before_their_parent_did(tmp_path_factory):
-    assert tmp_path_factory.mktemp("mine").is_dir()
+    if dist.get_rank():
+        meet()
+    mine = tmp_path_factory.mktemp("mine")
+    if not dist.get_rank():
+        meet()
     meet()
+    assert mine.is_dir(), "another rank emptied the folder"
 
 
 @pytest.mark.ranks(2, timeout=20)
