@@ -27,7 +27,7 @@ def test_fine_before():
 def test_ranks_ask_for_a_folder_before_their_parent_did(tmp_path_factory):
     if dist.get_rank():
         meet()
-    mine = tmp_path_factory.mktemp("mine")
+    mine = tmp_path_factory.mktemp(f"of-rank{dist.get_rank()}-")
     if not dist.get_rank():
         meet()
     meet()
