@@ -26,8 +26,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import am_moe
-from am_moe import kernels
-from am_moe.dispatchers.all_to_all import AllToAll
+from am_moe.expert_parallel import kernels
+from am_moe.expert_parallel.dispatchers.all_to_all import AllToAll
 
 
 @dataclasses.dataclass(frozen=True)

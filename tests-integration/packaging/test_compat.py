@@ -67,10 +67,14 @@ def test_a_change_that_keeps_what_others_use_passes_with_every_released_package(
 
 
 def test_a_name_that_a_released_sibling_uses_cannot_go_unnoticed(released, changed):
-    changed(PLANS, "from am_tp_plans.translate import get_hf_tp_shard_plan, ", "from am_tp_plans.translate import ")
+    changed(
+        PLANS,
+        "from am_tp_plans.sources.translate import get_hf_tp_shard_plan, ",
+        "from am_tp_plans.sources.translate import ",
+    )
     changed(PLANS, '    "get_hf_tp_shard_plan",\n', "")
     # The checkout itself is of one piece: its own am-fsdp takes the name from elsewhere.
-    changed(FSDP, "from am_tp_plans import get_hf", "from am_tp_plans.translate import get_hf")
+    changed(FSDP, "from am_tp_plans import get_hf", "from am_tp_plans.sources.translate import get_hf")
     code, output = compat(released, "am-tp-styles", "am-fsdp", *FEW)
     assert code != 0
     failed = output[output.index("1 of 2 failed, see above:") :]

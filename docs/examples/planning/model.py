@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_moe.experts import describe_experts
-from am_pipeline.anatomy import candidate_stacks
+from am_moe.expert_parallel.experts import describe_experts
+from am_pipeline.cut.anatomy import candidate_stacks
 from training.model import add_adapters
 from verifying.model import built_by_function
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from am_pipeline.timeline import plot_timeline
+from am_pipeline.schedule.timeline import plot_timeline
 from planning.report import AXES
 from planning.search import Found
 

@@ -13,7 +13,7 @@ import torch
 
 import am_moe
 import am_tp_plans
-from am_moe.experts import describe_experts
+from am_moe.expert_parallel.experts import describe_experts
 from planning.costs import EXPERTS, Costs, Part, count_costs
 from planning.layouts import Job, Layout, axes, microbatch_sizes, schedules
 from planning.machine import Machine

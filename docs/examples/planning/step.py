@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import am_moe
-from am_pipeline.anatomy import Anatomy, modules_beside
-from am_pipeline.balance import balanced, costs_of
-from am_pipeline.order import Event, Order, peak_live, schedule_order, simulate
+from am_pipeline.cut.anatomy import Anatomy, modules_beside
+from am_pipeline.schedule.balance import balanced, costs_of
+from am_pipeline.schedule.order import Event, Order, peak_live, schedule_order, simulate
 from planning.costs import EXPERTS, REST, Costs, Part, scaled
 from planning.costs import Work as WorkOf
 from planning.layouts import Job, Layout

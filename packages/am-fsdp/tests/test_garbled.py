@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from am_fsdp import load_hf_weights
 from am_fsdp.__main__ import main
-from am_fsdp.hf_folder import INDEX, SINGLE
+from am_fsdp.weights.hf_folder import INDEX, SINGLE
 from am_testkit.garbled import assert_configs_end_in_words, garbled
 
 TENSORS = {"0.weight": torch.ones(4, 2), "0.bias": torch.ones(4), "1.weight": torch.ones(3, 4), "1.bias": torch.ones(3)}

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import am_fsdp
 from am_fsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
-from am_fsdp.nvfsdp import STRATEGIES, nvfsdp_arguments, sharding_mesh, unit_classes
-from am_fsdp.optimizer_groups import OptimizerGroups, check_gradients_before_step, without_update
+from am_fsdp.layout.nvfsdp import STRATEGIES, nvfsdp_arguments, sharding_mesh, unit_classes
+from am_fsdp.layout.optimizer_groups import OptimizerGroups, check_gradients_before_step, without_update
 from am_testkit.device import device_type
 from am_testkit.models import tiny
 

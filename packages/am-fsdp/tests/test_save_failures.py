@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-import am_fsdp.hf_folder
-import am_fsdp.save
+import am_fsdp.weights.hf_folder
+import am_fsdp.weights.save
 from am_fsdp import fsdp2_strategy_parallelize, save_hf_weights
 from am_fsdp.agreement import exchange, together
 from am_testkit.device import device_type
@@ -32,7 +32,7 @@ def shared(path):
 
 def failing(monkeypatch, method, error, after):
     """Let a method of the file writer fail on rank 1 at one of its calls."""
-    original, calls = getattr(am_fsdp.hf_folder.FileWriter, method), []
+    original, calls = getattr(am_fsdp.weights.hf_folder.FileWriter, method), []
 
     def run(self, *arguments):
         calls.append(1)
@@ -40,7 +40,7 @@ def failing(monkeypatch, method, error, after):
             raise error
         return original(self, *arguments)
 
-    monkeypatch.setattr(am_fsdp.hf_folder.FileWriter, method, run)
+    monkeypatch.setattr(am_fsdp.weights.hf_folder.FileWriter, method, run)
 
 
 def unwritable_config(monkeypatch, model, folder):
@@ -143,13 +143,13 @@ def test_ranks_write_side_by_side(tmp_path, monkeypatch):
     """Every rank writes its first tensor before any has written its last."""
     model = laid_out()
     folder = shared(tmp_path / "hf")
-    times, write = [], am_fsdp.hf_folder.FileWriter.write
+    times, write = [], am_fsdp.weights.hf_folder.FileWriter.write
 
     def timed(self, tensor):
         write(self, tensor)
         times.append(torch.tensor(__import__("time").monotonic(), dtype=torch.float64))
 
-    monkeypatch.setattr(am_fsdp.hf_folder.FileWriter, "write", timed)
+    monkeypatch.setattr(am_fsdp.weights.hf_folder.FileWriter, "write", timed)
     save_hf_weights(model, folder, max_shard_size="40KB")
     ends = torch.stack([min(times), max(times)])
     seen = [torch.empty_like(ends) for _ in range(2)]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-import am_fsdp.hf_folder
+import am_fsdp.weights.hf_folder
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize, load_hf_weights, save_hf_weights
 from am_fsdp.ledger import Ledger
 from am_testkit.device import device_type
@@ -266,7 +266,7 @@ def test_a_rank_reads_the_experts_that_it_owns_and_no_others(tmp_path, monkeypat
 def count_reads(monkeypatch):
     """The keys of a folder that are read, in order."""
     read = []
-    describe = am_fsdp.hf_folder.HFFolder._tensor
+    describe = am_fsdp.weights.hf_folder.HFFolder._tensor
 
     def described(self, file, key):
         lazy = describe(self, file, key)
@@ -274,7 +274,7 @@ def count_reads(monkeypatch):
         lazy.read_into = lambda out, box: (read.append(key), inner(out, box))
         return lazy
 
-    monkeypatch.setattr(am_fsdp.hf_folder.HFFolder, "_tensor", described)
+    monkeypatch.setattr(am_fsdp.weights.hf_folder.HFFolder, "_tensor", described)
     return read
 
 

@@ -16,11 +16,11 @@ from am_moe import apply_ep
 from am_moe.context_parallel import apply_cp, shard_batch, shard_loss, unshard_sequence
 from am_moe.context_parallel.heads import _AllToAll
 from am_moe.context_parallel.mixers import _Collect, _Gather, _Spread
-from am_moe.dispatchers.all_gather import _Gather as _GatherTokens
-from am_moe.dispatchers.all_gather import _SumOfRanks
-from am_moe.dispatchers.all_to_all import Routes, _Return
-from am_moe.ordering import by_expert
-from am_moe.shared_tokens import share_of, whole_again
+from am_moe.expert_parallel.dispatchers.all_gather import _Gather as _GatherTokens
+from am_moe.expert_parallel.dispatchers.all_gather import _SumOfRanks
+from am_moe.expert_parallel.dispatchers.all_to_all import Routes, _Return
+from am_moe.expert_parallel.ordering import by_expert
+from am_moe.expert_parallel.shared_tokens import share_of, whole_again
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_moe import ExpertParallel, apply_ep
-from am_moe.dispatchers import get_dispatcher
-from am_moe.dispatchers.all_to_all import AllToAll
-from am_moe.ordering import by_expert
+from am_moe.expert_parallel.dispatchers import get_dispatcher
+from am_moe.expert_parallel.dispatchers.all_to_all import AllToAll
+from am_moe.expert_parallel.ordering import by_expert
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, whole
 

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_moe import ExpertLoad, apply_ac, apply_ep
-from am_moe.dispatchers.all_gather import AllGather
-from am_moe.dispatchers.all_to_all import AllToAll
+from am_moe.expert_parallel.dispatchers.all_gather import AllGather
+from am_moe.expert_parallel.dispatchers.all_to_all import AllToAll
 from am_testkit.device import device_type
 from am_testkit.models import tiny
 

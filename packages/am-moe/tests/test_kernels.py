@@ -10,9 +10,9 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from am_moe import common_form, kernels
-from am_moe.common_form import gates_by_silu, run_common_form
-from am_moe.ordering import by_expert
+from am_moe.expert_parallel import common_form, kernels
+from am_moe.expert_parallel.common_form import gates_by_silu, run_common_form
+from am_moe.expert_parallel.ordering import by_expert
 from am_testkit.exact import relative_error
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

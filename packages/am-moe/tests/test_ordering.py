@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from am_moe.common_form import has_common_form, product, products
-from am_moe.dispatch import Received
-from am_moe.experts import describe
-from am_moe.local_experts import run_local_experts
-from am_moe.ordering import by_expert, by_rank
-from am_moe.payload import pack, unpack
+from am_moe.expert_parallel.common_form import has_common_form, product, products
+from am_moe.expert_parallel.dispatch import Received
+from am_moe.expert_parallel.experts import describe
+from am_moe.expert_parallel.local_experts import run_local_experts
+from am_moe.expert_parallel.ordering import by_expert, by_rank
+from am_moe.expert_parallel.payload import pack, unpack
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same
 from am_testkit.models import tiny

@@ -72,7 +72,7 @@ TYPES = [
 
 
 def test_every_class_of_transformers_with_stacked_experts_is_called_in_a_way_we_know():
-    from am_moe.experts import _CALLS
+    from am_moe.expert_parallel.experts import _CALLS
 
     found = {}
     for file in sorted(MODELING.glob("*/modeling_*.py")):

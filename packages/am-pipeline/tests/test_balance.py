@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from am_pipeline import Costs, plan_cut, plan_pipeline
 from am_pipeline.__main__ import main
-from am_pipeline.anatomy import Anatomy
-from am_pipeline.balance import balanced, costs_of
+from am_pipeline.cut.anatomy import Anatomy
+from am_pipeline.schedule.balance import balanced, costs_of
 from am_testkit.models import tiny
 
 cost = st.integers(0, 20).map(float)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from am_pipeline import build_part, generate_hf_model_fqn_per_model_part, plan_cut
-from am_pipeline.boundary import select_output
+from am_pipeline.cut.boundary import select_output
 from am_pipeline.nested import tensors_in
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch

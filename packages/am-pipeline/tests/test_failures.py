@@ -12,7 +12,8 @@ import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from am_pipeline import failure, pipeline_model
+from am_pipeline import pipeline_model
+from am_pipeline.step import failure
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch

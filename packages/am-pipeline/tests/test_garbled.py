@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import LlamaConfig
 
 from am_pipeline.__main__ import main
-from am_pipeline.order import read_order, schedule_order
+from am_pipeline.schedule.order import read_order, schedule_order
 from am_testkit.garbled import assert_configs_end_in_words, garbled
 
 

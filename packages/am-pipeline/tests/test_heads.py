@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import pipeline_model
-from am_pipeline.boundary import select_output
+from am_pipeline.cut.boundary import select_output
 from am_pipeline.nested import tensors_in
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error

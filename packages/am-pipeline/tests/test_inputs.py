@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_pipeline import pipeline_model, scale_grads_by_divisor
-from am_pipeline.inputs import split_inputs
+from am_pipeline.step.inputs import split_inputs
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from am_pipeline import plan_cut
-from am_pipeline.crossing import CannotCutError, Shape, needs_of, shape_of
-from am_pipeline.forms import SIZES, text_form
-from am_pipeline.provenance import Draw, Inner, Input, Value, Weight
-from am_pipeline.reading import Reading, holders_of
-from am_pipeline.weightless import Weightless
+from am_pipeline.cut.crossing import CannotCutError, Shape, needs_of, shape_of
+from am_pipeline.cut.forms import SIZES, text_form
+from am_pipeline.cut.provenance import Draw, Inner, Input, Value, Weight
+from am_pipeline.cut.reading import Reading, holders_of
+from am_pipeline.cut.weightless import Weightless
 
 
 class Layer(nn.Module):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from am_pipeline import pipeline_model
-from am_pipeline.shared import _bit_sum
+from am_pipeline.step.shared import _bit_sum
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch

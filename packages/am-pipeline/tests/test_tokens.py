@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from am_pipeline import pipeline_model, scale_grads_by_tokens
-from am_pipeline.targets import count_tokens, rows_of, split_target
+from am_pipeline.step.targets import count_tokens, rows_of, split_target
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import tiny, token_batch

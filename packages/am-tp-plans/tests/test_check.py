@@ -20,7 +20,7 @@ from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
 from am_tp_plans import apply_plan, check_gradients, infer_plan, resolve_plan
-from am_tp_plans.fused import plan_exchange
+from am_tp_plans.styles.fused import plan_exchange
 
 
 def axis():

@@ -17,7 +17,7 @@ from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
 from am_tp_plans import apply_plan, infer_plan, resolve_plan, vocab_parallel_cross_entropy
-from am_tp_plans.fused import exchange_rows
+from am_tp_plans.styles.fused import exchange_rows
 from am_tp_styles.axis import MeshAxis
 from am_tp_styles.communication import sum_gradients, sum_over_ranks
 

@@ -18,7 +18,7 @@ from am_tp_plans import add_sequence_parallelism, apply_plan, explain_plan, infe
 from am_tp_plans.__main__ import main
 from am_tp_plans.apply import check_plan
 from am_tp_plans.explain import sums_a_gradient
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.proof.rehearsal import rehearse
 
 KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "all-gather", "allgather": "all-gather"}
 KINDS |= {"reduce_scatter": "reduce-scatter", "alltoall": "all-to-all", "all_to_all": "all-to-all"}

@@ -19,7 +19,7 @@ from am_tp_plans import (
     infer_plan,
     resolve_plan,
 )
-from am_tp_plans.numeric_check import check_numbers
+from am_tp_plans.proof.numeric_check import check_numbers
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2"}
 FAMILIES |= {"bert": "Bert", "roberta": "Roberta", "modernbert": "ModernBert", "distilbert": "DistilBert"}

@@ -18,7 +18,7 @@ from am_tp_plans import (
     VocabParallelEmbedding,
     infer_plan,
 )
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.proof.rehearsal import rehearse
 
 
 def test_attention_and_mlp_of_flat_layers_are_found():

@@ -16,8 +16,8 @@ from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_tp_plans import PackedColwiseParallel, apply_plan
 from am_tp_plans.apply import check_plan
-from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.translate import complete
+from am_tp_plans.proof.rehearsal import rehearse
+from am_tp_plans.sources.translate import complete
 
 WIDTH = 24
 STYLES = {

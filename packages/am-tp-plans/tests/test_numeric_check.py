@@ -25,18 +25,17 @@ from am_tp_plans import (
     expand_plan,
     explain_plan,
     get_hf_tp_shard_plan,
-    infer,
     infer_plan,
-    numeric_check,
     resolve_plan,
-    translate,
 )
 from am_tp_plans.apply import check_plan
-from am_tp_plans.around import change_output
-from am_tp_plans.numeric_check import check_numbers
-from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.styles import each
-from am_tp_plans.twin import make_twin
+from am_tp_plans.proof import numeric_check
+from am_tp_plans.proof.numeric_check import check_numbers
+from am_tp_plans.proof.rehearsal import rehearse
+from am_tp_plans.proof.twin import make_twin
+from am_tp_plans.sources import infer, translate
+from am_tp_plans.styles.around import change_output
+from am_tp_plans.styles.basic import each
 from am_tp_styles import RowwiseParallelLora
 from am_tp_styles.communication import gather
 from am_tp_styles.local_parameters import local

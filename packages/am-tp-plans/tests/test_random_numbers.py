@@ -22,11 +22,11 @@ from am_tp_plans import (
     check_gradients,
     expand_plan,
     infer_plan,
-    rehearsal,
     resolve_plan,
 )
-from am_tp_plans.random_numbers import draw_for_shares
-from am_tp_plans.rehearsal import rehearse_training
+from am_tp_plans.proof import rehearsal
+from am_tp_plans.proof.rehearsal import rehearse_training
+from am_tp_plans.styles.random_numbers import draw_for_shares
 from am_tp_styles.simulated import on_simulated_ranks
 
 IDS = torch.arange(16).view(2, 8)

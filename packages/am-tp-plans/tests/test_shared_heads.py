@@ -32,8 +32,8 @@ from am_tp_plans import (
     resolve_plan,
 )
 from am_tp_plans.apply import check_plan
-from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.translate import complete
+from am_tp_plans.proof.rehearsal import rehearse
+from am_tp_plans.sources.translate import complete
 from am_tp_styles import KeyValueColwiseParallel, use_tp_linear
 
 SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])

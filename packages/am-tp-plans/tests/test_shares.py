@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from am_tp_plans.shares import FEATURES, RULES, Call, Share, WrongError, shares_after
+from am_tp_plans.proof.shares import FEATURES, RULES, Call, Share, WrongError, shares_after
 
 RANKS = 2
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from am_testkit.device import device_type
-from am_tp_plans.fused import _share
+from am_tp_plans.styles.fused import _share
 
 PARTS = 3
 WEIGHT = torch.arange(24.0).view(12, 2)

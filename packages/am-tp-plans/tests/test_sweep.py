@@ -22,7 +22,7 @@ from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small, small_config
 from am_tp_plans import add_sequence_parallelism, apply_plan, fit_plan, get_hf_tp_shard_plan, infer_plan
-from am_tp_plans.heads import shares_heads
+from am_tp_plans.styles.heads import shares_heads
 
 # Why a plan that transformers brings is not applied, in the words of the error.
 REFUSED = {

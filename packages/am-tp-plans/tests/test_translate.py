@@ -25,7 +25,7 @@ from am_tp_plans import (
     resolve_plan,
     translate_to_torch_parallel_style,
 )
-from am_tp_plans.rehearsal import rehearse
+from am_tp_plans.proof.rehearsal import rehearse
 
 # Styles of transformers' expert parallelism; am-moe has its own.
 OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router", "megamoe_experts", "megamoe_router"}

@@ -2,17 +2,17 @@
 
 from importlib.metadata import version
 
-from am_fsdp.checkpointing import checkpoint_layers
-from am_fsdp.clipping import clip_grad_norm_
-from am_fsdp.imports import import_class_from_path, import_classes_from_paths
-from am_fsdp.load import load_hf_weights
-from am_fsdp.nvfsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
+from am_fsdp.layout.checkpointing import checkpoint_layers
+from am_fsdp.layout.clipping import clip_grad_norm_
+from am_fsdp.layout.imports import import_class_from_path, import_classes_from_paths
+from am_fsdp.layout.nvfsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
+from am_fsdp.layout.replicas import check_replicas
+from am_fsdp.layout.strategy import fsdp2_strategy_parallelize
+from am_fsdp.layout.units import apply_fsdp_sharding_recursively
+from am_fsdp.layout.unshard import unshard_fsdp2_model
 from am_fsdp.process_group import _destroy_dist_connection, stop_on_signal
-from am_fsdp.replicas import check_replicas
-from am_fsdp.save import save_hf_weights
-from am_fsdp.strategy import fsdp2_strategy_parallelize
-from am_fsdp.units import apply_fsdp_sharding_recursively
-from am_fsdp.unshard import unshard_fsdp2_model
+from am_fsdp.weights.load import load_hf_weights
+from am_fsdp.weights.save import save_hf_weights
 from am_tp_plans import get_hf_tp_shard_plan, translate_to_torch_parallel_style
 
 __version__ = version("am-fsdp")

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from am_fsdp._torch_compat import init_fake_process_group
+from am_fsdp.layout.strategy import fsdp2_strategy_parallelize
 from am_fsdp.ledger import Ledger, Traffic
-from am_fsdp.strategy import fsdp2_strategy_parallelize
 
 
 @dataclass(frozen=True)

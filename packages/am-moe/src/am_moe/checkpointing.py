@@ -13,9 +13,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from am_moe.collectives import asked, asked_now
-from am_moe.experts import describe_experts
-from am_moe.units import layers
+from am_moe.data_parallel.units import layers
+from am_moe.expert_parallel.collectives import asked, asked_now
+from am_moe.expert_parallel.experts import describe_experts
 
 _PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "addmm", "einsum", "tensordot"}
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

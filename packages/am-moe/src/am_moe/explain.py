@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from am_moe.experts import Experts, describe_experts
+from am_moe.expert_parallel.experts import Experts, describe_experts
 
 _CHOICES = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")
 

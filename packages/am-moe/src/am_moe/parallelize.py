@@ -12,10 +12,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from am_moe._torch_compat import axis, side_by_side
 from am_moe.checkpointing import apply_ac
-from am_moe.expert_parallel import apply_ep, check_spread
-from am_moe.experts import find_experts, routes_itself
-from am_moe.fsdp import apply_fsdp, check_units
-from am_moe.replicas import check_replicas, check_replicas_at_first_forward
+from am_moe.data_parallel.fsdp import apply_fsdp, check_units
+from am_moe.data_parallel.replicas import check_replicas, check_replicas_at_first_forward
+from am_moe.expert_parallel.apply import apply_ep, check_spread
+from am_moe.expert_parallel.experts import find_experts, routes_itself
 
 
 def parallelize_model(

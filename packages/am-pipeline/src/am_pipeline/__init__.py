@@ -2,10 +2,18 @@
 
 from importlib.metadata import version
 
-from am_pipeline.balance import Costs
-from am_pipeline.cut import CutPlan, build_part, plan_cut
-from am_pipeline.estimate import PipelinePlan, StageEstimate, plan_pipeline
-from am_pipeline.order import (
+from am_pipeline.cut.plan import CutPlan, build_part, plan_cut
+from am_pipeline.cut.split import split_model_into_stages
+from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model, set_sequence_shards
+from am_pipeline.placement import (
+    calculate_virtual_stages,
+    generate_hf_model_fqn_per_model_part,
+    stage_ids_this_rank,
+)
+from am_pipeline.schedule.balance import Costs
+from am_pipeline.schedule.build import build_pipeline_schedule, scale_grads_by_divisor
+from am_pipeline.schedule.estimate import PipelinePlan, StageEstimate, plan_pipeline
+from am_pipeline.schedule.order import (
     Action,
     Event,
     bubble_fraction,
@@ -15,19 +23,11 @@ from am_pipeline.order import (
     schedule_order,
     simulate,
 )
-from am_pipeline.pipeline import ParallelizeFnProtocol, pipeline_model, set_sequence_shards
-from am_pipeline.placement import (
-    calculate_virtual_stages,
-    generate_hf_model_fqn_per_model_part,
-    stage_ids_this_rank,
-)
-from am_pipeline.schedule import build_pipeline_schedule, scale_grads_by_divisor
-from am_pipeline.shapes import precompute_stage_shapes, reset_pp_stage_shapes
-from am_pipeline.shared import duplicate_parameters
-from am_pipeline.split import split_model_into_stages
-from am_pipeline.step import PipelineSchedule
-from am_pipeline.timeline import gather_timeline, plot_timeline, record_timeline, text_timeline
-from am_pipeline.tokens import scale_grads_by_tokens
+from am_pipeline.schedule.timeline import gather_timeline, plot_timeline, record_timeline, text_timeline
+from am_pipeline.step.schedule import PipelineSchedule
+from am_pipeline.step.shapes import precompute_stage_shapes, reset_pp_stage_shapes
+from am_pipeline.step.shared import duplicate_parameters
+from am_pipeline.step.tokens import scale_grads_by_tokens
 
 __version__ = version("am-pipeline")
 

@@ -10,10 +10,10 @@ import sys
 import torch
 from torch import nn
 
-from am_pipeline.balance import BALANCES
-from am_pipeline.estimate import plan_pipeline
-from am_pipeline.order import SCHEDULES, peak_live, read_order, schedule_order, simulate
-from am_pipeline.timeline import plot_timeline, text_timeline
+from am_pipeline.schedule.balance import BALANCES
+from am_pipeline.schedule.estimate import plan_pipeline
+from am_pipeline.schedule.order import SCHEDULES, peak_live, read_order, schedule_order, simulate
+from am_pipeline.schedule.timeline import plot_timeline, text_timeline
 
 _LAYERS = 10_000
 

@@ -11,15 +11,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 
-from am_pipeline.balance import Balance, Costs
-from am_pipeline.order import ScheduleName
+from am_pipeline.cut.split import split_model_for_csv, split_model_into_stages
 from am_pipeline.placement import RoundTo
-from am_pipeline.schedule import ReduceGrads, build_pipeline_schedule
-from am_pipeline.shapes import precompute_stage_shapes
-from am_pipeline.split import split_model_for_csv, split_model_into_stages
-from am_pipeline.stage import DecoderStage
-from am_pipeline.step import PipelineSchedule
-from am_pipeline.tokens import axis_of
+from am_pipeline.schedule.balance import Balance, Costs
+from am_pipeline.schedule.build import ReduceGrads, build_pipeline_schedule
+from am_pipeline.schedule.order import ScheduleName
+from am_pipeline.step.schedule import PipelineSchedule
+from am_pipeline.step.shapes import precompute_stage_shapes
+from am_pipeline.step.stage import DecoderStage
+from am_pipeline.step.tokens import axis_of
 
 
 class ParallelizeFnProtocol(Protocol):

@@ -3,23 +3,20 @@
 from importlib.metadata import version
 
 from am_tp_plans.apply import apply_plan, expand_plan, fit_plan
-from am_tp_plans.check import check_gradients
-from am_tp_plans.experts import ExpertsOverTensorAxis
 from am_tp_plans.explain import PlanReport, explain_plan
-from am_tp_plans.families.gemma3 import _parallelize_gemma3
-from am_tp_plans.families.llama import _parallelize_llama
-from am_tp_plans.families.ministral3 import _parallelize_ministral3
-from am_tp_plans.families.phi3 import _parallelize_phi3, phi3_with_whole_attention
-from am_tp_plans.families.qwen import _parallelize_qwen, _parallelize_qwen_classification
-from am_tp_plans.families.qwen3_moe import _parallelize_qwen3_moe
-from am_tp_plans.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel
-from am_tp_plans.infer import infer_plan
-from am_tp_plans.local import DividedInput, LocalShards, MlaKvAProjection, Replicated, ReplicatedWithGradAllReduce
-from am_tp_plans.loss import keep_logits_sharded, vocab_parallel_cross_entropy
-from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
-from am_tp_plans.resolve import resolve_plan
-from am_tp_plans.sequence import add_sequence_parallelism
-from am_tp_plans.styles import (
+from am_tp_plans.proof.check import check_gradients
+from am_tp_plans.sources.families.gemma3 import _parallelize_gemma3
+from am_tp_plans.sources.families.llama import _parallelize_llama
+from am_tp_plans.sources.families.ministral3 import _parallelize_ministral3
+from am_tp_plans.sources.families.phi3 import _parallelize_phi3, phi3_with_whole_attention
+from am_tp_plans.sources.families.qwen import _parallelize_qwen, _parallelize_qwen_classification
+from am_tp_plans.sources.families.qwen3_moe import _parallelize_qwen3_moe
+from am_tp_plans.sources.infer import infer_plan
+from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
+from am_tp_plans.sources.resolve import resolve_plan
+from am_tp_plans.sources.sequence import add_sequence_parallelism
+from am_tp_plans.sources.translate import get_hf_tp_shard_plan, translate_to_torch_parallel_style
+from am_tp_plans.styles.basic import (
     NormOnShard,
     RotaryEmbedParallel,
     SequenceGatherInput,
@@ -32,7 +29,16 @@ from am_tp_plans.styles import (
     SharedInput,
     VocabParallelEmbedding,
 )
-from am_tp_plans.translate import get_hf_tp_shard_plan, translate_to_torch_parallel_style
+from am_tp_plans.styles.experts import ExpertsOverTensorAxis
+from am_tp_plans.styles.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel
+from am_tp_plans.styles.local import (
+    DividedInput,
+    LocalShards,
+    MlaKvAProjection,
+    Replicated,
+    ReplicatedWithGradAllReduce,
+)
+from am_tp_plans.styles.loss import keep_logits_sharded, vocab_parallel_cross_entropy
 
 __version__ = version("am-tp-plans")
 

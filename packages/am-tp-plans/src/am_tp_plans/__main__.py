@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from am_tp_plans.explain import PlanReport, explain_plan
-from am_tp_plans.infer import infer_plan
-from am_tp_plans.resolve import resolve_plan
-from am_tp_plans.sequence import add_sequence_parallelism
+from am_tp_plans.sources.infer import infer_plan
+from am_tp_plans.sources.resolve import resolve_plan
+from am_tp_plans.sources.sequence import add_sequence_parallelism
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,16 +18,16 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from am_tp_plans.check import check_seeds
 from am_tp_plans.config import config_value
-from am_tp_plans.experts import ExpertsOverTensorAxis
-from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
-from am_tp_plans.heads import HeadsError, share_key_value_heads, shares_heads
-from am_tp_plans.random_numbers import check_dropout, draw_for_shares
-from am_tp_plans.read_outputs import refuse_parts
-from am_tp_plans.registry import is_family
-from am_tp_plans.rehearsal import rehearse
-from am_tp_plans.styles import VocabParallelEmbedding, each, is_open_colwise
+from am_tp_plans.proof.check import check_seeds
+from am_tp_plans.proof.read_outputs import refuse_parts
+from am_tp_plans.proof.rehearsal import rehearse
+from am_tp_plans.sources.registry import is_family
+from am_tp_plans.styles.basic import VocabParallelEmbedding, each, is_open_colwise
+from am_tp_plans.styles.experts import ExpertsOverTensorAxis
+from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
+from am_tp_plans.styles.heads import HeadsError, share_key_value_heads, shares_heads
+from am_tp_plans.styles.random_numbers import check_dropout, draw_for_shares
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped

@@ -11,17 +11,17 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from am_tp_plans.apply import check_plan
-from am_tp_plans.experts import ExpertsOverTensorAxis
-from am_tp_plans.fused import Conv1DRowwiseParallel, PackedColwiseParallel
-from am_tp_plans.heads import shares_heads
-from am_tp_plans.local import LocalShards
-from am_tp_plans.numeric_check import NumericCheck, check_numbers
-from am_tp_plans.registry import PARALLELIZE_FUNCTIONS
-from am_tp_plans.rehearsal import Findings, rehearse
-from am_tp_plans.sequence import sharded_stacks
-from am_tp_plans.styles import each
-from am_tp_plans.translate import matches, named_styles
-from am_tp_plans.watch import Collective
+from am_tp_plans.proof.numeric_check import NumericCheck, check_numbers
+from am_tp_plans.proof.rehearsal import Findings, rehearse
+from am_tp_plans.proof.watch import Collective
+from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
+from am_tp_plans.sources.sequence import sharded_stacks
+from am_tp_plans.sources.translate import matches, named_styles
+from am_tp_plans.styles.basic import each
+from am_tp_plans.styles.experts import ExpertsOverTensorAxis
+from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.styles.heads import shares_heads
+from am_tp_plans.styles.local import LocalShards
 from am_tp_styles import KeyValueColwiseParallel
 
 

@@ -26,7 +26,7 @@ from am_moe.context_parallel.plan import head_tail
 from am_moe.context_parallel.reading import Reading, UnprovenError, running
 from am_moe.context_parallel.rules import Mean, Part, Sum, Wrong
 from am_moe.context_parallel.skeleton import skeleton_of
-from am_moe.packed import packed_weights
+from am_moe.data_parallel.packed import packed_weights
 
 
 @dataclass(frozen=True)

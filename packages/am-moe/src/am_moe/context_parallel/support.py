@@ -9,7 +9,7 @@ from torch import nn
 
 from am_moe.context_parallel.prove import Known
 from am_moe.context_parallel.rotary import tables_by_length
-from am_moe.experts import describe_experts
+from am_moe.expert_parallel.experts import describe_experts
 
 _ATTENTION = ("full_attention", "sliding_attention", "attention")
 _MIXING = ("linear_attention", "conv", "hybrid")  # their mixers are found by what they hold

@@ -1,0 +1,1 @@
+"""A model on a mesh: what is a unit, what is sharded, recomputed, clipped, and shared by replicas."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders and adapters, read into shards and written from them."""

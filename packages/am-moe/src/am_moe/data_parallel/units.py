@@ -1,0 +1,159 @@
+"""Which modules become FSDP2 units besides experts: odd dtypes, the layers of every stack, what is before and after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from am_moe.expert_parallel.experts import describe_experts
+
+
+def units_of_another_dtype(
+    model: nn.Module, mp_policy: MixedPrecisionPolicy, besides: Iterable[nn.Parameter] = ()
+) -> list[tuple[list[nn.Module], MixedPrecisionPolicy]]:
+    """The modules whose own parameters have another dtype than most of the model, and how they compute.
+
+    FSDP2 wants one dtype in a unit. Each keeps its dtype and reduces gradients in float32 or wider. A head casts what
+    it gets to its dtype; norms and the embedding cast what they return to that of the model, as the layers behind them
+    need; others, such as routers, take and return what they do in one process.
+
+    Args:
+        model: a model or a part of it; nothing is changed.
+        mp_policy: of the other units.
+        besides: parameters that count nowhere.
+
+    Returns:
+        Units, inner ones first; modules that share parameters are one.
+
+    Raises:
+        ValueError: one module holds parameters of two dtypes itself.
+    """
+    left_out = {id(p) for p in besides}
+    numbers: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        numbers[parameter.dtype] += parameter.numel()
+    usual = max(numbers, key=lambda dtype: numbers[dtype], default=None)
+    units: list[list[nn.Module]] = []
+    of_parameter: dict[int, list[nn.Module]] = {}
+    for name, module in reversed(list(model.named_modules())):
+        own = [p for p in module.parameters(recurse=False) if id(p) not in left_out]
+        dtypes = {p.dtype for p in own}
+        if len(dtypes) > 1:
+            raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
+        if not dtypes or dtypes == {usual}:
+            continue
+        owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
+        if owners is None:
+            units.append(owners := [])
+        owners.append(module)
+        of_parameter |= {id(p): owners for p in own}
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    return [(owners, _own_policy(owners, first, last, mp_policy.param_dtype or usual)) for owners in units]
+
+
+def _own_policy(
+    owners: list[nn.Module], first: nn.Module | None, last: nn.Module | None, usual: torch.dtype | None
+) -> MixedPrecisionPolicy:
+    dtype = next(p.dtype for module in owners for p in module.parameters(recurse=False))
+    is_head = any(module is last for module in owners)
+    feeds_layers = any(module is first or "norm" in type(module).__name__.lower() for module in owners)
+    return MixedPrecisionPolicy(
+        param_dtype=dtype if is_head else None,
+        reduce_dtype=torch.promote_types(dtype, torch.float32),
+        output_dtype=usual if feeds_layers else None,
+        cast_forward_inputs=is_head,
+    )
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Every layer of every outermost `ModuleList`: decoder layers, those of towers and of prediction heads.
+
+    Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
+    share parameters with each other, which stay with the root.
+    """
+    return [layer for stack in layer_stacks(model) for layer in stack]
+
+
+def layer_stacks(model: nn.Module) -> list[list[nn.Module]]:
+    """The same layers, stack by stack."""
+    found = []
+    for stack in _stacks(model):
+        some = [layer for layer in stack if any(True for _ in layer.parameters())]
+        owned = Counter(id(p) for layer in some for p in set(layer.parameters()))
+        found.append([layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())])
+    return found
+
+
+def edges(model: nn.Module, head: nn.Module | None) -> list[list[nn.Module]]:
+    """What is a unit of its own besides layers: the token embedding; the final norm together with the head.
+
+    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
+    does not say which modules they are, or where a pipeline left them on another stage.
+
+    Args:
+        model: the model or a part of it.
+        head: a head that is a unit already.
+    """
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    if first is not None and last is not None:
+        shared = {id(p) for p in first.parameters()}
+        if any(id(p) in shared for p in last.parameters()):
+            return []
+    units = [[first]] if first is not None else []
+    norm = _final_norm(model, last) if last is not None else None
+    after = [module for module in (norm, last) if module is not None and module is not head]
+    return [*units, after] if after else units
+
+
+def _held(model: nn.Module, getter: str) -> nn.Module | None:
+    """The module that a method of the model returns, if there is one and it has parameters."""
+    try:
+        found = getattr(model, getter, lambda: None)()
+    except NotImplementedError:  # transformers does not know either
+        return None
+    return found if isinstance(found, nn.Module) and any(True for _ in found.parameters()) else None
+
+
+def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
+    """The one module with parameters of its own between the last stack and the head."""
+    stacks = list(_stacks(model))
+    after: list[nn.Module] = []
+    for module in model.modules():
+        if stacks and module is stacks[-1]:
+            after = []
+        elif module is head:
+            break
+        elif any(True for _ in module.parameters(recurse=False)):
+            after.append(module)
+    inside = {id(module) for stack in stacks for module in stack.modules()}
+    after = [module for module in after if id(module) not in inside]
+    return after[0] if len(after) == 1 and "norm" in type(after[0]).__name__.lower() else None
+
+
+def stack_names(model: nn.Module) -> list[str]:
+    """The full names of the outermost `ModuleList`s with parameters."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(stack)] for stack in _stacks(model) if any(True for _ in stack.parameters())]
+
+
+def may_use_a_part(layer: nn.Module) -> bool:
+    """Whether a layer may leave parameters without a gradient: it holds several modules of one class to choose from,
+    such as experts one by one, or stacked experts among which ids mean the token itself."""
+    for module in layer.modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            kinds = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
+            if any(number > 1 for number in kinds.values()):
+                return True
+    return any(experts.identity for experts in describe_experts(layer))
+
+
+def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+    if isinstance(module, nn.ModuleList):
+        yield module
+        return
+    for child in module.children():
+        yield from _stacks(child)

@@ -1,0 +1,1 @@
+"""Experts over an axis: found, their tokens dispatched, computed and measured."""

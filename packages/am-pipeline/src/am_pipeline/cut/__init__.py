@@ -1,0 +1,1 @@
+"""Where a model may be cut, proved by following its values, and the part that each stage holds."""

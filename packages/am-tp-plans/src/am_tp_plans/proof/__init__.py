@@ -1,0 +1,1 @@
+"""What shows that a plan is right: shares followed through a model, and a small twin with real numbers."""

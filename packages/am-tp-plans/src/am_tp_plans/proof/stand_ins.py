@@ -1,0 +1,336 @@
+"""What a rank's modules would return under each style, without devices: shapes, and which share they are."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
+
+from am_tp_plans.proof.shares import FEATURES, TOKENS, Share, WrongError
+from am_tp_plans.proof.watch import Collective, Watch, tensors
+from am_tp_plans.styles.basic import (
+    SequenceGatherInput,
+    SequenceGatherOutput,
+    SequenceParallelAllGatherActivation,
+    SequenceShardInput,
+    SequenceShardOutput,
+    SequenceWholeBlock,
+    SharedInput,
+    each,
+)
+from am_tp_plans.styles.experts import ExpertsOverTensorAxis
+from am_tp_plans.styles.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, plan_exchange
+from am_tp_plans.styles.local import LocalShards, MlaKvAProjection, ReplicatedWithGradAllReduce
+from am_tp_styles import KeyValueColwiseParallel, SequenceParallelLora
+
+
+def stand_in(watch: Watch, name: str, module: Any, style: ParallelStyle | None, ranks: int) -> None:
+    """Make a module of the weightless twin behave as on one of `ranks` ranks under its style; no style has its own."""
+    if style is None and _routes(module):
+        _whole(watch, name, module)
+    elif style is None and features(module):
+        _plain(watch, name, module)
+    for part in each(style):
+        _one(watch, name, module, part, ranks)
+
+
+def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int) -> None:
+    if isinstance(style, (ColwiseParallel, RowwiseParallel, PackedColwiseParallel, Conv1DRowwiseParallel)):
+        watch.sharded |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+    if isinstance(style, RowwiseParallel) and isinstance(module, nn.Embedding):
+        module.forward = _summed(watch, name, module.embedding_dim, None, style.output_layouts[0], ranks)
+    elif isinstance(style, RowwiseParallel):
+        splits = style.input_layouts[0] == Replicate()
+        wanted = module.in_features if splits else module.in_features // ranks
+        module.forward = _summed(watch, name, module.out_features, (wanted, splits), style.output_layouts[0], ranks)
+    elif isinstance(style, Conv1DRowwiseParallel):
+        in_features, out_features = features(module)  # type: ignore[misc]
+        module.forward = _summed(watch, name, out_features, (in_features // ranks, False), style.output_layouts, ranks)
+    elif isinstance(style, KeyValueColwiseParallel):
+        module.forward = _own_head(watch, name, module, style, ranks)
+    elif isinstance(style, ColwiseParallel):
+        whole = style.output_layouts[0] == Replicate()
+        width = module.embedding_dim if isinstance(module, nn.Embedding) else module.out_features
+        module.forward = _shares(watch, name, [width], style.input_layouts[0], ranks, whole)
+    elif isinstance(style, PackedColwiseParallel):
+        widths = style.widths(features(module)[1])  # type: ignore[index]
+        if len(widths) > 1:
+            sent = max(
+                len(order) - sends[r] for r in range(ranks) for order, sends, _ in [plan_exchange(widths, ranks, r)]
+            )
+            for parameter in module.parameters():
+                for phase in ("forward", "backward"):
+                    watch.sends(name, phase, "all-to-all", sent * parameter.numel() // sum(widths), of_tokens=False)
+        module.forward = _shares(watch, name, widths, style.input_layouts, ranks, whole=False)
+    elif isinstance(style, ExpertsOverTensorAxis):
+        _whole(watch, name, module, sums_inputs=True, sums_output=True)
+    elif isinstance(style, LocalShards):
+        _local(watch, name, module, style, ranks)
+    elif isinstance(style, (ReplicatedWithGradAllReduce, SequenceParallelLora)):
+        watch.summed |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        only = getattr(style, "names", None)
+        for leaf, parameter in module.named_parameters():
+            if only is None or leaf in only:
+                watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+        if isinstance(style, SequenceParallelAllGatherActivation):
+            _around(module, None, lambda output: _gathered_for_readers(watch, name, output, ranks))
+    elif isinstance(style, MlaKvAProjection):
+        _summed_in_backward(watch, name, module, style.rope_dim or 0)
+    elif isinstance(style, HeadsPerRank):
+        watch.ran.add(name)
+        style.divide(copy.copy(module), watch.ranks)  # the whole's run says as well what does not divide
+        style.divide(module, ranks)
+    elif isinstance(style, SharedInput):
+        if style.input_layouts == Shard(1):
+            _around(module, lambda h: _share(watch, name, _gathered(watch, name, h, ranks, "reduce-scatter")))
+        else:
+            _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
+    elif isinstance(style, PrepareModuleInput):
+        _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
+    elif isinstance(style, SequenceShardInput):
+        _around(module, lambda hidden: _split(watch, name, hidden, ranks))
+    elif isinstance(style, SequenceGatherInput):
+        _around(module, lambda hidden: _gathered(watch, name, hidden, ranks))
+    elif isinstance(style, SequenceGatherOutput):
+        _around(module, None, lambda output: _gathered(watch, name, output, ranks))
+    elif isinstance(style, SequenceShardOutput):
+        _around(module, None, lambda output: _split(watch, name, output, ranks))
+    elif isinstance(style, SequenceWholeBlock):
+        _around(
+            module,
+            lambda hidden: _gathered(watch, name, hidden, ranks),
+            lambda output: _split(watch, name, output, ranks),
+        )
+
+
+def _own_head(watch: Watch, name: str, module: Any, style: KeyValueColwiseParallel, ranks: int) -> Callable:
+    """As `_shares`, of a head that neighbouring ranks share; their parameters' gradients are summed."""
+    copies = watch.ranks // style.heads
+    width = module.out_features * (copies if ranks > 1 else 1)
+    shares = _shares(watch, name, [width], style.input_layouts[0], ranks, whole=False)
+    for parameter in module.parameters():
+        watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output = shares(hidden, *args, **kwargs)
+        return watch.note(output, share=Share(output.dim() - 1, FEATURES, (module.out_features,), copies), made=name)
+
+    return forward
+
+
+def _shares(watch: Watch, name: str, widths: list[int], layout: Any, ranks: int, whole: bool) -> Callable:
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
+        if watch.has(hidden, FEATURES):
+            raise WrongError(f"{name} wants all features, but gets one rank's share")
+        rows = _rows(watch, name, hidden, layout, ranks)
+        width = sum(widths) if whole else sum(widths) // ranks
+        output = torch.ones(*rows, width, dtype=hidden.dtype if hidden.is_floating_point() else None)
+        facts = watch.facts(hidden)
+        if layout == Shard(1):
+            watch.sends(name, "forward", "all-gather", hidden.numel() * ranks)
+            watch.sends(name, "backward", "reduce-scatter", hidden.numel() * ranks)
+        elif isinstance(facts.gathered, Collective):
+            if facts.gathered not in watch.traffic:
+                watch.traffic.append(facts.gathered)
+        elif hidden.is_floating_point() and not facts.shared_by and not facts.gathered:
+            watch.sends(name, "backward", "all-reduce", hidden.numel())
+        if whole:
+            watch.sends(name, "forward", "all-gather", output.numel())
+            return watch.activate(output)
+        return watch.features(output, widths)
+
+    return forward
+
+
+def _rows(watch: Watch, name: str, hidden: torch.Tensor, layout: Any, ranks: int) -> list[int]:
+    """The shape before the features, after what a colwise layer does to its input's layout."""
+    rows = list(hidden.shape[:-1]) if hidden.is_floating_point() else list(hidden.shape)
+    if watch.has(hidden, TOKENS) != (layout == Shard(1)):
+        has = "one rank's tokens" if watch.has(hidden, TOKENS) else "all tokens"
+        raise WrongError(f"{name} gets {has}, but its input layout is {layout}")
+    if layout == Shard(1):
+        rows[_sequence_dim(watch, name, hidden)] *= ranks
+    return rows
+
+
+def _sequence_dim(watch: Watch, name: str, hidden: torch.Tensor) -> int:
+    share = watch.share(hidden)
+    if share is None or share.kind != TOKENS or share.dim != 1 or len(share.parts) > 1 or hidden.dim() < 3:
+        raise WrongError(f"{name} gathers the sequence, but gets {tuple(hidden.shape)}, which is no part of one")
+    return share.dim
+
+
+def _summed(watch: Watch, name: str, width: int, wants: tuple[int, bool] | None, layout: Any, ranks: int) -> Callable:
+    """What a rowwise layer or embedding returns; `wants` is the width of its input and whether it is a whole one."""
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        watch.ran.add(name)
+        rows = list(hidden.shape) if wants is None else list(hidden.shape[:-1])
+        share = watch.share(hidden)
+        if share and share.kind == TOKENS:
+            raise WrongError(f"{name} gets one rank's tokens and would sum different ones")
+        if wants is not None:
+            _check_rowwise(name, hidden, share, wants)
+        elif share:
+            raise WrongError(f"{name} gets one rank's share of ids")
+        dtype = hidden.dtype if hidden.is_floating_point() else None
+        elements = math.prod(rows) * width
+        watch.sends(name, "forward", "reduce-scatter" if layout == Shard(1) else "all-reduce", elements)
+        if layout == Shard(1):
+            watch.sends(name, "backward", "all-gather", elements)
+        if wants is not None and wants[1]:  # a whole input, of which each rank takes its part
+            watch.sends(name, "backward", "all-gather", hidden.numel())
+        if layout != Shard(1):
+            return watch.note(watch.activate(torch.ones(*rows, width, dtype=dtype)), output_of=name)
+        if len(rows) != 2:
+            raise WrongError(f"{name} would split dim 1 of {(*rows, width)}, which is not the sequence")
+        length, rows[1] = rows[1], rows[1] // ranks
+        return watch.note(watch.tokens(torch.ones(*rows, width, dtype=dtype), length), output_of=name)
+
+    return forward
+
+
+def _check_rowwise(name: str, hidden: torch.Tensor, share: Share | None, wants: tuple[int, bool]) -> None:
+    """Whether a rowwise layer gets the whole input, or the rank's contiguous part of the columns, as it wants."""
+    wanted, whole = wants
+    if share and (len(share.parts) > 1 or share.copies > 1):
+        raise WrongError(f"{name} wants one rank's contiguous columns, but gets {share.what}")
+    if share and share.dim != hidden.dim() - 1:
+        raise WrongError(f"{name} gets {tuple(hidden.shape)}, of which a rank has a share in another dim")
+    if whole == bool(share) or hidden.shape[-1] != wanted:
+        has = "one rank's share" if share else "all features"
+        raise WrongError(f"{name} gets {has} in {hidden.shape[-1]} columns, but wants {wanted} of {_whose(whole)}")
+
+
+def _whose(whole: bool) -> str:
+    return "all" if whole else "one rank's share"
+
+
+def _around(module: Any, before: Callable | None, after: Callable | None = None) -> None:
+    forward = module.forward
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        if before and not isinstance(args[0] if args else kwargs.get("hidden_states"), torch.Tensor):
+            raise WrongError(f"{type(module).__name__} is called without a hidden state of its own")
+        if before and args:
+            args = (before(args[0]), *args[1:])
+        elif before:
+            kwargs = kwargs | {"hidden_states": before(kwargs["hidden_states"])}
+        output = forward(*args, **kwargs)
+        if after and isinstance(output, tuple):
+            return (after(output[0]), *output[1:])
+        return after(output) if after else output
+
+    module.forward = around
+
+
+def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backward: str | None = None) -> torch.Tensor:
+    watch.ran.add(name)
+    dim = _sequence_dim(watch, name, hidden)
+    whole = torch.ones(*hidden.shape[:dim], hidden.shape[dim] * ranks, *hidden.shape[dim + 1 :], dtype=hidden.dtype)
+    watch.sends(name, "forward", "all-gather", whole.numel())
+    if backward:
+        watch.sends(name, "backward", backward, whole.numel())
+    return watch.note(watch.activate(whole), gathered=backward is not None)
+
+
+def _gathered_for_readers(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    """A gathered sequence, whose gradient is reduce-scattered once if a colwise layer reads it."""
+    whole = _gathered(watch, name, hidden, ranks)
+    summed = Collective(name, "backward", "reduce-scatter", whole.numel(), of_tokens=True)
+    return watch.note(whole, gathered=summed)
+
+
+def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    watch.ran.add(name)
+    if watch.share(hidden) or hidden.dim() < 3 or hidden.shape[1] % ranks:
+        raise WrongError(f"{name} would split {tuple(hidden.shape)}, which is no whole sequence, along dim 1")
+    watch.sends(name, "backward", "all-gather", hidden.numel())
+    length = hidden.shape[1]
+    part = torch.ones(hidden.shape[0], length // ranks, *hidden.shape[2:], dtype=hidden.dtype)
+    return watch.tokens(part, length)
+
+
+def _share(watch: Watch, name: str, hidden: torch.Tensor, sums: bool = False) -> torch.Tensor:
+    if watch.share(hidden):
+        raise WrongError(f"{name} wants all features and tokens, but gets one rank's share")
+    if sums:
+        watch.sends(name, "backward", "all-reduce", hidden.numel())
+    return watch.note(hidden, shared_by=name)
+
+
+def _whole(watch: Watch, name: str, module: nn.Module, sums_inputs: bool = False, sums_output: bool = False) -> None:
+    """A module of experts: what it takes and returns is whole; what it does depends on values, so it is not run."""
+
+    def same(*args: Any, **kwargs: Any) -> Any:
+        inputs = list(tensors((args, kwargs)))
+        if any(watch.share(tensor) for tensor in inputs):
+            raise WrongError(f"{name} wants all features and tokens, but gets one rank's share")
+        if sums_output:
+            watch.sends(name, "forward", "all-reduce", inputs[0].numel())
+        for tensor in inputs if sums_inputs else ():
+            if tensor.is_floating_point() and watch.facts(tensor).trained:
+                watch.sends(name, "backward", "all-reduce", tensor.numel())
+        return inputs[0] * 1
+
+    module.forward = same
+
+
+def _local(watch: Watch, name: str, module: Any, style: LocalShards, ranks: int) -> None:
+    for leaf, placement in style.layouts.items():
+        parameter = module._parameters.get(leaf)
+        if parameter is None:
+            continue
+        dim = placement.dim % parameter.dim()  # type: ignore[attr-defined]
+        local = nn.Parameter(parameter.narrow(dim, 0, parameter.shape[dim] // ranks).clone(), requires_grad=False)
+        module.register_parameter(leaf, local)
+        watch.note(local, share=Share(dim, FEATURES, (parameter.shape[dim],)))
+    for leaf in style.partial:
+        if (parameter := module._parameters.get(leaf)) is not None:
+            watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+    if style.sum_output:
+        _whole(watch, name, module, style.sum_input_gradients, sums_output=True)
+
+
+def _plain(watch: Watch, name: str, module: Any) -> None:
+    """A linear without a style computes nothing either; a rank's share goes through it in any dim but the last."""
+    _, out_features = features(module)  # type: ignore[misc]
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        facts = watch.facts(hidden)
+        if facts.shared_by:
+            raise WrongError(f"{name} reads the input that the projections of {facts.shared_by} share")
+        output = watch.activate(torch.ones(*hidden.shape[:-1], out_features, dtype=hidden.dtype))
+        if facts.share is None:
+            return output
+        if facts.share.dim == hidden.dim() - 1:
+            raise WrongError(f"{name} sums over {facts.share.what} of which each rank has a share")
+        watch.partial |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
+        return watch.note(output, share=facts.share)
+
+    module.forward = forward
+
+
+def _summed_in_backward(watch: Watch, name: str, module: Any, rope_dim: int) -> None:
+    def whole(hidden: torch.Tensor) -> torch.Tensor:
+        if watch.share(hidden) or watch.facts(hidden).shared_by:
+            raise WrongError("the rotary part of latent attention wants all tokens, and a gradient of its own")
+        output = torch.ones(*hidden.shape[:-1], module.out_features, dtype=hidden.dtype)
+        watch.sends(name, "backward", "all-reduce", output[..., :rope_dim].numel())
+        return watch.note(output, active=True, alike=frozenset())  # not trained: the style sums its gradient
+
+    module.forward = whole
+
+
+def _routes(module: Any) -> bool:
+    """Stacked experts, whose own forward loops over the experts that were chosen."""
+    experts = getattr(module, "num_experts", None)
+    stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] == experts]
+    return isinstance(experts, int) and bool(stacked)

@@ -1,0 +1,1 @@
+"""Where plans come from: families, transformers' strings, a model's structure, sequence parallelism."""

@@ -1,0 +1,105 @@
+"""Find the plan for a model: the one given, the one named, the family's; never another one instead."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from am_tp_plans.sources.infer import infer_plan
+from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
+from am_tp_plans.sources.sequence import add_sequence_parallelism, unsharded_stack
+from am_tp_plans.sources.translate import get_hf_tp_shard_plan
+
+
+def resolve_plan(
+    model: nn.Module,
+    plan: dict[str, ParallelStyle] | str | None = None,
+    *,
+    sequence_parallel: bool = False,
+    infer: bool = False,
+    example_inputs: dict[str, Any] | None = None,
+) -> dict[str, ParallelStyle]:
+    """The tensor-parallel plan for a model, as a dict from module names (with `*` for one level) to styles.
+
+    In this order: `plan` itself if it is a dict; what the import path `plan` names, a dict or a function of
+    `(model, sequence_parallel)`, of the model, or of nothing; the function that `PARALLELIZE_FUNCTIONS` has for the
+    model's class; the plan that the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. With
+    `infer`, what `infer_plan` finds takes the place of a plan that there is none of, or that shards no layer.
+    `example_inputs` are keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`.
+
+    Raises:
+        ValueError: the path does not lead to a plan, or the model's class has none; names what there is.
+        TypeError: `plan` is something else, or a plan has a value that is not a `ParallelStyle`.
+    """
+    if isinstance(plan, dict):
+        return _checked(plan, "plan")
+    if isinstance(plan, str):
+        return _checked(_from_path(plan, model, sequence_parallel), plan)
+    if plan is not None:
+        raise TypeError(f"plan must be a dict, an import path or None, got {type(plan).__name__}")
+    if type(model) in PARALLELIZE_FUNCTIONS:
+        return PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
+    derived = _derived(model, infer, example_inputs)
+    if derived is None:
+        kind = "sequence-parallel" if sequence_parallel else "tensor-parallel"
+        known = "\n  ".join(PARALLELIZE_FUNCTIONS)
+        raise ValueError(
+            f"there is no {kind} plan for {type(model).__module__}.{type(model).__qualname__}; "
+            f"pass one as a dict or an import path, or infer=True (infer_plan may find one). Known are\n  {known}"
+        )
+    if sequence_parallel:
+        return add_sequence_parallelism(model, derived, example_inputs=example_inputs)
+    return derived
+
+
+def _derived(model: nn.Module, infer: bool, example_inputs: dict[str, Any] | None) -> dict[str, ParallelStyle] | None:
+    """The plan that the model brings if it shards the layers, else the inferred one if that is asked for."""
+    brought = get_hf_tp_shard_plan(model, example_inputs=example_inputs) if getattr(model, "_tp_plan", None) else None
+    if brought is not None and not (left := unsharded_stack(model, brought)):
+        return brought
+    if infer:
+        return infer_plan(model, example_inputs=example_inputs)
+    if brought is None:
+        return None
+    try:
+        inner = sorted(key for key in infer_plan(model, example_inputs=example_inputs) if key.startswith(f"{left}."))
+        found = f"infer_plan finds {inner}" if inner else "infer_plan finds nothing in it either"
+    except ValueError:
+        found = "infer_plan finds nothing either"
+    raise ValueError(
+        f"the plan that {type(model).__name__} brings shards {sorted(brought)}, but nothing of {left}, its largest "
+        f"stack of layers; {found}. Pass a plan of your own, or infer=True"
+    )
+
+
+def _from_path(path: str, model: nn.Module, sequence_parallel: bool) -> object:
+    module_name, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"the plan {path!r} cannot be imported: {error}") from error
+    return _called(found, model, sequence_parallel) if callable(found) else found
+
+
+def _called(function: Any, *arguments: Any) -> object:
+    """What a function returns for as many of the arguments as it takes."""
+    for count in range(len(arguments), -1, -1):
+        try:
+            inspect.signature(function).bind(*arguments[:count])
+        except TypeError:
+            continue
+        return function(*arguments[:count])
+    raise TypeError(f"{function!r} must take (model, sequence_parallel), the model, or nothing")
+
+
+def _checked(plan: object, label: str) -> dict[str, ParallelStyle]:
+    if not isinstance(plan, dict):
+        raise TypeError(f"{label} must be or return a dict of parallel styles, got {type(plan).__name__}")
+    for name, style in plan.items():
+        if not isinstance(name, str) or not isinstance(style, ParallelStyle):
+            raise TypeError(f"{label}: {name!r} has {style!r}, which is not a torch ParallelStyle")
+    return plan
