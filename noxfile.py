@@ -182,6 +182,12 @@ def garbled(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["together"])
+def mutants(session: nox.Session) -> None:
+    """Change one thing in the code that sums, masks, places or sends, 150 times: do its tests notice?"""
+    run(session, "python", "tests-integration/mutants.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["together"])
 def survival(session: nox.Session) -> None:
     """Every fault on two layouts of the main job, and a soak; writes `docs/reliability.md`."""
     folder = ROOT / "build" / "survival"
