@@ -266,6 +266,23 @@ def test_joining_with_nothing_changes_nothing():
     assert (empty[1] == -torch.inf).all()
 
 
+def test_an_image_whose_tokens_see_each_other_is_noticed_wherever_it_is():
+    import transformers.masking_utils as hf
+
+    image = torch.zeros(2, 200, dtype=torch.bool)
+    image[1, 150:154] = True
+    sees = hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: image[b, q] & image[b, k])
+    here = torch.device("cpu")
+    assert recognise(sees, None, here) == (None, 0)
+    with pytest.raises(ValueError, match="neither causal nor full"):
+        recognise(sees, None, here, 2, 200)
+    assert recognise(hf.causal_mask_function, None, here, 2, 200) == (None, 0)
+    assert recognise(hf.bidirectional_mask_function, None, here, 2, 200) == (None, None)
+    assert recognise(hf.sliding_window_causal_mask_function(7), 7, here, 2, 200) == (6, 0)
+    with pytest.raises(ValueError, match="neither causal nor full"):  # a window that no size is told of
+        recognise(hf.sliding_window_causal_mask_function(20), None, here, 2, 200)
+
+
 def test_masks_of_transformers_are_recognised_and_others_refused():
     from transformers import masking_utils as hf
 

@@ -304,15 +304,24 @@ class _Context:
 
         return map_tensors(output, gather)
 
-    def mask(self, *, mask_function: Callable, device: torch.device, local_size: int | None = None, **_: Any):
+    def mask(
+        self,
+        *,
+        mask_function: Callable,
+        device: torch.device,
+        local_size: int | None = None,
+        batch_size: int = 1,
+        **_: Any,
+    ):
         """The mask interface's entry: a description for the layers of one kind."""
         if self.reading is not None:
             with self.reading.unseen():
                 recognise(mask_function, local_size, torch.device("cpu"))
             return ContextMask(Plan((), Rule()), None, None)
         self._check_called()
-        window = recognise(mask_function, local_size, torch.device(device))
-        return self.whole_sequence().mask(*window)
+        sequence = self.whole_sequence()
+        window = recognise(mask_function, local_size, torch.device(device), batch_size, sequence.seq_len)
+        return sequence.mask(*window)
 
     def before_convolution(self, module: nn.Module, args: tuple) -> None:
         """Towers run whole on images, and on made-up ones where other ranks have images; nothing else is whole."""

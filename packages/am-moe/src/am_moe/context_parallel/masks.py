@@ -107,12 +107,16 @@ def describe(positions_BN: torch.Tensor, valid_BN: torch.Tensor | None, ranks: i
     return Sequence(seq_len, ranks, last, torch.nn.functional.pad(here, (1, 0)).cummax(dim=1).values)
 
 
-def recognise(mask_function: Callable, local_size: int | None, device: torch.device) -> tuple[int | None, int | None]:
+def recognise(
+    mask_function: Callable, local_size: int | None, device: torch.device, rows: int = 1, seq_len: int = 0
+) -> tuple[int | None, int | None]:
     """How many tokens before and after itself a query sees under one of transformers' mask functions.
 
     Args:
         mask_function: says for batch, head, query and key indices whether the query sees the key.
         local_size: the size of a window or chunk, if the mask has one.
+        device: of the indices that it is given.
+        rows, seq_len: of the batch, each token of which is asked for the next one and for the ends of its window.
 
     Raises:
         ValueError: a mask that is neither causal nor full, with or without a sliding window.
@@ -135,10 +139,36 @@ def recognise(mask_function: Callable, local_size: int | None, device: torch.dev
             expected &= ahead >= -before
         if after is not None:
             expected &= ahead <= after
-        if seen.equal(expected):
+        if seen.equal(expected) and _holds_everywhere(mask_function, before, after, device, rows, seq_len):
             return before, after
     kind = "no window" if local_size is None else f"a window or chunk of {local_size}"
     raise UnknownMaskError(
         f"the model's attention mask ({kind}) is neither causal nor full, with or without a sliding window; "
         "context parallelism knows no other"
     )
+
+
+def _holds_everywhere(
+    mask_function: Callable, before: int | None, after: int | None, device: torch.device, rows: int, seq_len: int
+) -> bool:
+    """Whether every token sees the next one, the first one and the ends of its window as a rule of positions says.
+
+    An image whose tokens see each other is noticed wherever it is: one of them sees the next.
+    """
+    row, query = torch.arange(rows, device=device)[:, None], torch.arange(seq_len, device=device)[None]
+    ends = [end + more for end in (-(before or 0), after or 0) for more in (-1, 0, 1)]
+    right = torch.ones((), dtype=torch.bool, device=device)
+    for key in (query * 0, *(query + end for end in ends)):
+        key = key.clamp(0, max(seq_len - 1, 0))
+        ahead = key - query
+        expected = torch.ones_like(ahead, dtype=torch.bool)
+        if before is not None:
+            expected &= ahead >= -before
+        if after is not None:
+            expected &= ahead <= after
+        try:
+            seen = mask_function(row, query.new_zeros(()), query, key)
+        except (IndexError, RuntimeError, TypeError):
+            return False
+        right &= (seen == expected).all()
+    return bool(right)
