@@ -23,8 +23,8 @@ def folder_of(room: str) -> pathlib.Path:
 def copy_of(file: str) -> str:
     """What a file's copy holds: the original, under the names of the package that carries it."""
     text = (folder_of(OWNER) / file).read_text()
-    for name in ("layout", "_torch_compat"):
-        text = text.replace(f"from am_fsdp.{name}", f"from am_moe.{name.replace('layout', 'data_parallel')}")
+    for name, here in ((OWNER, CARRIER), ("am_fsdp._torch_compat", "am_moe._torch_compat")):
+        text = text.replace(f"from {name}", f"from {here}")
     path = (folder_of(OWNER) / file).relative_to(ROOT)
     return f"# A copy of {path}, made by `nox -s copies`: edit that one.\n{text}"
 

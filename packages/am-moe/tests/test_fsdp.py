@@ -261,3 +261,17 @@ def test_parallelize_model_refuses_before_the_first_parameter_is_touched(setting
     with pytest.raises(ValueError, match=words):
         parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep", **settings)
     assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before
+
+
+@pytest.mark.ranks(2)
+def test_a_module_of_two_dtypes_in_a_frozen_base_is_refused_before_experts_are_spread():
+    model = tiny("qwen3_moe", layers=2).requires_grad_(False)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.requires_grad_(True)
+    attention.o_proj.scale = nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False)
+    before = {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()}
+    world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"o_proj holds parameters of"):
+        parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep", mp_policy=policy)
+    assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before

@@ -121,25 +121,31 @@ def recognise(
     Raises:
         ValueError: a mask that is neither causal nor full, with or without a sliding window.
     """
+
+    def sees(row: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        try:
+            return mask_function(row, zero, query, key)
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise UnknownMaskError(f"the model's attention mask depends on more than positions: {error}") from error
+
     width = 4 if local_size is None else local_size
     at = torch.tensor(
         sorted({0, 1, 2, max(width - 1, 0), width, width + 1, abs(2 * width - 1), 2 * width, 2 * width + 1, 3 * width}),
         device=device,
     )
     zero = at.new_zeros(())
-    try:
-        seen = mask_function(zero, zero, at[:, None], at[None, :]).expand(len(at), len(at))
-    except (IndexError, RuntimeError, TypeError) as error:
-        raise UnknownMaskError(f"the model's attention mask depends on more than positions: {error}") from error
-    ahead = at[None, :] - at[:, None]
+    seen = sees(zero, at[:, None], at[None, :]).expand(len(at), len(at))
     windows = [(None, 0), (None, None)] if local_size is None else [(width - 1, 0), (width, width)]
     for before, after in windows:
-        expected = torch.ones_like(seen)
-        if before is not None:
-            expected &= ahead >= -before
-        if after is not None:
-            expected &= ahead <= after
-        if seen.equal(expected) and _holds_everywhere(mask_function, before, after, device, rows, seq_len):
+        if not seen.equal(_within(at[None, :] - at[:, None], before, after)):
+            continue
+        # An image whose tokens see each other is noticed wherever it is: one of them sees the next.
+        row, query = torch.arange(rows, device=device)[:, None], torch.arange(seq_len, device=device)[None]
+        ends = [end + more for end in (-(before or 0), after or 0) for more in (-1, 0, 1)]
+        right = torch.ones((), dtype=torch.bool, device=device)
+        for key in (query * 0, *((query + end).clamp(0, max(seq_len - 1, 0)) for end in ends)):
+            right &= (sees(row, query, key) == _within(key - query, before, after)).all()
+        if right:
             return before, after
     kind = "no window" if local_size is None else f"a window or chunk of {local_size}"
     raise UnknownMaskError(
@@ -148,27 +154,11 @@ def recognise(
     )
 
 
-def _holds_everywhere(
-    mask_function: Callable, before: int | None, after: int | None, device: torch.device, rows: int, seq_len: int
-) -> bool:
-    """Whether every token sees the next one, the first one and the ends of its window as a rule of positions says.
-
-    An image whose tokens see each other is noticed wherever it is: one of them sees the next.
-    """
-    row, query = torch.arange(rows, device=device)[:, None], torch.arange(seq_len, device=device)[None]
-    ends = [end + more for end in (-(before or 0), after or 0) for more in (-1, 0, 1)]
-    right = torch.ones((), dtype=torch.bool, device=device)
-    for key in (query * 0, *(query + end for end in ends)):
-        key = key.clamp(0, max(seq_len - 1, 0))
-        ahead = key - query
-        expected = torch.ones_like(ahead, dtype=torch.bool)
-        if before is not None:
-            expected &= ahead >= -before
-        if after is not None:
-            expected &= ahead <= after
-        try:
-            seen = mask_function(row, query.new_zeros(()), query, key)
-        except (IndexError, RuntimeError, TypeError):
-            return False
-        right &= (seen == expected).all()
-    return bool(right)
+def _within(ahead: torch.Tensor, before: int | None, after: int | None) -> torch.Tensor:
+    """Whether keys that are so many tokens ahead of their queries are in a window."""
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if before is not None:
+        seen &= ahead >= -before
+    if after is not None:
+        seen &= ahead <= after
+    return seen

@@ -95,7 +95,8 @@ def apply_fsdp(
             _shard_experts(model.get_submodule(experts.name), experts, settings, replicas)
     else:
         settings["ignored_params"] = expert_parameters
-    layers = [layer for stack in stacks_of_units(model) for layer in stack]
+    stacks = stacks_of_units(model)
+    layers = [layer for stack in stacks for layer in stack]
     for layer in layers:
         if not isinstance(layer, FSDPModule):  # but for one of another dtype
             fully_shard(layer, **settings)
@@ -111,18 +112,18 @@ def apply_fsdp(
     for layer in layers:
         if _may_use_a_part(layer):
             reduce_unused(layer)
-    _prefetch(model)
+    _prefetch(stacks)
     run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
     reshard_after_evaluation(model)
     _refuse_save_pretrained(model)
 
 
-def _prefetch(model: nn.Module) -> None:
+def _prefetch(stacks: list[list[nn.Module]]) -> None:
     """While a layer computes, the parameters of the next one are on their way, its experts' too.
 
     Experts make the host wait for the numbers of their rows; it could not ask for them in time otherwise.
     """
-    for stack in stacks_of_units(model):
+    for stack in stacks:
         for layer, following in itertools.pairwise(cast(list[Any], stack)):
             units = [module for module in following.modules() if isinstance(module, FSDPModule)]
             layer.set_modules_to_forward_prefetch(units)
@@ -163,7 +164,7 @@ def check_units(
     check_packed(model, mp_policy or MixedPrecisionPolicy())
     _head(model, lm_head_precision)
     spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
-    units_of_another_dtype(model, MixedPrecisionPolicy(), spread)
+    units_of_another_dtype(model, mp_policy or MixedPrecisionPolicy(), spread)
     if not wrap_outer_model:
         _check_apart(model)
 
