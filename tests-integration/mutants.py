@@ -18,6 +18,7 @@ import copy
 import importlib
 import importlib.abc
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -91,16 +92,21 @@ _COMPARED |= {ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn
 _NAMES = {"SUM": "MAX", "AVG": "SUM", "MAX": "MIN", "MIN": "MAX"}
 
 
-def changes(tree: ast.Module) -> Iterator[tuple[int, str, ast.Module]]:
-    """Every change of a module: its line, what it is, and the changed module."""
-    count = sum(1 for _ in ast.walk(tree))
-    for index in range(count):
-        changed = copy.deepcopy(tree)
-        node = next(n for i, n in enumerate(ast.walk(changed)) if i == index)
-        before = ast.unparse(node) if isinstance(node, (ast.expr, ast.stmt)) else ""
-        if _change(node) and before:
-            after = ast.unparse(ast.fix_missing_locations(node))
-            yield node.lineno, f"{_short(before)}  ->  {_short(after)}", changed
+def changes(tree: ast.Module) -> Iterator[tuple[int, str, int]]:
+    """Every change of a module: its line, what it is, and the place of the node among all."""
+    for place, node in enumerate(ast.walk(tree)):
+        if not isinstance(node, (ast.expr, ast.stmt)):
+            continue
+        changed = copy.deepcopy(node)
+        if _change(changed):
+            yield node.lineno, f"{_short(ast.unparse(node))}  ->  {_short(ast.unparse(changed))}", place
+
+
+def changed_at(module: str, place: int) -> ast.Module:
+    """The module with one node changed."""
+    tree = ast.parse(source_of(module).read_text())
+    _change(next(itertools.islice(ast.walk(tree), place, None)))
+    return ast.fix_missing_locations(tree)
 
 
 def _short(text: str) -> str:
@@ -157,14 +163,14 @@ def matters(tree: ast.Module, line: int) -> bool:
     return True
 
 
-def chosen(number: int, seed: int, only: str) -> list[tuple[str, int, str, ast.Module]]:
+def chosen(number: int, seed: int, only: str) -> list[tuple[str, int, str, int]]:
     """As many from each module as from any other, as far as it has them; the same for the same seed."""
     rng = random.Random(seed)  # noqa: S311
     found = {}
     for module in TESTS:
         if module.startswith(only):
             tree = ast.parse(source_of(module).read_text())
-            some = [(line, text, changed) for line, text, changed in changes(tree) if matters(tree, line)]
+            some = [change for change in changes(tree) if matters(tree, change[0])]
             found[module] = rng.sample(some, len(some))
     picked = []
     while len(picked) < number and any(found.values()):
@@ -242,8 +248,8 @@ def main() -> int:
         print(f"the tests of {', '.join(broken)} do not pass as they are", file=sys.stderr)
         return 2
     survived, caught = [], 0
-    for module, line, text, tree in tqdm(picked, desc="changes", disable=None):
-        how, seconds = run(module, tree)
+    for module, line, text, node in tqdm(picked, desc="changes", disable=None):
+        how, seconds = run(module, changed_at(module, node))
         place = f"{module}:{line} {text}"
         caught += how != "passed"
         if how == "passed":
