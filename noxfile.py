@@ -113,12 +113,16 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["together"])
 @nox.parametrize("ranks", [2, 4, 8], ids=["2", "4", "8"])
 def integration(session: nox.Session, ranks: int) -> None:
-    """The packages together, every rank of torchrun in lockstep; NCCL where there are that many GPUs, else gloo."""
-    report = junit(f"integration-{ranks}")
+    """The packages together, every rank of torchrun in lockstep; NCCL where there are that many GPUs, else gloo.
+
+    Tests that start programs of their own run beside each other, in processes of their own, with the launch of two.
+    """
     ignored = (f"--ignore={TESTKIT}", "--ignore=tests-integration/packaging")
-    fewer = f"--min-ranks={ranks // 2 + 1 if ranks > 2 else 0}"  # those have run in the launch before
-    arguments = ("-p", "no:xdist", report, fewer, *ignored, *(session.posargs or ["tests-integration"]))
-    torchrun(session, ranks, "-m", "pytest", *arguments)
+    fewer = f"--min-ranks={ranks // 2 + 1 if ranks > 2 else 0 if session.posargs else 1}"  # others have run already
+    arguments = ("-p", "no:xdist", junit(f"integration-{ranks}"), fewer, *ignored)
+    torchrun(session, ranks, "-m", "pytest", *arguments, *(session.posargs or ["tests-integration"]))
+    if ranks == 2 and not session.posargs:
+        pytest(session, "integration-programs", "-n", "2", "-m", "not ranks", *ignored, "tests-integration")
 
 
 @nox.session(venv_backend="none", requires=["together"])

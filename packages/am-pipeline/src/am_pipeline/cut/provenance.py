@@ -38,6 +38,7 @@ from am_pipeline._torch_compat import (
     looks_at_values,
     operator_name,
     quiet_fakes,
+    run_without_memory,
     storage_key,
     written_arguments,
 )
@@ -434,7 +435,7 @@ class Tracer(TorchDispatchMode):
             twins[id(twin)] = value
             return twin
 
-        result = func(*map_leaves(args, fake), **map_leaves(kwargs, fake))
+        result = run_without_memory(self.fake, func, map_leaves(args, fake), map_leaves(kwargs, fake))
         return map_leaves(result, lambda value: twins.get(id(value), value))
 
     def unknown_like(self, tensor: torch.Tensor) -> torch.Tensor:
