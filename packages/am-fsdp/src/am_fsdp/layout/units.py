@@ -23,9 +23,9 @@ def apply_fsdp_sharding_recursively(
 
     The last layer of a stack is not resharded after forward, because backward needs it at once. Layers without
     parameters, which a pipeline leaves where another stage's layers were, are passed over; so are layers that share
-    parameters with each other, which stay with the root. A module whose parameters have another dtype than most, such
-    as a float32 router, norm or head, becomes a unit of its own that computes in it (`units_of_another_dtype`). A layer
-    gathers the next one before it computes.
+    parameters with what is outside of them, which stay with the root. A module whose parameters have another dtype than
+    most, such as a float32 router, norm or head, becomes a unit of its own that computes in it
+    (`units_of_another_dtype`). A layer gathers the next one before it computes.
 
     Args:
         module: the model or a part of it; changed in place.
@@ -40,10 +40,10 @@ def apply_fsdp_sharding_recursively(
             mp_policy=policy,
             offload_policy=offload_policy or OffloadPolicy(),
         )
+    names = names_of_parameters(module)
     for stack in layer_stacks(module):
         layers = [layer for layer in stack if any(True for _ in layer.parameters())]
-        owned = Counter(id(p) for layer in layers for p in set(layer.parameters()))
-        layers = [layer for layer in layers if all(owned[id(p)] == 1 for p in layer.parameters())]
+        layers = [layer for layer in layers if shares_nothing([layer], names)]
         layers = [layer for layer in layers if not isinstance(layer, (nn.ModuleList, FSDPModule))]
         for index, layer in enumerate(layers):
             fully_shard(
@@ -119,19 +119,27 @@ def _own_policy(
 def edges(model: nn.Module) -> list[list[nn.Module]]:
     """What becomes a unit of its own besides layers: the token embedding; the final norm together with the head.
 
-    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
-    does not say which modules they are, or where a pipeline left them on another stage.
+    Not what shares a parameter with another module, such as embedding and head, or the embeddings of two stacks (all
+    stay in the root, which gathers it once); nothing where the model does not say which modules they are, or where a
+    pipeline left them on another stage.
     """
     embedding, head = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
-    if embedding is not None and head is not None:
-        shared = {id(p) for p in embedding.parameters()}
-        if any(id(p) in shared for p in head.parameters()):
-            return []
     units = [[embedding]] if embedding is not None else []
     if head is not None:
         norm = _final_norm(model, head)
         units.append([head] if norm is None else [norm, head])
-    return units
+    names = names_of_parameters(model)
+    return [unit for unit in units if shares_nothing(unit, names)]
+
+
+def names_of_parameters(*modules: nn.Module) -> Counter[int]:
+    """How many names each parameter has, by its id."""
+    return Counter(id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False))
+
+
+def shares_nothing(unit: list[nn.Module], names: Counter[int]) -> bool:
+    """Whether no parameter of these modules has a name elsewhere in the model: FSDP2 wants all of them in one unit."""
+    return all(names[parameter] == number for parameter, number in names_of_parameters(*unit).items())
 
 
 def _held(model: nn.Module, getter: str) -> nn.Module | None:

@@ -73,40 +73,47 @@ def layers(model: nn.Module) -> list[nn.Module]:
     """Every layer of every outermost `ModuleList`: decoder layers, those of towers and of prediction heads.
 
     Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
-    share parameters with each other, which stay with the root.
+    share parameters with what is outside of them, which stay with the root.
     """
     return [layer for stack in layer_stacks(model) for layer in stack]
 
 
 def layer_stacks(model: nn.Module) -> list[list[nn.Module]]:
     """The same layers, stack by stack."""
-    found = []
+    found, names = [], names_of_parameters(model)
     for stack in _stacks(model):
         some = [layer for layer in stack if any(True for _ in layer.parameters())]
-        owned = Counter(id(p) for layer in some for p in set(layer.parameters()))
-        found.append([layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())])
+        found.append([layer for layer in some if shares_nothing([layer], names)])
     return found
 
 
 def edges(model: nn.Module, head: nn.Module | None) -> list[list[nn.Module]]:
     """What is a unit of its own besides layers: the token embedding; the final norm together with the head.
 
-    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
-    does not say which modules they are, or where a pipeline left them on another stage.
+    Not what shares a parameter with another module, such as embedding and head, or the embeddings of two stacks (all
+    stay in the root, which gathers it once); nothing where the model does not say which modules they are, or where a
+    pipeline left them on another stage.
 
     Args:
         model: the model or a part of it.
         head: a head that is a unit already.
     """
     first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
-    if first is not None and last is not None:
-        shared = {id(p) for p in first.parameters()}
-        if any(id(p) in shared for p in last.parameters()):
-            return []
     units = [[first]] if first is not None else []
     norm = _final_norm(model, last) if last is not None else None
     after = [module for module in (norm, last) if module is not None and module is not head]
-    return [*units, after] if after else units
+    names = names_of_parameters(model)
+    return [unit for unit in [*units, after] if unit and shares_nothing(unit, names)]
+
+
+def names_of_parameters(*modules: nn.Module) -> Counter[int]:
+    """How many names each parameter has, by its id."""
+    return Counter(id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False))
+
+
+def shares_nothing(unit: list[nn.Module], names: Counter[int]) -> bool:
+    """Whether no parameter of these modules has a name elsewhere in the model: FSDP2 wants all of them in one unit."""
+    return all(names[parameter] == number for parameter, number in names_of_parameters(*unit).items())
 
 
 def _held(model: nn.Module, getter: str) -> nn.Module | None:
