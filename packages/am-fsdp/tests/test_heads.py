@@ -1,4 +1,4 @@
-"""Models that are no causal language models under FSDP2 and HSDP: heads, encoder-decoders, images, speech, encoders.
+"""Heads, encoder-decoders, speech, images and encoders under FSDP2 and HSDP; images with text: `test_some_ranks.py`.
 
 Each rank has a batch of its own, of another length. One type of each kind runs always; with `AM_SWEEP=folder` all that
 can be had small do, and leave there what they measured.
@@ -15,13 +15,13 @@ import pathlib
 import pytest
 import torch
 import torch.distributed as dist
+import transformers.models.bert.modeling_bert  # noqa: F401
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.heads import DECODER_TOKENS, TOKENS, inputs_for, small_for, types_for
-from am_testkit.natural import natural_batch, natural_types, small_with_images
 
 SWEEP = os.environ.get("AM_SWEEP")
 ALWAYS = {
@@ -33,12 +33,11 @@ ALWAYS = {
     "question": ["xlnet"],
     "image": ["vit"],
     "encoding": ["t5"],
-    "images": ["gemma3"],
 }
 TYPES = [
     (task, name)
     for task, always in ALWAYS.items()
-    for name in (always if not SWEEP else natural_types() if task == "images" else types_for(task))
+    for name in (types_for(task) if SWEEP else always)
 ]
 ON_FOUR = [pair for pair in TYPES if pair[1] in ALWAYS[pair[0]]] + TYPES[::5] if SWEEP else [("translation", "t5")]
 # Why a model is not laid out, in the words of the error.
@@ -113,8 +112,6 @@ def measure(task, model_type, layout, mesh, axes, attention):
 
 def batch_of(model, task, seed):
     """A batch of a length of its own; all but the first padded on the right where the model takes ids and a mask."""
-    if task == "images":
-        return natural_batch(model, ROWS, seed)
     batch = inputs_for(model, task, ROWS, seed, TOKENS - 2 * (seed % 3), DECODER_TOKENS - seed % 3)
     ids = batch.get("input_ids")
     if seed and ids is not None and "attention_mask" in inspect.signature(model.forward).parameters:
@@ -145,8 +142,7 @@ def mean_square(tensors):
 def runnable(task, model_type, attention):
     for dtype in (torch.float64, torch.float32):
         try:
-            build = small_with_images if task == "images" else lambda *a, **k: small_for(task, *a, **k)
-            model = build(model_type, dtype=dtype, attention=attention)
+            model = small_for(task, model_type, dtype, attention)
             mean_square(outputs_of(model, batch_of(model, task, 1))).backward()
             if all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
                 model.zero_grad()
