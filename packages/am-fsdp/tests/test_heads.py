@@ -34,11 +34,7 @@ ALWAYS = {
     "image": ["vit"],
     "encoding": ["t5"],
 }
-TYPES = [
-    (task, name)
-    for task, always in ALWAYS.items()
-    for name in (types_for(task) if SWEEP else always)
-]
+TYPES = [(task, name) for task, always in ALWAYS.items() for name in (types_for(task) if SWEEP else always)]
 ON_FOUR = [pair for pair in TYPES if pair[1] in ALWAYS[pair[0]]] + TYPES[::5] if SWEEP else [("translation", "t5")]
 # Why a model is not laid out, in the words of the error.
 REFUSED: dict[tuple[str, str], str] = {}
