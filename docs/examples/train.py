@@ -408,9 +408,10 @@ def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> p
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)  # of an earlier end of this run
     dist.barrier()
-    uses_cache = AutoConfig.from_pretrained(args.model, local_files_only=True).use_cache
+    before = AutoConfig.from_pretrained(args.model, local_files_only=True)
     for part in layout.parts:  # recomputation turns the cache off, which is not for those who use the model
-        part.config.use_cache = uses_cache
+        if hasattr(before, "use_cache"):
+            part.config.use_cache = before.use_cache
     adapters = "adapter" if args.lora else None
     am_fsdp.save_hf_weights(layout.parts, folder, adapters=adapters, pipeline_parts=degrees.pp > 1)
     if dist.get_rank() == 0:
