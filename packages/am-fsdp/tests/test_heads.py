@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 
 import pytest
 import torch
@@ -37,7 +38,13 @@ ALWAYS = {
 TYPES = [(task, name) for task, always in ALWAYS.items() for name in (types_for(task) if SWEEP else always)]
 ON_FOUR = [pair for pair in TYPES if pair[1] in ALWAYS[pair[0]]] + TYPES[::5] if SWEEP else [("translation", "t5")]
 # Why a model is not laid out, in the words of the error.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED = {
+    # Ranks give it different inputs here, a mask on some only, and it has several stacks.
+    "canine": "given different inputs, .* it has no get_input_embeddings",
+    # They call layers, or use their weights, past the hooks of FSDP2.
+    "squeezebert": "got mixed torch.Tensor and DTensor",
+    "vibevoice_asr": "got mixed torch.Tensor and DTensor",
+}
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 ROWS = 2
 
@@ -83,13 +90,13 @@ def measure(task, model_type, layout, mesh, axes, attention):
             if training:
                 mean_square(outputs).backward()
             errors += [relative_error(got, right, 1e-12) for got, right in zip(outputs, wanted, strict=True)]
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         refusal = str(error)
     else:
         refusal = ""
-    if refusal or (task, model_type) in REFUSED:
+    if refusal or model_type in REFUSED:
         record(task, model_type, found | {layout: f"refused: {refusal}"})
-        assert REFUSED.get((task, model_type), "not refused") in refusal
+        assert re.search(REFUSED.get(model_type, "not refused"), refusal), refusal
         return
     norm = torch.nn.utils.clip_grad_norm_(one.parameters(), 0.1)
     errors.append(abs(clip_grad_norm_(model.parameters(), 0.1).item() - norm.item()) / norm.item())
