@@ -40,7 +40,7 @@ ON_FOUR = [pair for pair in TYPES if pair[1] in ALWAYS[pair[0]]] + TYPES[::5] if
 # Why a model is not laid out, in the words of the error.
 REFUSED = {
     # Ranks give it different inputs here, a mask on some only, and it has several stacks.
-    "canine": "given different inputs, .* it has no get_input_embeddings",
+    "canine": "given different inputs, .*it has no get_input_embeddings",
     # They call layers, or use their weights, past the hooks of FSDP2.
     "squeezebert": "got mixed torch.Tensor and DTensor",
     "vibevoice_asr": "got mixed torch.Tensor and DTensor",
