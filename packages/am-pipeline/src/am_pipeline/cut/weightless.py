@@ -64,8 +64,8 @@ class Weightless:
 class _Unpacked(nn.Linear):
     """What bitsandbytes' `Linear4bit` computes, whose bits cannot be read without their numbers."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden.to(self.weight.dtype)).to(hidden.dtype)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
 
 
 def is_packed_linear(module: nn.Module) -> bool:
