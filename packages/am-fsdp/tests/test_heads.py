@@ -41,6 +41,8 @@ ON_FOUR = [pair for pair in TYPES if pair[1] in ALWAYS[pair[0]]] + TYPES[::5] if
 REFUSED = {
     # Ranks give it different inputs here, a mask on some only, and it has several stacks.
     "canine": "given different inputs, .*it has no get_input_embeddings",
+    # Biases in float32 beside linears of the model's dtype.
+    "deberta": "FSDP2 shards one dtype in a unit",
     # They call layers, or use their weights, past the hooks of FSDP2.
     "squeezebert": "got mixed torch.Tensor and DTensor",
     "vibevoice_asr": "got mixed torch.Tensor and DTensor",
@@ -161,3 +163,17 @@ def record(task, model_type, results):
         file = pathlib.Path(SWEEP, f"data_heads-{task}-{model_type}.json")
         before = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(before | results))
+
+
+@pytest.mark.ranks(2)
+def test_a_module_that_trains_another_dtype_than_those_in_it_is_refused_before_anything_is_sharded():
+    """FSDP2 would only say so in the first forward, as of DeBERTa's biases."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])})
+    model = model.double()
+    odd = torch.nn.ModuleDict({"inner": torch.nn.Linear(4, 4).double()})
+    odd.bias = torch.nn.Parameter(torch.zeros(4))
+    model["layers"].append(odd)
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    with pytest.raises(ValueError, match=r"layers\.2 and modules in it train .*float32.*float64.*one dtype in a unit"):
+        fsdp2_strategy_parallelize(model, mesh, torch.float64)
+    assert not any(hasattr(parameter, "device_mesh") for parameter in model.parameters())

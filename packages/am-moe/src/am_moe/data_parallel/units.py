@@ -30,7 +30,7 @@ def units_of_another_dtype(
         Units, inner ones first; modules that share parameters are one.
 
     Raises:
-        ValueError: one module holds parameters of two dtypes itself.
+        ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it.
     """
     left_out = {id(p) for p in besides}
     trained = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in left_out}
@@ -50,6 +50,11 @@ def units_of_another_dtype(
             raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
         if not dtypes or dtypes == {usual}:
             continue
+        passed = of_parameter.keys() | left_out
+        inside = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in passed}
+        if len(inside) > 1:  # a unit takes all that is below it
+            found = sorted(map(str, inside))
+            raise ValueError(f"{name} and modules in it train {found}; FSDP2 shards one dtype in a unit")
         owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
         if owners is None:
             units.append(owners := [])
