@@ -11,7 +11,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 OWNER, CARRIER = "am_fsdp.layout", "am_moe.data_parallel"
-FILES = ("evaluation.py", "packed.py", "replicas.py", "same_towers.py", "units.py")
+FILES = ("evaluation.py", "late_parameters.py", "packed.py", "replicas.py", "same_towers.py", "units.py")
 
 
 def folder_of(room: str) -> pathlib.Path:

@@ -42,7 +42,8 @@ VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers
 
 
 def main(folder: str, *names: str) -> None:
-    tables = (pipeline, heads, images, some_ranks, tensor, encoders, data, experts, context, context_heads, composed)
+    tables = (pipeline, heads, images, some_ranks, tensor, encoders, data, data_heads, experts, context, context_heads)
+    tables += (composed,)
     for name, write in ((t.__name__.replace("composed", "compositions"), t) for t in tables):
         if names and name not in names:
             continue
@@ -312,6 +313,48 @@ def experts(measured: dict[str, dict]) -> list[str]:
         "",
         f"| model type | experts | called | {' | '.join(shown)} | |",
         f"|---|---|---|{'---|' * len(shown)}---|",
+        *rows,
+    ]
+
+
+def data_heads(measured: dict[str, dict]) -> list[str]:
+    tried = {name: result for name, result in measured.items() if "not built" not in result}
+    layouts = ("fsdp2", "hsdp2x2")
+    exact = {name: sum(isinstance(result.get(name), float) for result in tried.values()) for name in layouts}
+    refused = sum(isinstance(result.get("fsdp2"), str) for result in tried.values())
+    rows, counts = [], []
+    for task, what in TASKS.items():
+        mine = {name: result for name, result in sorted(tried.items()) if name.startswith(f"{task}-")}
+        exact_here = sum(isinstance(result.get("fsdp2"), float) for result in mine.values())
+        two = sum("fsdp2" in result for result in mine.values())
+        counts.append(f"| {task} | {what} | {exact_here} | {two} | {len(types_for(task))} |")
+        for name, result in mine.items():
+            cells = [cell(result[layout]).replace("|", "/") if layout in result else "" for layout in layouts]
+            columns = (name.removeprefix(f"{task}-"), task, result["kind"], *cells, result["dtype"])
+            rows.append(f"| {' | '.join(columns)} |")
+    return [
+        "# Sharded data parallelism: encoder-decoders, encoders and heads",
+        "",
+        f"Of {exact['fsdp2'] + refused} models, **{exact['fsdp2']} are exact** over two data ranks, {refused} are",
+        f"refused; over two copies of two shards {exact['hsdp2x2']} are exact.",
+        f"{len(measured) - len(tried)} more cannot be had small by the test kit. What has no row is not measured.",
+        "Images with text: [on some ranks](some_ranks.md).",
+        "",
+        "| task | class of transformers | exact | tried | types in all |",
+        "|---|---|---|---|---|",
+        *counts,
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `fsdp2_strategy_parallelize` of a model of four layers, of an",
+        "encoder-decoder two in either stack, over two data ranks with the attention that transformers takes by",
+        "itself, and over two copies of two shards with eager attention. The numbers are the largest relative",
+        "differences from one process among all that the model returns, all gradients after clipping, and their norm.",
+        "",
+        f"Conditions: {_FLOATS}; two steps whose gradients add up with an evaluation between",
+        "them; every rank has rows of its own, of another length, all but the first padded on the right where a type",
+        "takes a mask; a loss on all tensors that the model returns, no dropout, all weights trained.",
+        "",
+        "| model type | task | class | fsdp2 | hsdp2x2 | |",
+        "|---|---|---|---|---|---|",
         *rows,
     ]
 

@@ -56,6 +56,24 @@ def test_embedding_and_head_are_units_unless_they_are_one_parameter(tied, wrap_o
     step_both(model, one)
 
 
+@pytest.mark.ranks(2)
+def test_what_shares_a_parameter_with_any_other_module_stays_with_the_root():
+    """A head may have an embedding twice under two names, as that of a text's two stacks; a layer may hold a third."""
+    model = tiny("qwen3_moe", layers=3)
+    model.first_of_another_stack = nn.Embedding.from_pretrained(model.model.embed_tokens.weight, freeze=False)
+    model.first_of_another_stack.weight = model.model.embed_tokens.weight
+    model.another_norm = nn.RMSNorm(8)
+    model.another_norm.weight = model.model.layers[1].input_layernorm.weight
+    one = copy.deepcopy(model)
+    data, moe = meshes(1, 2)
+    apply_ep(model, moe["ep"], moe)
+    apply_fsdp(model, data, True, False)
+    assert [isinstance(layer, FSDPModule) for layer in model.model.layers] == [True, False, True]
+    assert isinstance(model.lm_head, FSDPModule)
+    assert not isinstance(model.model.embed_tokens, FSDPModule)
+    step_both(model, one)
+
+
 class Gathers(TorchDispatchMode):
     def __init__(self):
         super().__init__()

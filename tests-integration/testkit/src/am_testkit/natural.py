@@ -108,18 +108,17 @@ def small_with_images(
 
 
 def _small_tower(model_type: str) -> dict[str, Any]:
-    """An image of four patches by four, where the config of the vision tower has a size."""
+    """An image of four patches by four, where the config of the vision tower has a size; features of two depths."""
     from transformers import CONFIG_MAPPING
 
     vision = getattr(CONFIG_MAPPING[model_type](), "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    settings = {"deepstack_visual_indexes": [0, 1]} if hasattr(vision, "deepstack_visual_indexes") else {}
     if isinstance(size, int) and isinstance(patch, int):
-        return {"image_size": 4 * patch}
-    return (
-        {"image_size": [4 * p for p in patch]}
-        if isinstance(size, (list, tuple)) and isinstance(patch, (list, tuple))
-        else {}
-    )
+        return settings | {"image_size": 4 * patch}
+    if isinstance(size, (list, tuple)) and isinstance(patch, (list, tuple)):
+        return settings | {"image_size": [4 * p for p in patch]}
+    return settings
 
 
 def natural_batch(model: nn.Module, rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:

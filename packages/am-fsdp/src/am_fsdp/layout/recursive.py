@@ -22,9 +22,9 @@ def apply_fsdp_sharding_recursively(
 
     The last layer of a stack is not resharded after forward, because backward needs it at once. Layers without
     parameters, which a pipeline leaves where another stage's layers were, are passed over; so are layers that share
-    parameters with each other, which stay with the root. A module whose parameters have another dtype than most, such
-    as a float32 router, norm or head, becomes a unit of its own that computes in it (`units_of_another_dtype`). A layer
-    gathers the next one before it computes.
+    parameters with what is outside of them, which stay with the root. A module whose parameters have another dtype than
+    most, such as a float32 router, norm or head, becomes a unit of its own that computes in it
+    (`units_of_another_dtype`). A layer gathers the next one before it computes.
 
     Args:
         module: the model or a part of it; changed in place.

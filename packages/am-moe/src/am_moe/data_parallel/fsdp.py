@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard
 
 from am_moe._torch_compat import reduce_unused
 from am_moe.data_parallel.evaluation import reshard_after_evaluation
+from am_moe.data_parallel.late_parameters import refuse_late_parameters
 from am_moe.data_parallel.packed import check_packed
 from am_moe.data_parallel.same_towers import run_towers_on_every_rank
 from am_moe.data_parallel.units import edges, stacks_of_units, units_of_another_dtype
@@ -115,6 +116,7 @@ def apply_fsdp(
     _prefetch(stacks)
     run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
     reshard_after_evaluation(model)
+    refuse_late_parameters(model)
     _refuse_save_pretrained(model)
 
 

@@ -119,7 +119,11 @@ class _Towers:
             kind = next(one[name][0] for one in everyones if name in one)
             if (name not in tower_inputs or not run & set().union(*everyones)) and kind != "integers":
                 self._refuse(model, f"{name} is given on some ranks only")
-        if not callable(getattr(model, "get_input_embeddings", None)):
+        try:
+            known = isinstance(model.get_input_embeddings(), nn.Module)
+        except (AttributeError, NotImplementedError):  # transformers does not know either
+            known = False
+        if not known:
             self._refuse(model, "it has no get_input_embeddings, beside which a tower could run")
 
     def _refuse(self, model: Any, why: str) -> None:

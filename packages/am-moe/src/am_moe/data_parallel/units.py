@@ -30,7 +30,7 @@ def units_of_another_dtype(
         Units, inner ones first; modules that share parameters are one.
 
     Raises:
-        ValueError: one module holds parameters of two dtypes itself.
+        ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it.
     """
     left_out = {id(p) for p in besides}
     trained = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in left_out}
@@ -50,6 +50,11 @@ def units_of_another_dtype(
             raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
         if not dtypes or dtypes == {usual}:
             continue
+        passed = of_parameter.keys() | left_out
+        inside = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in passed}
+        if len(inside) > 1:  # a unit takes all that is below it
+            found = sorted(map(str, inside))
+            raise ValueError(f"{name} and modules in it train {found}; FSDP2 shards one dtype in a unit")
         owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
         if owners is None:
             units.append(owners := [])
@@ -75,22 +80,20 @@ def _own_policy(
 def edges(model: nn.Module, head: nn.Module | None = None) -> list[list[nn.Module]]:
     """What is a unit of its own besides layers: the token embedding; the final norm together with the head.
 
-    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
-    does not say which modules they are, or where a pipeline left them on another stage.
+    Not what shares a parameter with another module, such as embedding and head, or the embeddings of two stacks (all
+    stay in the root, which gathers it once); nothing where the model does not say which modules they are, or where a
+    pipeline left them on another stage.
 
     Args:
         model: the model or a part of it.
         head: a head that is a unit already.
     """
     first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
-    if first is not None and last is not None:
-        shared = {id(p) for p in first.parameters()}
-        if any(id(p) in shared for p in last.parameters()):
-            return []
     units = [[first]] if first is not None else []
     norm = _final_norm(model, last) if last is not None else None
     after = [module for module in (norm, last) if module is not None and module is not head]
-    return [*units, after] if after else units
+    names = _names_of_parameters(model)
+    return [unit for unit in [*units, after] if unit and _shares_nothing(unit, names)]
 
 
 def _held(model: nn.Module, getter: str) -> nn.Module | None:
@@ -131,15 +134,24 @@ def stacks_of_units(model: nn.Module) -> list[list[nn.Module]]:
     """The layers of each stack that are units.
 
     Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
-    share parameters with each other, which stay with the root.
+    share parameters with what is outside of them, which stay with the root.
     """
-    found = []
+    found, names = [], _names_of_parameters(model)
     for stack in layer_stacks(model):
         some = [layer for layer in stack if any(True for _ in layer.parameters())]
-        owned = Counter(id(p) for layer in some for p in set(layer.parameters()))
-        alone = [layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())]
+        alone = [layer for layer in some if _shares_nothing([layer], names)]
         found.append([layer for layer in alone if not isinstance(layer, nn.ModuleList)])
     return found
+
+
+def _names_of_parameters(*modules: nn.Module) -> Counter[int]:
+    """How many names each parameter has, by its id."""
+    return Counter(id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False))
+
+
+def _shares_nothing(unit: list[nn.Module], names: Counter[int]) -> bool:
+    """Whether no parameter of these modules has a name elsewhere in the model: FSDP2 wants all of them in one unit."""
+    return all(names[parameter] == number for parameter, number in _names_of_parameters(*unit).items())
 
 
 def stack_names(model: nn.Module) -> list[str]:

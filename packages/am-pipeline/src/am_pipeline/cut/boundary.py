@@ -301,6 +301,8 @@ class Absent(nn.Module):
         self.__dict__["_inner"] = {n: _absent(child, f"{name}.{n}", boundary) for n, child in original.named_children()}
         self.__dict__["_tensors"] = {n: (p.shape, p.dtype) for n, p in original.named_parameters(recurse=False)}
         self.__dict__["boundary"] = boundary
+        if isinstance(getattr(type(original), "dtype", None), property) and any(True for _ in original.parameters()):
+            self.__dict__["dtype"] = original.dtype  # which transformers reads of the parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.boundary.stand_in(self._name, args, kwargs)
@@ -314,6 +316,8 @@ class Absent(nn.Module):
             shape, dtype = tensors[name]
             return no_numbers(shape, dtype, self.boundary._device)
         inherited = getattr(self.__dict__.get("_kind"), name, None)
+        if name == "device" and isinstance(inherited, property):
+            return torch.device(self.boundary._device)
         if isinstance(inherited, property) and inherited.fget is not None:
             return inherited.fget(self)
         if inherited is not None and not callable(inherited):

@@ -159,17 +159,19 @@ def resolve_form(
     training: bool,
     batch_dims: Mapping[str, int | None],
     pieces: int = 1,
+    place: int = 0,
 ) -> Form:
     """The form of a batch, found by trying.
 
     Args:
         first: the model's first argument.
-        inputs: its further inputs, whole, or a `Piece` for the first microbatch.
+        inputs: its further inputs, whole, or a `Piece` for one microbatch.
         batch, seq_len: sequences and tokens of the batch.
         runs: traces the model with a form; the inputs that it read, None if its forward failed.
         training: whether the model is in training mode.
         batch_dims: what the user says of the inputs' batch dims.
-        pieces: microbatches of the batch, where the real batch has to be traced.
+        pieces, place: microbatches of the batch, and which of them the pieces are for, where the real batch has to be
+            traced.
 
     Raises:
         AmbiguousError: names an input and what it could be.
@@ -200,12 +202,12 @@ def resolve_form(
         return masked(small(choice, ((batch + 8, batch + 3, batch + 5),)))
 
     def real(choice: Mapping[str, Shape]) -> Form:
-        """The first microbatch itself: what must fit each other in number, images and their places, does."""
+        """The microbatch itself: what must fit each other in number, images and their places, does."""
 
         def piece(given: Given) -> Given:
             dim = given.batch_dim
             whole = dim is None or given.name in given_pieces
-            sample = given.sample if whole else given.sample.chunk(pieces, dim)[0]
+            sample = given.sample if whole else given.sample.chunk(pieces, dim)[place]
             pairs = zip(given.shape.dims, sample.shape, strict=True)
             dims = tuple(d if d == BATCH else size for d, size in pairs)
             return Given(given.name, Shape(dims), sample)

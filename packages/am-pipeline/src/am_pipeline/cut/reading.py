@@ -108,6 +108,7 @@ class Reading:
         training: bool,
         batch_dims: Mapping[str, int | None] | None = None,
         pieces: int = 1,
+        place: int = 0,
     ) -> tuple[dict[str, int | None], tuple[Passage, ...]]:
         """What every stage does when the model is called with these inputs; found out and proved once for each form.
 
@@ -118,7 +119,7 @@ class Reading:
             batch, seq_len: sequences and tokens of the batch.
             training: whether the model is in training mode.
             batch_dims: the batch dims of inputs of which they are known.
-            pieces: microbatches of the batch.
+            pieces, place: microbatches of the batch, and which of them inputs of one microbatch are for.
 
         Returns:
             The batch dim of every further tensor, None where it goes to every microbatch whole; the passages.
@@ -137,7 +138,7 @@ class Reading:
             if inputs:
                 runs = partial(inputs_read, self.weightless, self.units)
                 of = (given, inputs, batch, seq_len, runs)
-                form = resolve_form(*of, training=training, batch_dims=said, pieces=splits)
+                form = resolve_form(*of, training=training, batch_dims=said, pieces=splits, place=place)
             self._proved[pattern] = form.batch_dims, self._prove_forms(form, stages)
         return self._proved[pattern]
 

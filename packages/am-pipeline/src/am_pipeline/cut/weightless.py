@@ -30,8 +30,11 @@ class Weightless:
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(self._shaped(parameter), parameter.requires_grad)
         self.model = copy.deepcopy(model, memo)
-        for module in self.model.modules():
+        for module in list(self.model.modules()):
             _compute_anywhere(vars(module).get("config"))
+            for name, child in module.named_children():
+                if is_packed_linear(child):
+                    setattr(module, name, self._unpacked(child))
 
     def fresh(self, training: bool) -> nn.Module:
         model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
@@ -45,9 +48,34 @@ class Weightless:
     def __deepcopy__(self, memo: dict) -> Weightless:
         return self
 
+    def _unpacked(self, packed: Any) -> nn.Module:
+        dtype = packed.compute_dtype or torch.float32
+        with self.fake:
+            plain = _Unpacked(packed.in_features, packed.out_features, packed.bias is not None, dtype=dtype)
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(getattr(packed, name).requires_grad)
+        return plain.train(packed.training)
+
     def _shaped(self, parameter: nn.Parameter) -> torch.Tensor:
         with self.fake:
             return torch.empty(parameter.shape, dtype=parameter.dtype)
+
+
+class _Unpacked(nn.Linear):
+    """What bitsandbytes' `Linear4bit` computes, whose bits cannot be read without their numbers."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear of bitsandbytes with its weight in 4 bits: known by name, not imported."""
+    kind = type(module)
+    return (
+        kind.__name__ == "Linear4bit"
+        and kind.__module__.startswith("bitsandbytes.nn.")
+        and isinstance(module, nn.Linear)
+    )
 
 
 def refuse_uncopied(model: nn.Module) -> None:

@@ -311,6 +311,7 @@ class PipelineSchedule(StepHooks, Schedule):
                 training=stages[0].submod.training,
                 batch_dims=self.batch_dims,
                 pieces=count,
+                place=microbatch,
             )
             batch_dims |= dims
             passages.append(of_stages)
