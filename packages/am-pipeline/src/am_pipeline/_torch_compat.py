@@ -279,6 +279,11 @@ def hooks_of(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def forward_hooks_of(module: nn.Module) -> tuple[Callable, ...]:
+    """What runs after the forward of a module."""
+    return tuple(module._forward_hooks.values())
+
+
 def looks_at_values(function: Any) -> bool:
     """Whether an operator's result, or the shape of it, is a matter of numbers in its inputs alone."""
     tags = function.tags

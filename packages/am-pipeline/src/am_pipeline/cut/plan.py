@@ -24,7 +24,7 @@ from am_pipeline.cut.units import Units
 from am_pipeline.cut.weightless import Weightless, refuse_uncopied
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.schedule.balance import Costs, balanced, costs_of
-from am_pipeline.step.inputs import DECODER_IDS
+from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS
 
 # Of so many lists of layers, the heaviest, two may be the encoder's and the decoder's.
 _HEAVIEST = 4
@@ -79,6 +79,12 @@ class CutPlan:
             layer = self.anatomy.layer(self.layers_of(stage)[-1])
             beside |= {c: None for c in passage.sends if c.value.unit != layer or c.value.leaf}
         return tuple(beside)
+
+    @property
+    def stay(self) -> frozenset[str]:
+        """Names of images and sound that only the first stage reads; others have what it computed of them."""
+        read = (passage.needs - passage.withheld for passage in self.passages[1:])
+        return frozenset(ENCODER_INPUTS).difference(*read)
 
     @property
     def needs_first_input(self) -> bool:
@@ -154,7 +160,7 @@ def plan_stages(
     by_hand = None
     if module_names_per_stage is not None:
         by_hand = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
-    candidates = _candidates(model, by_hand)
+    candidates = _candidates(model, by_hand, example_inputs)
     sizes = {
         stacks: sum(p.numel() for s in stacks for p in model.get_submodule(s).parameters()) for stacks in candidates
     }
@@ -183,8 +189,11 @@ def plan_stages(
     return plans[0]
 
 
-def _candidates(model: nn.Module, by_hand: Stages | None) -> list[tuple[str, ...]]:
-    """The stacks that may be cut, together or alone, the likeliest first: two where a decoder takes ids of its own."""
+def _candidates(model: nn.Module, by_hand: Stages | None, example: Iterable[str] | None) -> list[tuple[str, ...]]:
+    """The stacks that may be cut, together or alone, the likeliest first.
+
+    Two where a decoder takes ids of its own, or where the user shows images or sound beside the ids.
+    """
     if by_hand:
         named = [name for names in by_hand for name in names]
         lists = [stack for stack in candidate_stacks(model) if f"{stack}.0" in named]
@@ -196,7 +205,8 @@ def _candidates(model: nn.Module, by_hand: Stages | None) -> list[tuple[str, ...
         if lists:
             return [(lists[0],)]
     alone: list[tuple[str, ...]] = [(stack,) for stack in candidate_stacks(model)]
-    if DECODER_IDS not in inspect.signature(model.forward).parameters:
+    _, *further = inspect.signature(model.forward).parameters
+    if DECODER_IDS not in further and not set(example or ()) & set(further) & set(ENCODER_INPUTS):
         return alone
     heaviest = layer_lists(model)[:_HEAVIEST]
     return [*sorted(itertools.combinations(heaviest, 2), key=lambda pair: sum(map(heaviest.index, pair))), *alone]
@@ -282,7 +292,9 @@ def _refuse_packed(model: nn.Module, first: Exception | None) -> None:
 def _forms(weightless: Weightless, units: Units, example_inputs: Mapping[str, Any] | None) -> Iterator[Form]:
     name, model = weightless.first_input, weightless.model
     if example_inputs is not None:
-        yield from example_forms(name, example_inputs, partial(inputs_read, weightless, units), training=model.training)
+        runs = partial(inputs_read, weightless, units)
+        for form in example_forms(name, example_inputs, runs, training=model.training):
+            yield form.with_more_images
         return
     if DECODER_IDS in inspect.signature(model.forward).parameters:
         yield text_form(name, model.training, decoder_ids=True)
@@ -316,7 +328,8 @@ def build_part(
     boundary = Boundary(stage == 0, stage == len(plan.stages) - 1, plan.passages[stage])
     boundary.passes_on = not patch_inner_model
     boundary.prove = partial(_passage_for_call, plan, stage)
-    part = copy_without(model, plan.reading.units, set(plan.stages[stage]), boundary)
+    recorders = plan.reading.weightless.recorders
+    part = copy_without(model, plan.reading.units, set(plan.stages[stage]), boundary, recorders)
     for name in plan.reading.small.kept if stage else ():  # each stage advances its own
         owner, _, leaf = name.rpartition(".")
         module = part.get_submodule(owner)

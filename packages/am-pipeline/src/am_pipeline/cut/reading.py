@@ -87,8 +87,9 @@ class Reading:
         self.large, self.odd = self.small, None
         if len(self.form.sizes) > 1:
             self.large = _trace(weightless, self.units, self.form, self.form.sizes[1])
-            with contextlib.suppress(Exception):  # some models take no odd length
-                self.odd = _trace(weightless, self.units, self.form, ODD)
+            if not self.grows_by_images:
+                with contextlib.suppress(Exception):  # some models take no odd length
+                    self.odd = _trace(weightless, self.units, self.form, ODD)
         if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
             raise CannotCutError("its forward runs other modules for longer inputs")
         self.anatomy = self._anatomy()
@@ -96,6 +97,11 @@ class Reading:
 
     def __deepcopy__(self, memo: dict) -> Reading:
         return self
+
+    @property
+    def grows_by_images(self) -> bool:
+        """Whether it was read at two numbers of images, so that what a tower's layers make may cross a cut."""
+        return len(self.form.sizes[0]) > 3
 
     def passages_for(
         self,
@@ -131,6 +137,8 @@ class Reading:
         sizes = (batch, seq_len, *decoder_length(inputs))
         given = self.form.first if first is None else self.form.first.of(first.detach())
         pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
+        if self.grows_by_images:
+            pattern += tuple(_sizes_of_images(inputs.get(name)) for name in ENCODER_INPUTS)
         if pattern not in self._proved:
             given = replace(given, sample=given.sample.cpu())
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
@@ -150,7 +158,7 @@ class Reading:
         """A form with masks holds for masks that hide something and for those that hide nothing."""
         masks = {name for name, given in form.tensors.items() if given.is_mask}
         if not masks or len(form.sizes) == 1:
-            return self._prove_form(form, stages)
+            return self._prove_form(form.with_more_images if self.grows_by_images else form, stages)
         found = []
         for hides in (False, True):
             tensors = {n: g.filled(hides) if n in masks else g for n, g in form.tensors.items()}
@@ -239,8 +247,10 @@ class Reading:
             made.setdefault((value.unit, value.call), []).append((place, value))
         receives = tuple(self._crossed(value) for value in enters)
         first = (self.form.first.name, self.form.first.shape, self.form.first.sample.dtype)
-        if stage:
-            self._refuse_unknown_sizes(receives)
+        # What a tower's layers hand on is of images: the ids tell how many sequences there are, of how many tokens.
+        tells = {self.form.first.name} if stage and not self._tell_sizes(receives) else set()
+        if tells and not self.grows_by_images:
+            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
         # A unit that is held runs whether its result counts or not.
         held = (call for call in self.small.calls if stage in holders_of(stages, call.unit))
         run_on = {source.name for call in held for source in call.reads if isinstance(source, Input)}
@@ -251,16 +261,15 @@ class Reading:
             {call: tuple(places) for call, places in made.items()},
             frozenset(),
             first,
-            frozenset(needs.inputs[stage] | run_on),
+            frozenset(needs.inputs[stage] | run_on | tells),
+            of_images=self.grows_by_images,
         )
 
-    def _refuse_unknown_sizes(self, receives: tuple[Crossed, ...]) -> None:
-        """What a stage receives has to tell the sizes of a microbatch, but for those of the decoder's ids."""
+    def _tell_sizes(self, receives: tuple[Crossed, ...]) -> bool:
+        """Whether what a stage receives tells the sizes of a microbatch, but for those of the decoder's ids."""
         shapes = [crossed.shape for crossed in receives]
         told = {place for s in shapes for place in s.sizes if s.size_in(place, s.at(self.form.sizes[0])) is not None}
-        needed = {0} | self.form.first.shape.sizes
-        if needed - told:
-            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
+        return {0} | self.form.first.shape.sizes <= told
 
     def _template(self, call: Call, larger: Call) -> Any:
         shapes = iter([leaf.shape for leaf in larger.leaves])
@@ -328,7 +337,8 @@ class Reading:
         """
         last = len(stages) - 1
         boundary = Boundary(stage == 0, stage == last, passage)
-        part = copy_without(self.weightless.fresh(self.form.training), self.units, set(stages[stage]), boundary)
+        fresh = self.weightless.fresh(self.form.training)
+        part = copy_without(fresh, self.units, set(stages[stage]), boundary, self.weightless.recorders)
         boundary.install(part)
         absent = {unit for unit, _ in passage.returns}
         tracer = Tracer(part, self.weightless.fake, lambda name: None if (u := self.units.of(name)) in absent else u)
@@ -386,10 +396,21 @@ class Reading:
                     unit = (one or two).unit if one is None or two is None else one.unit
                     raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
+    def _first_reader(self, call: Call) -> int:
+        """The first layer that depends on what a call returned; -1 without one."""
+        followed = {(call.unit, call.index)}
+        for later in self.small.calls:
+            if _made_by(later) & followed:
+                if self.units.is_layer(later.unit):
+                    return self.units.layers_in([later.unit])[0]
+                followed.add((later.unit, later.index))
+        return -1
+
     def _anatomy(self) -> Anatomy:
         """Which modules beside the stacks run before, after and between their layers.
 
-        What text does not run is before them: an image encoder and its projector, wherever they are registered.
+        What text does not run is before them: an image encoder and its projector, wherever they are registered. What
+        runs before a tower and is read after it, an embedding, stays with the layer that reads it.
         """
         depths = [len(self.weightless.model.get_submodule(stack)) for stack in self.stacks]
         ends = set(itertools.accumulate(depths))
@@ -397,7 +418,7 @@ class Reading:
         reads_layers: set[tuple[str, int]] = set()  # calls that depend on what layers made
         ran, passed = self.ran, 0
         for call in self.small.calls:
-            made = {(s.unit, s.call) for s in call.reads if isinstance(s, (Value, Inner))}
+            made = _made_by(call)
             is_layer = self.units.is_layer(call.unit)
             if is_layer or made & reads_layers:
                 reads_layers.add((call.unit, call.index))
@@ -407,6 +428,8 @@ class Reading:
             side: str | int = "before" if not passed else "after" if passed == len(ran) else "between"
             if side == "between" and ran[passed] in ends and ran[passed - 1] < ran[passed]:
                 side = ran[passed - 1] if made & reads_layers else ran[passed]
+            if side == "before" and (reader := self._first_reader(call)) >= depths[0]:
+                side = reader
             sides.setdefault(call.unit, set()).add(side)
         found: dict[str | int, list[str]] = {"before": [], "between": [], "after": []}
         for name, _ in modules_beside(self.weightless.model, self.stacks):
@@ -422,6 +445,11 @@ class Reading:
         joints = tuple((unit, side) for side, units in found.items() if isinstance(side, int) for unit in units)
         before, after, between = (tuple(found[side]) for side in ("before", "after", "between"))
         return Anatomy(self.stacks, tuple(depths), before, after, between, joints)
+
+
+def _made_by(call: Call) -> set[tuple[str, int]]:
+    """The calls of units whose values this one reads."""
+    return {(s.unit, s.call) for s in call.reads if isinstance(s, (Value, Inner))}
 
 
 def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | None:
@@ -442,7 +470,10 @@ def _trace(weightless: Weightless, units: Units, form: Form, size: Sizes, twice:
     settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     given = settings | _inputs(tracer, form, size)
     first = given.pop(form.first.name)
-    return tracer.run(lambda: select_output(model(first, **given)), twice=twice)
+    try:
+        return tracer.run(lambda: select_output(model(first, **given)), twice=twice)
+    finally:
+        weightless.note_recorders(model)
 
 
 def _inputs(tracer: Tracer, form: Form, size: Sizes) -> dict[str, Any]:
@@ -467,6 +498,12 @@ def _asked_of(error: BaseException | None) -> str | None:
 def holders_of(stages: Stages, unit: str) -> set[int]:
     """The stages that hold a unit: whole, as part of a module that they name."""
     return {s for s, names in enumerate(stages) if any(unit == n or unit.startswith(f"{n}.") for n in names)}
+
+
+def _sizes_of_images(value: Any) -> tuple[int, ...] | None:
+    """All sizes of a tower's input but the first, which alone may change without a proof of its own."""
+    value = value.tensor if isinstance(value, Piece) else value
+    return tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
 
 
 def _pattern(inputs: Mapping[str, Any], sizes: Sizes, pieces: int) -> tuple:
