@@ -24,6 +24,7 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
+from torch.utils.flop_counter import flop_registry
 
 Schedule = _PipelineSchedule
 CsvSchedule = _PipelineScheduleRuntime
@@ -282,6 +283,15 @@ def hooks_of(module: nn.Module) -> bool:
 def forward_hooks_of(module: nn.Module) -> tuple[Callable, ...]:
     """What runs after the forward of a module."""
     return tuple(module._forward_hooks.values())
+
+
+def flops_of(function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """The FLOPs of an operator that multiplies matrices or attends; 0 of others."""
+    aten, packet = torch.ops.aten, function.overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        packet = aten._scaled_dot_product_flash_attention
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 def looks_at_values(function: Any) -> bool:

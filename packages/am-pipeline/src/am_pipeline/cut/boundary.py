@@ -51,6 +51,7 @@ class Passage:
         needs: inputs that the stage depends on.
         withheld: inputs that later stages are not given: the units that read them are on the first.
         of_images: whether it was proved at two numbers of images.
+        runs: the units that the stage holds and runs, in order, each once.
     """
 
     receives: tuple[Crossed, ...]
@@ -62,6 +63,7 @@ class Passage:
     needs: frozenset[str]
     withheld: frozenset[str] = frozenset()
     of_images: bool = False
+    runs: tuple[str, ...] = ()
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from am_pipeline.cut.units import Units
 from am_pipeline.cut.weightless import Weightless, refuse_uncopied
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.schedule.balance import Costs, balanced, costs_of
-from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS
+from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
 
 # Of so many lists of layers, the heaviest, two may be the encoder's and the decoder's.
 _HEAVIEST = 4
@@ -153,8 +153,12 @@ def plan_stages(
     module_names_per_stage: list[list[str]] | None = None,
     balance: str | Costs = "flops",
     example_inputs: Mapping[str, Any] | None = None,
+    lengths: Sequence[float] = (),
 ) -> CutPlan:
-    """`plan_cut` where the number of stages depends on how many layers the model turns out to have."""
+    """`plan_cut` where the number of stages depends on how many layers the model turns out to have.
+
+    `lengths` are the tokens of an encoder and a decoder, for stages of equal FLOPs; an example tells them, too.
+    """
     _refuse_layer_drop(model)
     refuse_uncopied(model)
     by_hand = None
@@ -171,7 +175,7 @@ def plan_stages(
         if plans and (len(stacks) < len(plans[0].anatomy.stacks) or sizes[stacks] < sizes[plans[0].anatomy.stacks]):
             break
         try:
-            plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs))
+            plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs, lengths))
         except CannotCutError as why:
             reasons.append(why)
         except ValueError as why:  # of so few layers there are no such stages; why the likelier stacks fail says more
@@ -220,23 +224,30 @@ def _plan_with(
     count: Callable[[int], int],
     balance: str | Costs,
     example_inputs: Mapping[str, Any] | None,
+    lengths: Sequence[float],
 ) -> CutPlan:
     """The plan for the first form of input that the model runs on and can be cut with."""
     first: list[CannotCutError] = []
     named = [name for names in by_hand or () for name in names]
     for reading in _readings(weightless, stacks, named, example_inputs):
         try:
-            return _plan_from(model, reading, by_hand, count, balance)
+            return _plan_from(model, reading, by_hand, count, balance, example_inputs, lengths)
         except CannotCutError as why:
             first.append(why)
     raise first[0]
 
 
 def _plan_from(
-    model: nn.Module, reading: Reading, by_hand: Stages | None, count: Callable[[int], int], balance: str | Costs
+    model: nn.Module,
+    reading: Reading,
+    by_hand: Stages | None,
+    count: Callable[[int], int],
+    balance: str | Costs,
+    example_inputs: Mapping[str, Any] | None,
+    lengths: Sequence[float],
 ) -> CutPlan:
     if by_hand is None:
-        stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
+        stages = _balanced_stages(model, reading, count(reading.anatomy.num_layers), balance, example_inputs, lengths)
     else:
         _check_stages(model, reading, by_hand)
         stages = _with_dropouts(model, reading, by_hand)
@@ -360,12 +371,31 @@ def _passage_for_call(
     return plan.reading.passages_for(plan.stages, first, inputs, *sizes[:2], training=training)[1][stage]
 
 
-def _balanced_stages(model: nn.Module, anatomy: Anatomy, num_stages: int, balance: str | Costs) -> Stages:
+def _balanced_stages(
+    model: nn.Module,
+    reading: Reading,
+    num_stages: int,
+    balance: str | Costs,
+    example_inputs: Mapping[str, Any] | None,
+    lengths: Sequence[float],
+) -> Stages:
+    anatomy = reading.anatomy
     if balance == "layers":  # the same number of layers; the first stages take what remains
-        ranges = split_layers(anatomy.num_layers, num_stages)
-    else:
-        ranges = balanced(costs_of(model, anatomy, balance) if isinstance(balance, str) else balance, num_stages)
-    return _around(anatomy, ranges)
+        return _around(anatomy, split_layers(anatomy.num_layers, num_stages))
+    if isinstance(balance, str):
+        flops = flops_of_example(reading, example_inputs) if balance == "flops" else None
+        balance = costs_of(model, anatomy, balance, lengths[: len(anatomy.stacks)], flops, example_inputs)
+    return _around(anatomy, balanced(balance, num_stages))
+
+
+def flops_of_example(reading: Reading, example_inputs: Mapping[str, Any] | None) -> dict[str, int] | None:
+    """By unit, the FLOPs of a forward of the user's example; None without one."""
+    if example_inputs is None:
+        return None
+    if reading.grows_by_images:
+        return reading.flops(reading.form.sizes[0])
+    rows, length = example_inputs[reading.form.first.name].shape[:2]
+    return reading.flops((rows, length, *decoder_length(example_inputs)))
 
 
 def _around(anatomy: Anatomy, ranges: Iterable[Iterable[int]]) -> Stages:

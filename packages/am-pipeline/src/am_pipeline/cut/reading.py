@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -188,6 +189,25 @@ class Reading:
         """The layers that run, in order."""
         return self.units.layers_in(call.unit for call in self.small.calls)
 
+    def flops(self, sizes: Sizes) -> dict[str, int]:
+        """By unit, the FLOPs of a forward of so many sequences, tokens and images, each stack with its own lengths."""
+        form = replace(self.form, sizes=(sizes,))
+        found: dict[str, int] = {}
+        for call in _trace(self.weightless, self.units, form, sizes).calls:
+            found[call.unit] = found.get(call.unit, 0) + call.flops
+        return found
+
+    def elements(self, unit: str, sizes: Sizes) -> int:
+        """How many numbers a unit returns as its first tensor; 0 where it does not run."""
+        found = next(
+            (pair for pair in zip(self.small.calls, self.large.calls, strict=True) if pair[0].unit == unit), None
+        )
+        if found is None or not found[0].leaves:
+            return 0
+        one, other = (call.leaves[0] for call in found)
+        shape = self._shape(one.value, one.shape, other.shape)
+        return math.prod(one.shape if shape is None else shape.at(sizes))
+
     def cut(self, stages: Stages) -> tuple[Stages, tuple[Passage, ...]]:
         """What every stage does, and the modules that it holds: those given, and whose parameters its code reads too.
 
@@ -333,7 +353,7 @@ class Reading:
         """Trace the part of a stage and compare what counts on it with the whole model.
 
         Returns:
-            The passage, less calls that are not made where inputs are withheld.
+            The passage, less calls that are not made where inputs are withheld, with the units that it runs.
         """
         last = len(stages) - 1
         boundary = Boundary(stage == 0, stage == last, passage)
@@ -373,7 +393,8 @@ class Reading:
             wrong = next(c for c, mine, key in zip(passage.sends, trace.output_keys, sent, strict=True) if mine != key)
             raise CannotCutError(f"stage {stage} would send something else than {wrong.value}")
         called = {call: returned for call, returned in passage.returns.items() if boundary.called[call[0]] > call[1]}
-        return replace(passage, returns=called)
+        runs = tuple(dict.fromkeys(call.unit for call in trace.calls if stage in holders_of(stages, call.unit)))
+        return replace(passage, returns=called, runs=runs)
 
     def _refuse_other_paths(self) -> None:
         """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""

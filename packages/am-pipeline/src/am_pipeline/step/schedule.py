@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,7 +31,7 @@ from am_pipeline.cut.crossing import IMAGES
 from am_pipeline.cut.forms import Piece
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.step.agreement import Agreement, Report, exchange_reports, read_reports
-from am_pipeline.step.failure import StepFailure, host_group, refuse_together, vote
+from am_pipeline.step.failure import StepFailure, differ, host_group, refuse_together, vote
 from am_pipeline.step.gathers import GatherRecord
 from am_pipeline.step.gradients import GradientsSetAside
 from am_pipeline.step.inputs import (
@@ -170,9 +171,15 @@ class PipelineSchedule(StepHooks, Schedule):
                     # Where gradients are reduced between microbatches, what a step gathers depends on that.
                     known = not stage.reduces_every_microbatch and can_recover(stage.submod)
                     stage.gathers = GatherRecord(stage.submod) if known else None
-        agreement, offered = self._agree(stages, call)
-        shared = self._share(stages, agreement, offered)
-        batch_dims = self._follow(stages, agreement, shared)
+        refusal: Exception | None = None
+        try:
+            agreement, offered = self._agree(stages, call)
+            shared = self._share(stages, agreement, offered)
+            batch_dims = self._follow(stages, agreement, shared)
+        except (ValueError, TypeError, RuntimeError) as error:
+            refusal = error
+        refuse_together(refusal, self._host_groups[1:])
+        self._refuse_other_runs(stages)
         failure = StepFailure()
         self._running = _Running(failure)
         for stage in stages:
@@ -221,8 +228,8 @@ class PipelineSchedule(StepHooks, Schedule):
             if any(stage.is_first for stage in stages):
                 report.batch, report.seq_len = self._check_ids(call)
                 # Every stage runs the code between the units, which may look at the ids.
-                first = {_first_name(stages): call.args[0]}
-                text, offered = describe_inputs(call.kwargs | first, stages[0].plan.stay)
+                given = call.kwargs | {_first_name(stages): call.args[0]}
+                text, offered = describe_inputs(given, stages[0].plan.stay)
                 report.described = len(text.encode())
             if any(stage.is_last for stage in stages):
                 report.rows = self._check_target(call)
@@ -234,15 +241,25 @@ class PipelineSchedule(StepHooks, Schedule):
         group, device = stages[0].group, stages[0].device
         words = [0] * self._copies.width if words is None else words
         rows = exchange_reports(report, text, [tokens, *words], group, device)
-        refusal: Exception | None = None
-        try:
-            agreement = read_reports(rows, self._copies, first, cause)
-        except (ValueError, TypeError, RuntimeError) as error:
-            agreement, refusal = Agreement(0, 0, 0, 0, ""), error
-        refuse_together(refusal, self._host_groups[1:])
+        agreement = read_reports(rows, self._copies, first, cause)
         if offered:
             agreement.text = text  # whole, where others may have its beginning
         return agreement, offered
+
+    def _refuse_other_runs(self, stages: list[DecoderStage]) -> None:
+        """A tower that FSDP2 shards runs on all of its ranks or on none: they wait for each other's weights."""
+        peers = self._host_groups[1:]
+        if not peers:
+            return
+        runs = [[passage.runs for passage in stage.passages] for stage in stages]
+        refusal = None
+        if differ(zlib.crc32(repr(runs).encode()), peers):
+            refusal = ValueError(
+                "the data ranks of a stage run different modules in this step, as where one has images and another "
+                "none, and would wait for each other's weights: give every rank the same kinds of inputs in the same "
+                "microbatches"
+            )
+        refuse_together(refusal, self._host_groups)
 
     def _check_ids(self, call: _CallOnThisRank) -> tuple[int, int]:
         if len(call.args) > 1:
