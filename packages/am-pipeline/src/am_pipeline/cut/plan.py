@@ -165,14 +165,16 @@ def plan_stages(
     if module_names_per_stage is not None:
         by_hand = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
     candidates = _candidates(model, by_hand, example_inputs)
-    sizes = {
-        stacks: sum(p.numel() for s in stacks for p in model.get_submodule(s).parameters()) for stacks in candidates
-    }
+
+    def size(stacks: tuple[str, ...]) -> int:
+        return sum(p.numel() for stack in stacks for p in model.get_submodule(stack).parameters())
+
     weightless = Weightless(model)
     plans: list[CutPlan] = []
     reasons: list[CannotCutError] = []
     for stacks in candidates:
-        if plans and (len(stacks) < len(plans[0].anatomy.stacks) or sizes[stacks] < sizes[plans[0].anatomy.stacks]):
+        found = plans[0].anatomy.stacks if plans else ()
+        if len(stacks) < len(found) or size(stacks) < size(found):
             break
         try:
             plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs, lengths))

@@ -84,6 +84,8 @@ class Reading:
                 raise CannotCutError(f"its forward does not run {stack if len(runs) > 1 else 'them'} on text")
         self.stacks = tuple(sorted(self.stacks, key=lambda stack: runs[stack].index(True)))
         self.units = Units(weightless.model, self.stacks, opened)
+        if self.grows_by_images and len(self.stacks) > 1:
+            self._refuse_lists_of_no_stack()
         self._refuse_other_paths()
         self.large, self.odd = self.small, None
         if len(self.form.sizes) > 1:
@@ -417,6 +419,14 @@ class Reading:
                     unit = (one or two).unit if one is None or two is None else one.unit
                     raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
+    def _refuse_lists_of_no_stack(self) -> None:
+        """Modules in a list need not run one after the other, as mergers of what a tower's layers return."""
+        for stack in self.stacks:
+            layers = [call for call in self.small.calls if call.unit.rpartition(".")[0] == stack]
+            for one, other in itertools.pairwise(layers):
+                if self._first_reader(one) != self.units.layers_in([other.unit])[0]:
+                    raise CannotCutError(f"{other.unit} does not go on with what {one.unit} returns: they are no stack")
+
     def _first_reader(self, call: Call) -> int:
         """The first layer that depends on what a call returned; -1 without one."""
         followed = {(call.unit, call.index)}
@@ -449,6 +459,8 @@ class Reading:
             side: str | int = "before" if not passed else "after" if passed == len(ran) else "between"
             if side == "between" and ran[passed] in ends and ran[passed - 1] < ran[passed]:
                 side = ran[passed - 1] if made & reads_layers else ran[passed]
+            if side == "between" and len(self.stacks) > 1 and [c.unit for c in self.small.calls].count(call.unit) == 1:
+                side = ran[passed - 1]
             if side == "before" and (reader := self._first_reader(call)) >= depths[0]:
                 side = reader
             sides.setdefault(call.unit, set()).add(side)

@@ -247,11 +247,15 @@ class PipelineSchedule(StepHooks, Schedule):
         return agreement, offered
 
     def _refuse_other_runs(self, stages: list[DecoderStage]) -> None:
-        """A tower that FSDP2 shards runs on all of its ranks or on none: they wait for each other's weights."""
+        """A tower that FSDP2 shards runs on all of its ranks or on none: they wait for each other's weights.
+
+        Parts that see to it say so, see `ParallelizeFnProtocol`.
+        """
         peers = self._host_groups[1:]
         if not peers:
             return
-        runs = [[passage.runs for passage in stage.passages] for stage in stages]
+        alike = [stage for stage in stages if not getattr(stage.submod, "runs_towers_on_every_rank", False)]
+        runs = [[passage.runs for passage in stage.passages] for stage in alike]
         refusal = None
         if differ(zlib.crc32(repr(runs).encode()), peers):
             refusal = ValueError(
