@@ -171,14 +171,14 @@ class PipelineSchedule(StepHooks, Schedule):
                     # Where gradients are reduced between microbatches, what a step gathers depends on that.
                     known = not stage.reduces_every_microbatch and can_recover(stage.submod)
                     stage.gathers = GatherRecord(stage.submod) if known else None
-        refusal: Exception | None = None
         try:
             agreement, offered = self._agree(stages, call)
             shared = self._share(stages, agreement, offered)
             batch_dims = self._follow(stages, agreement, shared)
         except (ValueError, TypeError, RuntimeError) as error:
-            refusal = error
-        refuse_together(refusal, self._host_groups[1:])
+            refuse_together(error, self._host_groups[1:])
+            raise
+        refuse_together(None, self._host_groups[1:])
         self._refuse_other_runs(stages)
         failure = StepFailure()
         self._running = _Running(failure)
