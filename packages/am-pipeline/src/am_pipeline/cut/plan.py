@@ -129,13 +129,15 @@ def plan_cut(
 
     Args:
         model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers, or ids of an encoder and
-            `decoder_input_ids` of a decoder and runs two, one after the other; may be on meta.
+            `decoder_input_ids` of a decoder and runs two, one after the other; or a tower on images and then a decoder,
+            both cut where `example_inputs` have images. May be on meta.
         num_stages: how many stages of about equal cost; not needed with `module_names_per_stage`.
         module_names_per_stage: full module names for each stage, by hand.
         balance: what to balance the stages by, see `costs_of`; or the costs themselves.
         example_inputs: what the model is called with, by name, where ids alone do not run all of it: as a processor
-            gives it, ids and images for example. Only forms, lengths and flags count; without it, the model is called
-            with ids (and ids of its decoder), or with features of the width that its first layer takes.
+            gives it, ids and images for example. Only forms, lengths and flags count, and for stages of equal FLOPs
+            or time how long it takes; without it, the model is called with ids (and ids of its decoder), or with
+            features of the width that its first layer takes, and a tower stays whole on the first stage.
 
     Raises:
         ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
