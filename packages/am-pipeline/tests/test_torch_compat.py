@@ -333,3 +333,16 @@ def test_all_gathers_of_units_and_all_other_collectives_are_counted():
             compat.gather_once(layer)
             compat.gather_once(layer)
             assert seen == [units.index(layer)] * 2
+
+
+def test_flops_of_products_and_attention_are_known_and_hooks_are_listed():
+    aten = torch.ops.aten
+    one, other = torch.ones(2, 3), torch.ones(3, 4)
+    assert compat.flops_of(aten.mm.default, (one, other), {}, one @ other) == 2 * 2 * 3 * 4
+    assert compat.flops_of(aten.add.Tensor, (one, one), {}, one) == 0
+    query = torch.ones(1, 2, 5, 4)
+    attend = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert compat.flops_of(attend, (query, query, query), {}, attend(query, query, query)) == 2 * 2 * 2 * 5 * 5 * 4
+    module, hook = nn.Linear(2, 2), print
+    module.register_forward_hook(hook)
+    assert compat.forward_hooks_of(module) == (hook,)

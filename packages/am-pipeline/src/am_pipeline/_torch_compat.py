@@ -25,6 +25,7 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 Schedule = _PipelineSchedule
 CsvSchedule = _PipelineScheduleRuntime
@@ -278,6 +279,20 @@ def backward_hooks_of(module: nn.Module) -> bool:
 def hooks_of(module: nn.Module) -> bool:
     """Whether somebody registered hooks for the forward of a module."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def forward_hooks_of(module: nn.Module) -> tuple[Callable, ...]:
+    """What runs after the forward of a module."""
+    return tuple(module._forward_hooks.values())
+
+
+def flops_of(function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """The FLOPs of an operator that multiplies matrices or attends; 0 of others."""
+    aten, packet = torch.ops.aten, function.overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        packet = aten._scaled_dot_product_flash_attention
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 def looks_at_values(function: Any) -> bool:

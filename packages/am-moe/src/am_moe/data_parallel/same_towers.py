@@ -55,6 +55,7 @@ def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: Mixe
         towers = _Towers(model, mesh, mp_policy, stacks)
         model.register_forward_pre_hook(towers.before, prepend=True, with_kwargs=True)
         model.register_forward_hook(towers.after)
+        model.__dict__["runs_towers_on_every_rank"] = True  # am-pipeline lets inputs of ranks differ where this is set
 
 
 class _Towers:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from am_pipeline._torch_compat import backward_hooks_of, fake_mode, hooks_of
+from am_pipeline._torch_compat import backward_hooks_of, fake_mode, forward_hooks_of, hooks_of
+
+# By the name of a unit, the hooks that the model's own code puts on it while it runs.
+Recorders = dict[str, tuple[Callable, ...]]
 
 # Kernels that run on tensors of a device only, and what computes the same from the same inputs anywhere.
 _ATTENTION_ANYWHERE = ("sdpa", "eager")
@@ -20,6 +24,7 @@ class Weightless:
 
     def __init__(self, model: nn.Module) -> None:
         self.fake = fake_mode()
+        self.recorders: Recorders = {}
         memo: dict[int, Any] = {}
         for module in model.modules():
             for value in vars(module).values():  # a table or a state left from an earlier forward
@@ -39,6 +44,18 @@ class Weightless:
     def fresh(self, training: bool) -> nn.Module:
         model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         return model if model.training == training else model.train(training)
+
+    def note_recorders(self, ran: nn.Module) -> None:
+        """Keep the hooks by which transformers collects hidden states, which it installs when they are first asked for.
+
+        Args:
+            ran: a copy from `fresh` that has run.
+        """
+        for name, module in ran.named_modules():
+            hooks = forward_hooks_of(module)
+            own = [hook for hook in hooks if getattr(hook, "__module__", "").startswith("transformers.")]
+            if own:
+                self.recorders[name] = tuple(own)
 
     @property
     def first_input(self) -> str:
