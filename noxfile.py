@@ -216,12 +216,19 @@ def lint(session: nox.Session) -> None:
     install(session, "ruff", "deptry", "pytest", "hypothesis", "packaging", "zizmor")
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
+    run(session, "python", ".ci/copies.py", "--check")
     run(session, "zizmor", "--quiet", "--offline", ".github/workflows")
     for package in PACKAGES:
         with session.chdir(PROJECTS[package]):
             run(session, "deptry", "src", "--known-first-party", package.replace("-", "_"))
     checks = ("test_sibling_graph.py", "test_release_plan.py", "test_range_plan.py", "test_workflows.py")
     pytest(session, "lint", *(f"tests-integration/packaging/{name}" for name in checks))
+
+
+@nox.session(venv_backend="none")
+def copies(session: nox.Session) -> None:
+    """The files of am-fsdp that am-moe carries, so that it needs no other package, copied anew."""
+    session.run(sys.executable, ".ci/copies.py", external=True)
 
 
 @nox.session(venv_backend="none", requires=["together"])

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from am_fsdp._torch_compat import unit_parameters
 from am_fsdp.layout.evaluation import outside_graphs
-from am_fsdp.layout.units import layer_stacks
+from am_fsdp.layout.units import stack_names
 
 _WAITS = "the embedding, to run towers"
 
@@ -49,8 +49,7 @@ def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: Mixe
         ValueError: from a forward, on every rank: inputs differ, and no method of the model runs what one of them
             needs, or the ranks would run different layers or train different parameters.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    stacks = [names[id(stack)] for stack in layer_stacks(model) if any(True for _ in stack.parameters())]
+    stacks = stack_names(model)
     if len(stacks) > 1 and mesh.size() > 1:
         towers = _Towers(model, mesh, mp_policy, stacks)
         model.register_forward_pre_hook(towers.before, prepend=True, with_kwargs=True)

@@ -16,9 +16,10 @@ from am_fsdp._torch_compat import axis, side_by_side
 from am_fsdp.layout.checkpointing import Mode, checkpoint_layers, recomputed_modules
 from am_fsdp.layout.evaluation import reshard_after_evaluation
 from am_fsdp.layout.packed import check_packed
+from am_fsdp.layout.recursive import apply_fsdp_sharding_recursively
 from am_fsdp.layout.replicas import check_replicas, check_replicas_at_first_forward
 from am_fsdp.layout.same_towers import run_towers_on_every_rank
-from am_fsdp.layout.units import apply_fsdp_sharding_recursively, edges, units_of_another_dtype
+from am_fsdp.layout.units import edges, units_of_another_dtype
 
 
 def fsdp2_strategy_parallelize(

@@ -1,3 +1,4 @@
+# A copy of packages/am-fsdp/src/am_fsdp/layout/same_towers.py, made by `nox -s copies`: edit that one.
 """Ranks that shard a tower together all run it: one without images runs it on made-up ones, with gradients of zero.
 
 FSDP2 gathers the parameters of a layer on all ranks at once; a rank that passed a tower by left others waiting.
