@@ -86,6 +86,11 @@ def check(model, one, mesh, batch):
 def test_images_on_context_ranks_train_as_in_one_process(model_type):
     mesh = context_mesh()
     one = small(model_type)
+    try:
+        one(**batch_of(one, 2, True))
+    except AttributeError as error:  # its own config lacks what its code reads
+        record(model_type, f"not run in one process: {error}")
+        pytest.skip(str(error))
     model = copy.deepcopy(one)
     try:
         apply_cp(model, mesh)
@@ -102,6 +107,10 @@ def test_images_on_context_ranks_train_as_in_one_process(model_type):
         if not SWEEP:
             raise
         found = f"refused: {error}"
+    record(model_type, found)
+
+
+def record(model_type, found):
     if SWEEP and dist.get_rank() == 0:
         pathlib.Path(SWEEP, f"context_images-{model_type}.json").write_text(json.dumps({"cp2": found}))
 
