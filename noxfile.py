@@ -159,7 +159,7 @@ def sweep(session: nox.Session) -> None:
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
     tables = ("pipeline", "heads", "images", "some_ranks", "tensor", "encoders", "data", "experts", "context")
-    tables += ("context_heads", "data_heads")
+    tables += ("context_heads", "context_images", "data_heads")
     run(session, "python", "docs/coverage/tables.py", str(folder), *tables)
 
 

@@ -19,6 +19,8 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mr
 _HALF_MROPE = {
     "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 }
+# Features of images that enter several layers, of a tower as small as these; without, it has none.
+DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
 _TILES = {"image_grid_pinpoints": [[56, 112], [112, 56]]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
@@ -93,12 +95,12 @@ def natural_types() -> list[str]:
 
 
 def small_with_images(
-    model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, attention: str | None = None
+    model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, attention: str | None = None, **more: Any
 ) -> nn.Module:
     """A model of the type with seeded random weights in evaluation mode; see `am_testkit.zoo.small`."""
     from transformers import AutoModelForImageTextToText
 
-    settings = _SETTINGS.get(model_type, {})
+    settings = _SETTINGS.get(model_type, {}) | more
     tower = _small_tower(model_type) | settings.get("vision_config", {})
     config = small_config(model_type, layers, **(settings | ({"vision_config": tower} if tower else {})))
     torch.manual_seed(0)
