@@ -20,7 +20,7 @@ from am_moe import parallelize_model
 from am_moe.context_parallel import apply_cp, shard_batch
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, relative_error, whole
-from am_testkit.natural import DEEPSTACK, natural_batch, natural_types, small_with_images
+from am_testkit.natural import natural_batch, natural_types, small_with_images
 
 SWEEP = os.environ.get("AM_SWEEP")
 # Positions of the text, of the images (M-RoPE), images in several layers, images whose tokens see each other.
@@ -29,11 +29,8 @@ MECHANISMS = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 TOLERANCE = 1e-5
 
 
-DEEP = ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni")
-
-
 def small(model_type):
-    return small_with_images(model_type, layers=2, **(DEEPSTACK if model_type in DEEP else {}))
+    return small_with_images(model_type, layers=2)
 
 
 def context_mesh():

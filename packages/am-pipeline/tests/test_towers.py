@@ -59,7 +59,6 @@ def test_other_numbers_of_images_change_the_messages_or_are_refused_on_every_ran
 
 def test_features_of_several_layers_of_a_tower_travel_to_the_layers_that_read_them():
     model = small_with_images("qwen3_vl")
-    model.model.visual.deepstack_visual_indexes = [0, 1, 3]
     batch = natural_batch(model, rows=2)
     expected, wanted = one_process(model, [batch])
     plan = plan_cut(model, 4, example_inputs=batch, balance="layers")

@@ -19,8 +19,6 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mr
 _HALF_MROPE = {
     "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 }
-# Features of images that enter several layers, of a tower as small as these; without, it has none.
-DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
 _TILES = {"image_grid_pinpoints": [[56, 112], [112, 56]]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
