@@ -400,6 +400,17 @@ def test_models_whose_tokens_meet_elsewhere_are_refused_by_name():
         assert model.config._attn_implementation == before
 
 
+@pytest.mark.ranks(2)
+def test_a_mask_under_which_a_token_sees_none_is_refused_where_a_layer_has_it():
+    unused = small("qwen2_moe", layers=2)
+    assert unused.config.sliding_window == 0  # its mask is made, and no layer has it
+    apply_cp(unused, mesh_for("p2p"))
+    used = small("qwen2", layers=2, sliding_window=4, layer_types=["sliding_attention"] * 2)
+    used.config.sliding_window = 0
+    with pytest.raises(ValueError, match=r"Qwen2.*a token sees none, nor itself"):
+        apply_cp(used, mesh_for("p2p"))
+
+
 class DotProductAttention(nn.Module):
     """Has the method that Transformer Engine documents for its class of this name."""
 

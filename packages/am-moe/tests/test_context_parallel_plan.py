@@ -307,6 +307,7 @@ def test_masks_of_transformers_are_recognised_and_others_refused(tokens):
         (causal, (None, 0, None)),
         (hf.bidirectional_mask_function, (None, None, None)),
         (hf.sliding_window_causal_mask_function(7), (6, 0, None)),
+        (hf.sliding_window_causal_mask_function(0), (-1, 0, None)),
         (hf.sliding_window_bidirectional_mask_function(7), (7, 7, None)),
         (hf.or_masks(causal, hf.blockwise_overlay(none)), (None, 0, None)),
         (hf.and_masks(hf.or_masks(causal, hf.blockwise_overlay(none)), windowed), (24, 0, None)),

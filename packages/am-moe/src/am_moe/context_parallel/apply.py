@@ -335,10 +335,11 @@ class _Context:
         if self.reading is not None:
             if any(self.reading.state(tensor) is not None for tensor in tensors):
                 raise UnprovenError("makes its attention mask of more than positions")
-            if not tensors:
-                with self.reading.unseen():
-                    recognise(mask_function, 1, 3 * (local_size or 8), torch.device("cpu"))
-            return ContextMask(Plan((), Rule()), None, None)
+            if tensors:
+                return ContextMask(Plan((), Rule()), None, None)
+            with self.reading.unseen():
+                window = recognise(mask_function, 1, 3 * (local_size or 8), torch.device("cpu"))
+            return ContextMask(Plan((), Rule(window.before)), None, None)
         self._check_called()
         sequence = self.whole_sequence()
         known = does is not None and not tensors
@@ -406,6 +407,8 @@ class _Context:
         if not isinstance(attention_mask, ContextMask):
             kind = "no mask" if attention_mask is None else f"a {type(attention_mask).__name__}"
             raise ValueError(f"{where} got {kind} that transformers' mask interface did not make; it cannot be cut")
+        if attention_mask.plan.rule.before == -1:  # a window of 0, as configs have for layers that no model has
+            raise ValueError(f"{where} has a mask under which a token sees none, nor itself")
         if kwargs.get("position_bias") is not None:
             raise ValueError(f"{where} adds a position bias to its scores, which context parallelism does not know")
         if query.shape[2] != key.shape[2]:

@@ -36,7 +36,7 @@ class Window:
     """Which keys a query sees.
 
     Attributes:
-        before: how many tokens before itself at most; None for all.
+        before: how many tokens before itself at most; None for all, -1 where it sees nothing, nor itself.
         after: how many after itself; 0 for a causal mask, None for all.
         reach_BN: where images see themselves whole, for each token the one after the last that it sees, int64; None
             where `after` says it.
@@ -63,7 +63,8 @@ def recognise(mask_function: Callable, rows: int, seq_len: int, device: torch.de
     try:
         first, last = (_answers(mask_function, rows, at[place, None], at)[:, 0] for place in (0, -1))
         onward = _pairs(mask_function, rows, at[:-1], at[1:])
-        found = torch.stack([last[0].long().argmax(), first[0].sum() - 1, onward.all(), onward.any()]).tolist()
+        first_seen = torch.where(last[0].any(), last[0].long().argmax(), seq_len)
+        found = torch.stack([first_seen, first[0].sum() - 1, onward.all(), onward.any()]).tolist()
         before = seq_len - 1 - found[0] if found[0] else None
         if found[2]:
             window = Window(before, found[1] if found[1] < seq_len - 1 else None)
