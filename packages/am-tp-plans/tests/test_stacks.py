@@ -14,7 +14,14 @@ from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import small
-from am_tp_plans import SequenceShardInput, add_sequence_parallelism, apply_plan, explain_plan, infer_plan
+from am_tp_plans import (
+    SequenceShardInput,
+    add_sequence_parallelism,
+    apply_plan,
+    explain_plan,
+    infer_plan,
+    resolve_plan,
+)
 
 
 class Layer(nn.Module):
@@ -75,6 +82,54 @@ def test_a_plan_without_a_stack_that_can_be_shown_is_refused_with_the_reason():
         add_sequence_parallelism(TwoStacks(), tower)
     with pytest.raises(ValueError, match="the plan shards nothing in any"):
         add_sequence_parallelism(TwoStacks(), {})
+
+
+class ListOfCalled(nn.Module):
+    """As the layers of T5: a list of what it calls, with an activation and something that mixes tokens, both bare."""
+
+    def __init__(self):
+        super().__init__()
+        inner = {"norm": nn.LayerNorm(8), "up": nn.Linear(8, 16), "act": nn.ReLU(), "down": nn.Linear(16, 8)}
+        self.layer = nn.ModuleList([nn.ModuleDict(inner | {"mix": nn.Softmax(1)})])
+
+    def forward(self, hidden):
+        inner = self.layer[0]
+        return hidden + inner["mix"](inner["down"](inner["act"](inner["up"](inner["norm"](hidden)))))
+
+
+def test_what_a_layer_calls_is_found_through_its_lists_and_placed_though_it_has_no_parameters():
+    model = TwoStacks()
+    model.layers = nn.ModuleList([ListOfCalled(), ListOfCalled()])
+    plan = add_sequence_parallelism(
+        model, {"layers.*.layer.*.up": ColwiseParallel(), "layers.*.layer.*.down": RowwiseParallel()}
+    )
+    styles = {key: type(style).__name__ for key, style in plan.items() if key.startswith("layers.*")}
+    assert styles == {
+        "layers.*.layer.*.up": "ColwiseParallel",
+        "layers.*.layer.*.down": "RowwiseParallel",
+        "layers.*.layer.*.mix": "SequenceWholeBlock",
+        "layers.*.layer.*.norm": "ReplicatedWithGradAllReduce",
+    }
+
+
+class BringsAPlanForTokens(TwoStacks):
+    _tp_plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}  # noqa: RUF012 - as transformers writes it
+
+    def __init__(self):
+        super().__init__()
+        del self.tower[1]
+
+
+@pytest.mark.parametrize("patches", [True, False], ids=["the tower runs", "ids alone"])
+def test_a_plan_that_a_model_brings_is_extended_to_a_tower_that_runs(patches):
+    inputs = {"input_ids": IDS} | ({"patches": torch.ones(2, 7, 8)} if patches else {})
+    plan = resolve_plan(BringsAPlanForTokens(), infer=True, example_inputs=inputs)
+    assert any(key.startswith("tower.*") for key in plan) == patches
+    report = explain_plan(BringsAPlanForTokens(), plan, 2, example_inputs=inputs)
+    assert report.whole_stacks == (() if patches else ("tower",))
+    assert ("every rank holds all layers of: tower" in str(report)) != patches
+    brought = resolve_plan(BringsAPlanForTokens(), example_inputs=inputs)
+    assert not any(key.startswith("tower") for key in brought)  # only if it is asked for
 
 
 class LastLayerIsSkipped(TwoStacks):

@@ -17,7 +17,8 @@ from am_tp_plans.apply import expand_plan
 from am_tp_plans.proof.numeric_check import check_numbers
 from am_tp_plans.proof.rehearsal import rehearse, rehearse_training
 from am_tp_plans.sources.shared_inputs import with_style
-from am_tp_plans.sources.translate import complete
+from am_tp_plans.sources.translate import complete, matches
+from am_tp_plans.stacks import stacks_with
 from am_tp_plans.styles.basic import (
     SequenceGatherInput,
     SequenceGatherOutput,
@@ -64,7 +65,7 @@ def add_sequence_parallelism(
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
     concrete, ranks = expand_plan(model, plan), fewest_ranks(model, ranks)
-    stacks = sharded_stacks(model, concrete)
+    stacks = stacks_with(model, concrete)
     if not stacks:
         raise ValueError("a sequence is sharded between the layers of a stack, but the plan shards nothing in any")
     sharded, errors = plan, {}
@@ -85,13 +86,6 @@ def add_sequence_parallelism(
     return plan
 
 
-def sharded_stacks(model: nn.Module, concrete: Plan) -> list[str]:
-    """The names of the lists of layers, those that are in no other list, in which a plan shards something."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
-    return [stack for stack in outer if any(name.startswith(f"{stack}.") for name in concrete)]
-
-
 def _shard_between_layers(
     model: nn.Module, plan: Plan, stack: str, ranks: int, example_inputs: dict[str, Any] | None
 ) -> Plan:
@@ -105,8 +99,7 @@ def _shard_between_layers(
     if length == 1:
         entry = {f"{stack}.0": Several(SequenceShardInput(), SequenceGatherOutput())}
     blocks = _blocks(model, stack, plan)
-    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
-    _rehearse(model, stack, _merged(plan, entry, chosen), ranks, example_inputs)
+    chosen = _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
     for block, inner in blocks.items():
         for placement in list(_placements(block, inner, plan))[:-1]:
             try:
@@ -118,30 +111,66 @@ def _shard_between_layers(
     return _merged(plan, entry, chosen)
 
 
-def unsharded_stack(model: nn.Module, plan: Plan) -> str | None:
-    """The name of the list of layers with the most parameters, if the plan shards nothing in it."""
-    sizes = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    largest = max(sizes, key=lambda name: (sizes[name], -name.count(".")), default=None)
-    if largest is None or any(name.startswith(f"{largest}.") for name in expand_plan(model, plan)):
-        return None
-    return largest
+def _first_shown(
+    model: nn.Module,
+    stack: str,
+    plan: Plan,
+    entry: Plan,
+    blocks: dict[str, Plan],
+    ranks: int,
+    example_inputs: dict[str, Any] | None,
+) -> dict[str, Plan]:
+    """For every block its last placement, but for those that only see inner features, such as an activation.
+
+    Raises:
+        ValueError: a rehearsal does not show it to be right.
+    """
+    last = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
+    bare = [block for block, inner in blocks.items() if not inner and not _has_parameters(model, block)]
+    for left_alone in ([], *([block] for block in bare), bare):
+        chosen = last | {block: {} for block in left_alone}
+        try:
+            _rehearse(model, stack, _merged(plan, entry, chosen), ranks, example_inputs)
+        except ValueError:
+            if left_alone == bare:
+                raise
+            continue
+        break
+    return chosen
+
+
+def _has_parameters(model: nn.Module, block: str) -> bool:
+    return any(True for name, module in model.named_modules() if matches(block, name) for _ in module.parameters())
 
 
 def _blocks(model: nn.Module, stack: str, plan: Plan) -> dict[str, Plan]:
-    """The modules directly in the layers, by wildcard name, and what the plan says of each and inside it."""
-    names: dict[str, None] = {}
-    for layer in model.get_submodule(stack):  # type: ignore[union-attr]
-        names |= {f"{stack}.*.{name}": None for name, _ in layer.named_children()}
-    inside: dict[str, Plan] = {name: {} for name in names}
+    """The modules that the layers call, by wildcard name, and what the plan says of each and inside it.
+
+    Left out are embeddings in a layer, such as biases by distance: they read no tokens of the sequence.
+    """
+    modules, inside = dict(model.named_modules()), {}
+    for layer in model.get_submodule(stack).children():
+        inside |= {f"{stack}.*.{_starred(name)}": {} for name in _called(layer)}
     for key, style in plan.items():
-        block = re.sub(r"\.\d+(?=\.|$)", ".*", ".".join(key.split(".")[: stack.count(".") + 3]))
-        if block in inside:
+        block = next((block for block in inside if f"{_starred(key)}.".startswith(f"{block}.")), None)
+        of_ids = any(isinstance(m, nn.Embedding) for name, m in modules.items() if matches(key, name))
+        if block is not None and not of_ids:
             inside[block][key] = style
     return inside
+
+
+def _called(module: nn.Module) -> Iterator[str]:
+    """The names of a module's children; a list is not called, but what the modules in it call is."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            for index, item in child.named_children():
+                yield from (f"{name}.{index}.{inner}" for inner in _called(item))
+        else:
+            yield name
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
 def _placements(block: str, inner: Plan, plan: Plan) -> Iterator[Plan]:
