@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from am_testkit.device import device_type
-from am_testkit.exact import relative_error, whole
+from am_testkit.exact import assert_same, gradients, relative_error, whole
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import small
 from am_tp_plans import (
+    SequenceShardArgument,
     SequenceShardInput,
     add_sequence_parallelism,
     apply_plan,
@@ -22,6 +23,7 @@ from am_tp_plans import (
     infer_plan,
     resolve_plan,
 )
+from am_tp_plans.styles.basic import each
 
 
 class Layer(nn.Module):
@@ -143,6 +145,85 @@ def test_nothing_is_added_to_layers_that_do_not_run():
         add_sequence_parallelism(LastLayerIsSkipped(), layers)
 
 
+class Block(nn.Module):
+    """Mixes the tokens of a row, and returns them as `(B, S, D)` or one below the other."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.proj = kind, nn.Linear(8, 8)
+
+    def forward(self, hidden):
+        mixed = self.proj(hidden) * hidden.mean(1, keepdim=True)
+        if self.kind == "tokens of a row after each other":
+            return mixed.reshape(-1, 8), None
+        if self.kind == "a token of every row after each other":
+            return mixed.transpose(0, 1).reshape(-1, 8), None
+        return mixed, None
+
+
+class WithFurther(Layer):
+    """As `Layer`, with a block that returns rows in some order and a further argument for every token."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.block, self.gate = kind, Block(kind), nn.Linear(8, 8)
+
+    def forward(self, hidden, further=None):
+        rows, length, width = hidden.shape
+        mixed, _ = self.block(hidden)
+        if self.kind == "a token of every row after each other":
+            mixed = mixed.view(length, rows, width).transpose(0, 1)
+        hidden = super().forward(hidden + mixed.view(rows, length, width))
+        if self.kind.startswith("every token"):
+            return hidden + self.gate(hidden) * further
+        if self.kind == "all tokens meet all of an argument":
+            return hidden + self.gate(hidden) * further.mean(1, keepdim=True)
+        return hidden + self.gate(hidden)
+
+
+class Stream(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.embed, self.further = kind, nn.Embedding(16, 8), nn.Embedding(16, 8)
+        self.layers = nn.ModuleList([WithFurther(kind), WithFurther(kind)])
+
+    def forward(self, input_ids):
+        further = self.further(input_ids)
+        hidden = self.embed(input_ids) + further
+        for layer in self.layers:
+            hidden = layer(hidden, further=further) if self.kind.endswith("by name") else layer(hidden, further)
+        return hidden
+
+
+FURTHER = {  # what splits an argument; None where the sequence is whole
+    "tokens of a row after each other": 0,
+    "a token of every row after each other": None,
+    "every token meets its own of an argument": 2,
+    "every token meets its own of an argument by name": 2,
+    "all tokens meet all of an argument": None,  # of its gradient each rank would have a part
+}
+
+
+@pytest.mark.ranks(2)
+def test_flat_rows_and_further_arguments_of_layers_are_split_where_that_is_shown():
+    plan = {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()}
+    ids = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(1))
+    for kind, splits in FURTHER.items():
+        one, sharded = Stream(kind).double(), Stream(kind).double()
+        if splits is None:
+            with pytest.raises(ValueError, match="the sequence cannot be sharded"):
+                add_sequence_parallelism(one, plan)
+            continue
+        found = add_sequence_parallelism(one, plan)
+        parts = [type(part) for style in found.values() for part in each(style)]
+        assert parts.count(SequenceShardArgument) == splits, kind
+        apply_plan(sharded, init_device_mesh(device_type(), (2,)), found)
+        for model in (one, sharded):
+            model(ids).sin().sum().backward()
+        assert_same(gradients(sharded), gradients(one), 1e-10)
+
+
 @pytest.mark.parametrize("name", ["marian", "whisper"])
 @pytest.mark.ranks(2)
 def test_a_decoder_that_may_attend_to_an_encoder_is_right_with_one_and_without(name):
@@ -155,12 +236,12 @@ def test_a_decoder_that_may_attend_to_an_encoder_is_right_with_one_and_without(n
     given = {"encoder_outputs": (states,)} if name == "whisper" else {"encoder_hidden_states": states}
     for inputs in ({}, given):
         sharded = apply_plan(copy.deepcopy(model), init_device_mesh(device_type(), (2,)), plan)
-        for each in (sharded, one := copy.deepcopy(model)):
-            logits = whole(each(input_ids=ids, use_cache=False, **inputs).logits)
+        for either in (sharded, one := copy.deepcopy(model)):
+            logits = whole(either(input_ids=ids, use_cache=False, **inputs).logits)
             next_token_loss(logits, labels).backward()
         found, wanted = (
-            {name: whole(p.grad) for name, p in each.named_parameters() if p.grad is not None}
-            for each in (sharded, one)
+            {name: whole(p.grad) for name, p in either.named_parameters() if p.grad is not None}
+            for either in (sharded, one)
         )
         assert set(found) == set(wanted)
         largest = max(gradient.abs().max().item() for gradient in wanted.values())

@@ -22,6 +22,7 @@ from am_tp_plans.stacks import stacks_with
 from am_tp_plans.styles.basic import (
     SequenceGatherInput,
     SequenceGatherOutput,
+    SequenceShardArgument,
     SequenceShardInput,
     SequenceWholeBlock,
     Several,
@@ -94,12 +95,19 @@ def _shard_between_layers(
     Raises:
         ValueError: a rehearsal does not show it to be right.
     """
-    length = len(model.get_submodule(stack))  # type: ignore[arg-type]
-    entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
-    if length == 1:
-        entry = {f"{stack}.0": Several(SequenceShardInput(), SequenceGatherOutput())}
+    layers = list(model.get_submodule(stack).children())
     blocks = _blocks(model, stack, plan)
-    chosen = _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
+    errors: list[ValueError] = []
+    for argument in (None, *_further_arguments(layers[0])):
+        entry = _entry(stack, len(layers), argument)
+        try:
+            chosen = _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        break
+    else:
+        raise errors[0]
     for block, inner in blocks.items():
         for placement in list(_placements(block, inner, plan))[:-1]:
             try:
@@ -109,6 +117,20 @@ def _shard_between_layers(
             chosen[block] = placement
             break
     return _merged(plan, entry, chosen)
+
+
+def _entry(stack: str, length: int, argument: tuple[str, int] | None) -> Plan:
+    """The styles of the layers themselves: where the sequence and an argument are split, and the sequence gathered."""
+    entry: Plan = {f"{stack}.{index}": SequenceShardArgument(*argument) for index in range(length)} if argument else {}
+    for name, style in ((f"{stack}.0", SequenceShardInput()), (f"{stack}.{length - 1}", SequenceGatherOutput())):
+        entry[name] = with_style(entry.get(name), style)
+    return entry
+
+
+def _further_arguments(layer: nn.Module) -> list[tuple[str, int]]:
+    """The arguments of a layer after the hidden state, by name and position, but those that are masks or caches."""
+    names = list(inspect.signature(layer.forward).parameters)
+    return [(name, place) for place, name in enumerate(names) if place and not _NO_TOKENS.search(name)]
 
 
 def _first_shown(
@@ -241,6 +263,7 @@ def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
     return merged | {key: with_style(merged.get(key), style) for key, style in entry.items()}
 
 
+_NO_TOKENS = re.compile("mask|position|cache|past|kwargs|output_|layer_idx")
 _CROSS = re.compile(r"\.(encoder_attn|crossattention|cross_attn|EncDecAttention)$")
 _COLWISE = (ColwiseParallel, PackedColwiseParallel)
 _ROWWISE = (RowwiseParallel, Conv1DRowwiseParallel)
