@@ -145,6 +145,22 @@ def test_nothing_is_added_to_layers_that_do_not_run():
         add_sequence_parallelism(LastLayerIsSkipped(), layers)
 
 
+class LastLayerIsOfPatches(TwoStacks):
+    """As Mllama with a last layer that attends to an image: without one, nothing gathers the sequence after it."""
+
+    def forward(self, input_ids, patches=None):
+        hidden = self.layers[0](self.embed(input_ids))
+        return hidden if patches is None else self.layers[1](hidden)
+
+
+def test_a_plan_shown_with_an_image_is_shown_without_one_too():
+    layers = {key: style for key, style in PLAN.items() if key.startswith("layers")}
+    with pytest.raises(ValueError, match="with ids alone, which it takes too: .*its output would be one rank's share"):
+        add_sequence_parallelism(
+            LastLayerIsOfPatches(), layers, example_inputs={"input_ids": IDS, "patches": torch.ones(2, 4, 8)}
+        )
+
+
 class Block(nn.Module):
     """Mixes the tokens of a row, and returns them as `(B, S, D)` or one below the other."""
 

@@ -79,8 +79,14 @@ def add_sequence_parallelism(
         stack, error = next(iter(errors.items()))
         raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
     ways, plan = _ways_to_run(model, ranks, example_inputs), sharded
+    if example_inputs is not None and _runs_with_ids_alone(model, ranks):
+        ways.append(None)
     for inputs in ways:
-        plan = complete(model, plan, inputs)
+        try:
+            plan = complete(model, plan, inputs)
+        except ValueError as error:
+            what = "with ids alone, which it takes too: " if inputs is None and example_inputs is not None else ""
+            raise ValueError(f"the sequence cannot be sharded between the layers: {what}{error}") from error
     for inputs in ways:
         rehearse_training(model, expand_plan(model, plan), ranks, inputs)
         check_numbers(model, plan, ranks, inputs)
@@ -254,6 +260,14 @@ def _ways_to_run(model: Any, ranks: int, example_inputs: dict[str, Any] | None) 
     ids = torch.arange(2 * tokens).reshape(2, tokens) % 7 + 3
     states = torch.linspace(-1, 1, 2 * (tokens + ranks) * width).reshape(2, tokens + ranks, width)
     return [None, {"input_ids": ids, name: states if name == "encoder_hidden_states" else (states,)}]
+
+
+def _runs_with_ids_alone(model: nn.Module, ranks: int) -> bool:
+    try:
+        rehearse(model, {}, ranks)
+    except ValueError:
+        return False
+    return True
 
 
 def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
