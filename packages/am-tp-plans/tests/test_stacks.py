@@ -155,7 +155,7 @@ class LastLayerIsOfPatches(TwoStacks):
 
 def test_a_plan_shown_with_an_image_is_shown_without_one_too():
     layers = {key: style for key, style in PLAN.items() if key.startswith("layers")}
-    with pytest.raises(ValueError, match="with ids alone, which it takes too: .*its output would be one rank's share"):
+    with pytest.raises(ValueError, match=r"with ids alone, which it takes too: .*its output would be one rank's share"):
         add_sequence_parallelism(
             LastLayerIsOfPatches(), layers, example_inputs={"input_ids": IDS, "patches": torch.ones(2, 4, 8)}
         )

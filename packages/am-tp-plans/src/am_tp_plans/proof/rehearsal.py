@@ -35,6 +35,14 @@ from am_tp_plans.styles.random_numbers import Draws, ends_of_shares
 _TOKENS = 8
 
 
+class NoFitError(ValueError):
+    """A plan does not fit; `module` is the name of the one in which its run ended, "" for none."""
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a rehearsal saw.
@@ -188,7 +196,7 @@ def _run_on_the_cpu(
         with torch.no_grad(), watch:
             output = twin(*_noted(watch, inputs.args), **_noted(watch, inputs.kwargs))
     except (WrongError, ReadDirectlyError) as why:
-        raise ValueError(f"{no_fit}: {why}") from why
+        raise NoFitError(f"{no_fit}: {why}", watch.modules[-1] if watch.modules else "") from why
     except Exception as error:  # whatever the model's own code raises on a rank's share
         of = "on one rank's share" if whole is not None else "whole"
         where = f" in {watch.modules[-1]}" if watch.modules and watch.modules[-1] else ""

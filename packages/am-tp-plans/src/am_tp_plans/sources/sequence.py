@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.proof.numeric_check import check_numbers
-from am_tp_plans.proof.rehearsal import rehearse, rehearse_training
+from am_tp_plans.proof.rehearsal import NoFitError, rehearse, rehearse_training
 from am_tp_plans.sources.shared_inputs import with_style
 from am_tp_plans.sources.translate import complete, matches
 from am_tp_plans.stacks import stacks_with
@@ -103,17 +103,15 @@ def _shard_between_layers(
     """
     layers = list(model.get_submodule(stack).children())
     blocks = _blocks(model, stack, plan)
-    errors: list[ValueError] = []
-    for argument in (None, *_further_arguments(layers[0])):
-        entry = _entry(stack, len(layers), argument)
-        try:
-            chosen = _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
-        except ValueError as error:
-            errors.append(error)
-            continue
-        break
-    else:
-        raise errors[0]
+    entry = _entry(stack, len(layers), None)
+    try:
+        chosen = _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
+    except NoFitError as error:
+        in_layer = _starred(error.module) == f"{stack}.*"  # perhaps with an argument that is whole
+        found = _with_argument(model, stack, plan, blocks, ranks, example_inputs) if in_layer else None
+        if found is None:
+            raise
+        entry, chosen = found
     for block, inner in blocks.items():
         for placement in list(_placements(block, inner, plan))[:-1]:
             try:
@@ -133,10 +131,25 @@ def _entry(stack: str, length: int, argument: tuple[str, int] | None) -> Plan:
     return entry
 
 
-def _further_arguments(layer: nn.Module) -> list[tuple[str, int]]:
-    """The arguments of a layer after the hidden state, by name and position, but those that are masks or caches."""
-    names = list(inspect.signature(layer.forward).parameters)
-    return [(name, place) for place, name in enumerate(names) if place and not _NO_TOKENS.search(name)]
+def _with_argument(
+    model: nn.Module,
+    stack: str,
+    plan: Plan,
+    blocks: dict[str, Plan],
+    ranks: int,
+    example_inputs: dict[str, Any] | None,
+) -> tuple[Plan, dict[str, Plan]] | None:
+    """The styles of the layers and blocks with the first argument after the hidden state that may be split with it."""
+    layers = list(model.get_submodule(stack).children())
+    for place, name in enumerate(inspect.signature(layers[0].forward).parameters):
+        if not place or _NO_TOKENS.search(name):
+            continue
+        entry = _entry(stack, len(layers), (name, place))
+        try:
+            return entry, _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
+        except ValueError:
+            continue
+    return None
 
 
 def _first_shown(
@@ -153,18 +166,18 @@ def _first_shown(
     Raises:
         ValueError: a rehearsal does not show it to be right.
     """
-    last = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
-    bare = [block for block, inner in blocks.items() if not inner and not _has_parameters(model, block)]
-    for left_alone in ([], *([block] for block in bare), bare):
-        chosen = last | {block: {} for block in left_alone}
+    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
+    bare = {block for block, inner in blocks.items() if not inner and not _has_parameters(model, block)}
+    while True:
         try:
             _rehearse(model, stack, _merged(plan, entry, chosen), ranks, example_inputs)
-        except ValueError:
-            if left_alone == bare:
+        except NoFitError as error:
+            block = _starred(error.module)
+            if block not in bare or not chosen[block]:
                 raise
+            chosen[block] = {}
             continue
-        break
-    return chosen
+        return chosen
 
 
 def _has_parameters(model: nn.Module, block: str) -> bool:

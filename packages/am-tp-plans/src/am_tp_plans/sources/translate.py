@@ -227,7 +227,11 @@ def without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[
         keys = {owner: [key for key in plan if matches(key, owner)] for owner in owners}
         if len(owners) > 1 and not all(keys.values()):
             dropped |= {key for matched in keys.values() for key in matched}
-    # An embedding with modules of its own in it (a norm) is left whole.
-    nested = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and any(True for _ in m.children())}
-    dropped |= {key for key in plan if any(matches(key, name) for name in nested)}
+    # An embedding with more in it than its weight (a norm, a row of its own) computes what no rank could on its rows.
+    more = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _has_more_than_a_weight(m)]
+    dropped |= {key for key in plan if any(matches(key, name) for name in more)}
     return {key: style for key, style in plan.items() if key not in dropped}
+
+
+def _has_more_than_a_weight(embedding: nn.Module) -> bool:
+    return any(True for _ in embedding.children()) or any(name != "weight" for name, _ in embedding.named_parameters())
