@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from am_tp_plans.apply import check_plan
+from am_tp_plans.config import input_embeddings
 from am_tp_plans.proof.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.proof.rehearsal import Findings, rehearse
 from am_tp_plans.proof.watch import Collective
@@ -248,8 +249,7 @@ def _source(model: nn.Module, key: str, plan: dict[str, ParallelStyle]) -> str:
 
 
 def _hidden_bytes(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> int:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    width = getattr(embedding, "embedding_dim", 0)
+    width: Any = getattr(input_embeddings(model), "embedding_dim", 0)
     sharded = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
     return width // ranks if sharded else width
 

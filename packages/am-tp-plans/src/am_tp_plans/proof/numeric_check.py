@@ -21,6 +21,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import check_plan, local_form
+from am_tp_plans.config import input_embeddings
 from am_tp_plans.proof.twin import NoTwinError, Twin, describe, make_twin
 from am_tp_plans.styles.basic import each
 from am_tp_styles.axis import part_of
@@ -280,9 +281,7 @@ def _takes(model: nn.Module, run: _Run) -> bool:
 
 def _vocabulary(model: nn.Module) -> int:
     """How many ids there are."""
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if find is not None else None
-    embeddings = [embedding, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+    embeddings = [input_embeddings(model), *(module for module in model.modules() if isinstance(module, nn.Embedding))]
     return next((e.num_embeddings for e in embeddings if isinstance(e, nn.Embedding)), 2)
 
 
