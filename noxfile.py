@@ -113,12 +113,16 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session(venv_backend="none", requires=["together"])
 @nox.parametrize("ranks", [2, 4, 8], ids=["2", "4", "8"])
 def integration(session: nox.Session, ranks: int) -> None:
-    """The packages together, every rank of torchrun in lockstep; NCCL where there are that many GPUs, else gloo."""
-    report = junit(f"integration-{ranks}")
+    """The packages together, every rank of torchrun in lockstep; NCCL where there are that many GPUs, else gloo.
+
+    Tests that start programs of their own run beside each other, in processes of their own, with the launch of two.
+    """
     ignored = (f"--ignore={TESTKIT}", "--ignore=tests-integration/packaging")
-    fewer = f"--min-ranks={ranks // 2 + 1 if ranks > 2 else 0}"  # those have run in the launch before
-    arguments = ("-p", "no:xdist", report, fewer, *ignored, *(session.posargs or ["tests-integration"]))
-    torchrun(session, ranks, "-m", "pytest", *arguments)
+    fewer = f"--min-ranks={ranks // 2 + 1 if ranks > 2 else 0 if session.posargs else 1}"  # others have run already
+    arguments = ("-p", "no:xdist", junit(f"integration-{ranks}"), fewer, *ignored)
+    torchrun(session, ranks, "-m", "pytest", *arguments, *(session.posargs or ["tests-integration"]))
+    if ranks == 2 and not session.posargs:
+        pytest(session, "integration-programs", "-n", "2", "-m", "not ranks", *ignored, "tests-integration")
 
 
 @nox.session(venv_backend="none", requires=["together"])
@@ -155,7 +159,7 @@ def sweep(session: nox.Session) -> None:
         pytest(session, f"sweep-{package}", *tests, *session.posargs)
     pytest(session, "sweep-together", "tests-integration/test_experts_in_pipelines.py", *session.posargs)
     tables = ("pipeline", "heads", "images", "some_ranks", "tensor", "encoders", "data", "experts", "context")
-    tables += ("context_heads",)
+    tables += ("context_heads", "context_images", "data_heads")
     run(session, "python", "docs/coverage/tables.py", str(folder), *tables)
 
 
@@ -179,6 +183,12 @@ def garbled(session: nox.Session) -> None:
     session.env["AM_GARBLED"] = "100000"
     files = sorted(str(file) for file in ROOT.glob("packages/*/tests/test_garbled.py"))
     pytest(session, "garbled", *files, *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["together"])
+def mutants(session: nox.Session) -> None:
+    """Change one thing in the code that sums, masks, places or sends, 150 times: do its tests notice?"""
+    run(session, "python", "tests-integration/mutants.py", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["together"])
@@ -216,12 +226,19 @@ def lint(session: nox.Session) -> None:
     install(session, "ruff", "deptry", "pytest", "hypothesis", "packaging", "zizmor")
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
+    run(session, "python", ".ci/copies.py", "--check")
     run(session, "zizmor", "--quiet", "--offline", ".github/workflows")
     for package in PACKAGES:
         with session.chdir(PROJECTS[package]):
             run(session, "deptry", "src", "--known-first-party", package.replace("-", "_"))
     checks = ("test_sibling_graph.py", "test_release_plan.py", "test_range_plan.py", "test_workflows.py")
     pytest(session, "lint", *(f"tests-integration/packaging/{name}" for name in checks))
+
+
+@nox.session(venv_backend="none")
+def copies(session: nox.Session) -> None:
+    """The files of am-fsdp that am-moe carries, so that it needs no other package, copied anew."""
+    session.run(sys.executable, ".ci/copies.py", external=True)
 
 
 @nox.session(venv_backend="none", requires=["together"])

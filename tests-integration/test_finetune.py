@@ -116,6 +116,14 @@ def test_adapters_over_a_base_in_4_bits_are_trained_as_by_one_process(base, chat
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in (tmp_path / "adapter").iterdir()}
 
 
+def test_a_base_in_4_bits_is_cut_into_stages_whose_packed_linears_are_whole(base, chats, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    packed = ("--lora", 4, "--load-in-4bit", "--steps", 2)
+    output = launch(4, "--pp 2 --dp 2", base, chats, tmp_path, *packed, "--check")
+    assert "check: the run agrees with one process" in output
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_an_evaluation_has_no_dropout_and_what_follows_it_has(chats, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 

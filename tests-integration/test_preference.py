@@ -114,6 +114,19 @@ def test_adapters_that_are_turned_off_between_a_forward_and_its_backward_are_ref
         without_adapter(model, ids)
 
 
+@pytest.mark.parametrize("layout", ["fsdp", "ep"])
+@pytest.mark.ranks(2, timeout=120)
+def test_adapters_that_a_trainer_adds_to_a_laid_out_model_are_refused_with_what_to_do(layout):
+    peft = pytest.importorskip("peft")
+    model = make(layout)
+    lay_out(model, layout)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    ids = torch.ones(2, 4, dtype=torch.int64, device=device_type())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lora_A.* were added to .* after it was laid out.*without a peft_config"):
+            model(ids, use_cache=False)
+
+
 def loss_of(policy, reference, chosen, rejected, peft):
     if not peft:
         return dpo_loss(policy, reference, chosen, rejected)

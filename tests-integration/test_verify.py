@@ -24,7 +24,7 @@ sys.path.insert(0, str(VERIFY.parent))
 import verify
 
 from verifying import conditions
-from verifying.ranks import measure
+from verifying.ranks import measure, title
 from verifying.report import EXACT, REFUSED, WRONG, Result, agree, exit_code, table
 from verifying.shrink import shrink
 
@@ -70,6 +70,17 @@ def random():
 
 def refused():
     return Mine(looks=True)
+
+
+class OtherWhenCompiled(Block):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden) if torch.compiler.is_compiling() else super().forward(hidden)
+
+
+def other_when_compiled():
+    model = Mine()
+    model.layers = nn.ModuleList(OtherWhenCompiled(0.0) for _ in range(4))
+    return model
 """
 
 
@@ -108,6 +119,30 @@ def test_a_model_that_parts_from_one_process_is_found(tmp_path):
     result = verified(f"{tmp_path}/mine.py:random", "--dp", "2", "--conditions", "batch=ids", "numbers=float32")
     assert result.code == WRONG
     assert "(a) WRONG" in table([result])
+
+
+@pytest.mark.parametrize(("words", "code"), [("", EXACT), ("--compile aot_eager", WRONG)], ids=["eager", "compiled"])
+@pytest.mark.ranks(2)
+def test_only_the_layout_is_compiled_and_that_only_if_asked_for(words, code, tmp_path):
+    write(tmp_path / "mine.py", MINE)
+    subject = f"{tmp_path}/mine.py:other_when_compiled"
+    result = verified(subject, "--dp", "2", *words.split(), "--conditions", "batch=ids", "numbers=float32", "calls=one")
+    assert result.code == code, table([result])
+
+
+@pytest.mark.ranks(2)
+def test_a_compiled_layout_is_exact_and_the_title_says_so():
+    words = ["llama", "--tp", "2", "--compile", "aot_eager", "--conditions", "numbers=float64", "calls=one"]
+    result = verified(*words)
+    assert result.code == EXACT, table([result])
+    said = title(verify.parse_arguments(words))
+    assert "tp 2, ep 1, layers compiled by aot_eager; 4 sequences of 32 tokens against one eager process" in said
+
+
+def test_a_backend_that_torch_does_not_have_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        verify.parse_arguments(["llama", "--tp", "2", "--compile", "inducktor"])
+    assert "--compile inducktor: torch has no such backend; it has" in capsys.readouterr().err
 
 
 @pytest.mark.ranks(2)

@@ -11,6 +11,7 @@ import transformers
 
 from am_testkit import compositions
 from am_testkit.heads import types_for
+from am_testkit.natural import natural_types
 from am_testkit.zoo import NOT_BUILT, model_types
 
 # What the models of `heads` are for, and the auto classes that build them.
@@ -29,12 +30,12 @@ HERE = pathlib.Path(__file__).parent
 _FORM = "ids alone, a next-token loss over every token, no dropout, all weights trained."
 _FLOATS = "float64, or float32 where a row says so"
 _BOTH = "on two ranks the attention that transformers takes by itself (sdpa, where a type has it), on four ranks eager"
-ONE_STEP = f"Conditions: eager attention; {_FLOATS}; one step of one pass; {_FORM}"
 CONDITIONS = {
     "tensor": f"Conditions: sdpa and eager attention, the larger error; {_FLOATS}; one step of one pass; {_FORM}",
     "data": f"Conditions: {_BOTH}; {_FLOATS}; one step of one pass; {_FORM}",
     "experts": f"Conditions: {_BOTH}; eager experts; {_FLOATS}; two steps of one pass each; {_FORM}",
-    "context": f"{ONE_STEP} Padding, packed documents and other heads are not in this table; am-moe tests some.",
+    "context": f"Conditions: sdpa (where a type has it) and eager attention, the larger error; {_FLOATS}; one step of "
+    f"one pass; {_FORM} Padding, packed documents and other heads are not in this table; am-moe tests some.",
     "compositions": f"Conditions: sdpa attention; float64; three steps of one pass each; {_FORM[:-1]}, of the Llama "
     "its adapters.",
 }
@@ -42,7 +43,8 @@ VERSIONS = f"torch {torch.__version__.split('+')[0]}, transformers {transformers
 
 
 def main(folder: str, *names: str) -> None:
-    tables = (pipeline, heads, images, some_ranks, tensor, encoders, data, experts, context, context_heads, composed)
+    tables = (pipeline, heads, images, some_ranks, tensor, encoders, data, data_heads, experts)
+    tables += (context, context_heads, context_images, composed)
     for name, write in ((t.__name__.replace("composed", "compositions"), t) for t in tables):
         if names and name not in names:
             continue
@@ -316,6 +318,48 @@ def experts(measured: dict[str, dict]) -> list[str]:
     ]
 
 
+def data_heads(measured: dict[str, dict]) -> list[str]:
+    tried = {name: result for name, result in measured.items() if "not built" not in result}
+    layouts = ("fsdp2", "hsdp2x2")
+    exact = {name: sum(isinstance(result.get(name), float) for result in tried.values()) for name in layouts}
+    refused = sum(isinstance(result.get("fsdp2"), str) for result in tried.values())
+    rows, counts = [], []
+    for task, what in TASKS.items():
+        mine = {name: result for name, result in sorted(tried.items()) if name.startswith(f"{task}-")}
+        exact_here = sum(isinstance(result.get("fsdp2"), float) for result in mine.values())
+        two = sum("fsdp2" in result for result in mine.values())
+        counts.append(f"| {task} | {what} | {exact_here} | {two} | {len(types_for(task))} |")
+        for name, result in mine.items():
+            cells = [cell(result[layout]).replace("|", "/") if layout in result else "" for layout in layouts]
+            columns = (name.removeprefix(f"{task}-"), task, result["kind"], *cells, result["dtype"])
+            rows.append(f"| {' | '.join(columns)} |")
+    return [
+        "# Sharded data parallelism: encoder-decoders, encoders and heads",
+        "",
+        f"Of {exact['fsdp2'] + refused} models, **{exact['fsdp2']} are exact** over two data ranks, {refused} are",
+        f"refused; over two copies of two shards {exact['hsdp2x2']} are exact.",
+        f"{len(measured) - len(tried)} more cannot be had small by the test kit. What has no row is not measured.",
+        "Images with text: [on some ranks](some_ranks.md).",
+        "",
+        "| task | class of transformers | exact | tried | types in all |",
+        "|---|---|---|---|---|",
+        *counts,
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `fsdp2_strategy_parallelize` of a model of four layers, of an",
+        "encoder-decoder two in either stack, over two data ranks with the attention that transformers takes by",
+        "itself, and over two copies of two shards with eager attention. The numbers are the largest relative",
+        "differences from one process among all that the model returns, all gradients after clipping, and their norm.",
+        "",
+        f"Conditions: {_FLOATS}; two steps whose gradients add up with an evaluation between",
+        "them; every rank has rows of its own, of another length, all but the first padded on the right where a type",
+        "takes a mask; a loss on all tensors that the model returns, no dropout, all weights trained.",
+        "",
+        "| model type | task | class | fsdp2 | hsdp2x2 | |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 def context(measured: dict[str, dict]) -> list[str]:
     exact = sum(isinstance(result["cp2"], float) for result in measured.values())
     rows = []
@@ -423,6 +467,32 @@ def context_heads(measured: dict[str, dict]) -> list[str]:
         "",
         "| model type | head | class | attention | cp 2 |",
         "|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def context_images(measured: dict[str, dict]) -> list[str]:
+    exact = sum(isinstance(result["cp2"], float) for result in measured.values())
+    rows = []
+    for name in natural_types():
+        error = measured[name]["cp2"] if name in measured else "**failed**"
+        rows.append(f"| {name} | {f'refused: {why(error)}' if 'refused' in str(error) else cell(error)} |")
+    return [
+        "# Context parallelism: models that take images",
+        "",
+        f"Of {len(rows)} model types, **{exact} are exact** over two context ranks with `p2p`; the rest are refused by",
+        "name, or do not run so small. Each rank makes the embeddings of all images; they are cut where the layers of",
+        "the text begin. Features that enter several layers (deepstack) go to the ranks of their tokens; tokens of an",
+        "image may see each other.",
+        "",
+        f"`nox -s sweep`, {VERSIONS}. `apply_cp` and FSDP2 over the context axis, of a small model of the type; the",
+        "numbers are the largest relative differences from one process of the loss and all gradients.",
+        "",
+        "Conditions: the attention that transformers takes by itself; float64; one step each of two rows, two padded",
+        "rows, four rows, all with one image each, and text alone; a next-token loss; no dropout, all weights trained.",
+        "",
+        "| model type | cp 2 |",
+        "|---|---|",
         *rows,
     ]
 

@@ -1,8 +1,10 @@
-"""Train a transformers causal LM on real text over pipeline, data, context, tensor and expert parallelism.
+"""Train a transformers model of text, or of images and text, over any layout of its ranks.
 
     torchrun --nproc-per-node 4 docs/examples/train.py --pp 2 --dp 2 --ep 2
 
     torchrun --nproc-per-node 4 docs/examples/train.py --model FOLDER --text chats.jsonl
+
+    torchrun --nproc-per-node 4 docs/examples/train.py --config qwen2_5_vl --images --pp 2 --dp 2
 
 Every choice has a default that works on four CPU processes; `--help` lists them. With `--model` it fine-tunes a Hugging
 Face folder, and writes one that `from_pretrained` loads; else it trains random weights on bytes, for a first look.
@@ -26,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 import am_fsdp
 import am_moe
@@ -37,7 +39,9 @@ from training import checkpoint, memory, page, session
 from training.agreement import refuse_differences
 from training.degrees import Degrees
 from training.examples import IGNORED, Examples
+from training.image_chats import ImageChats
 from training.layout import Layout, lay_out
+from training.made_up_images import MadeUpImages
 from training.model import (
     TokenMean,
     build_config,
@@ -51,11 +55,14 @@ from training.rate import Rate
 from training.report import LossLog, Progress, plot_loss
 from training.start import begin
 from training.text import ByteText
+from training.vision import build_vision_config, freeze_towers
 from training.watch import Watch
 
 # --check holds the loss to --tolerance for this many steps, and to five per cent for good: rounding that differs in the
 # last bit grows as training goes on, most where it tips a router's choice.
 EXACT_STEPS = 20
+
+Text = ByteText | Examples | MadeUpImages | ImageChats
 
 
 @record
@@ -64,14 +71,14 @@ def main() -> None:
     launchers, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=args.timeout)))
     store = session.join(launchers, rank, world_size, args.timeout)
     with Watch(store, rank, world_size, args.timeout):  # of an error that all ranks have, one prints the traceback
-        config = build_config(args.model or args.config, args.size)
-        text = read_text(args, args.text)
+        config = (build_vision_config if args.images else build_config)(args.model or args.config, args.size)
+        text = read_text(args, args.text, config)
         arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
         sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
         contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
         refuse_differences(store, rank, world_size, arguments | contents)
         degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
-        degrees.check(world_size, config, args.batch, args.microbatch, args.seq_len)
+        degrees.check(world_size, config.get_text_config(), args.batch, args.microbatch, args.seq_len)
         text.check(args.seq_len)
         if args.resume:
             checkpoint.latest(args.out)
@@ -85,18 +92,15 @@ def train(
     args: argparse.Namespace,
     degrees: Degrees,
     config: Any,
-    text: ByteText | Examples,
+    text: Text,
     device: torch.device,
     stop: Stop,
     watch: Watch,
 ) -> None:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if args.model:
-        model = build_from_folder(args, device)
-        if args.packed and (states := mixers(model)):
-            raise ValueError(f"--packed: {states[0][0]} keeps a state from one text of a row to the next; leave it out")
-    else:
-        model = build_model(config, args.seed, args.lora)
+    model = build(args, config, device)
+    if args.model and args.packed and (states := mixers(model)):
+        raise ValueError(f"--packed: {states[0][0]} keeps a state from one text of a row to the next; leave it out")
     alone = Alone(model, args) if args.check and dist.get_rank() == 0 else None
     meshes = degrees.meshes(device.type)
     loss_fn = TokenMean(args.batch // args.microbatch * degrees.cp)
@@ -132,7 +136,7 @@ def train(
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
     mine = degrees.rows(meshes[0], args.batch)
     log = LossLog(args.out / "losses.txt", done, enabled=dist.get_rank() == 0)
-    tried = read_text(args, args.eval_text) if args.eval_text else None
+    tried = read_text(args, args.eval_text, config) if args.eval_text else None
     if args.packed:
         watch.at("whether packed texts are kept apart")
         refuse_mixed_texts(layout, text, loss_fn, mine, device, args)
@@ -140,7 +144,7 @@ def train(
         watch.at(f"step {step + 1}")
         batch = text.batch(args.batch, args.seq_len, args.seed, step)
         loss_fn.expect(batch[1])
-        ids, labels, more = share_of(batch, mine, device)
+        ids, labels, more = share_of(batch, mine, device, args.microbatch)
         rate.set(step, optimizers)
         loss = layout.step(ids, labels, **more)
         norm = am_fsdp.clip_grad_norm_(
@@ -209,6 +213,12 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--size", type=int, default=1, help="multiplies the model's widths")
     model.add_argument("--lora", type=int, default=0, help="train LoRA adapters of this rank over the frozen model")
     model.add_argument(
+        "--images",
+        action="store_true",
+        help="a model of images and text; with --config made-up images, with --model those of the chats in --text",
+    )
+    model.add_argument("--freeze-tower", action="store_true", help="with --images, what sees images is not trained")
+    model.add_argument(
         "--load-in-4bit", action="store_true", help="with --lora, a frozen model in 4 bits (bitsandbytes)"
     )
     model.add_argument("--text", help="a file or folder; the Python standard library if not given; with --model .jsonl")
@@ -262,6 +272,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--size is for --config; a folder's model is as it is")
     if (args.packed or args.eval_text) and not args.model:
         parser.error("--packed and --eval-text need --model")
+    if args.freeze_tower and not args.images:
+        parser.error("--freeze-tower is for models with --images")
+    if args.images and (args.packed or args.cp > 1):
+        parser.error("--images goes with neither --packed nor --cp: a row is one chat with its images, whole on a rank")
     if args.load_in_4bit and not (args.model and args.lora > 0):
         parser.error("--load-in-4bit needs --model and --lora: packed weights are not trained")
     if args.lr is None:
@@ -302,29 +316,49 @@ def mean_over_world(loss: torch.Tensor | None, device: torch.device) -> float:
     return float(pair[0] / pair[1])
 
 
-def read_text(args: argparse.Namespace, path: str | None) -> ByteText | Examples:
+def read_text(args: argparse.Namespace, path: str | None, config: Any) -> Text:
     if not args.model:
-        return ByteText(path)
+        text = ByteText(path)
+        return MadeUpImages(text, build_model(config, args.seed, images=True)) if args.images else text
+    if args.images:
+        return ImageChats(path, AutoProcessor.from_pretrained(args.model, local_files_only=True), args.seq_len)
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
     return Examples(path, tokenizer, args.seq_len, args.packed)
 
 
-def build_from_folder(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+def build(args: argparse.Namespace, config: Any, device: torch.device) -> torch.nn.Module:
+    """The model that is trained, with its adapters, and with a frozen tower if that is asked for."""
     if args.load_in_4bit:
-        return model_in_4_bits(args.model, args.lora, args.seed, getattr(torch, args.dtype), device)
-    return model_without_weights(args.model, args.lora, args.seed)
+        dtype = getattr(torch, args.dtype)
+        model = model_in_4_bits(args.model, args.lora, args.seed, dtype, device, args.images)
+    elif args.model:
+        model = model_without_weights(args.model, args.lora, args.seed, args.images)
+    else:
+        model = build_model(config, args.seed, args.lora, args.images)
+    if args.freeze_tower:
+        freeze_towers(model)
+    return model
 
 
-def share_of(batch: tuple, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def share_of(
+    batch: tuple, rows: slice, device: torch.device, microbatch: int
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """This rank's rows of a batch; images as lists, with what belongs to each microbatch."""
     ids, labels, more = batch
-    return ids[rows].to(device), labels[rows].to(device), {n: t[rows].to(device) for n, t in more.items()}
+    if callable(more):
+        each = [more(slice(start, start + microbatch)) for start in range(rows.start, rows.stop, microbatch)]
+        names = sorted({name for inputs in each for name in inputs})
+        more = {name: [inputs[name].to(device) if name in inputs else None for inputs in each] for name in names}
+    else:
+        more = {name: tensor[rows].to(device) for name, tensor in more.items()}
+    return ids[rows].to(device), labels[rows].to(device), more
 
 
 def evaluate(
     layout: Layout, text: Examples, loss_fn: TokenMean, mine: slice, device: torch.device, args: argparse.Namespace
 ) -> float:
     """The mean loss over all labels of a text, without dropout."""
-    return loss_over(text.every_row(args.batch), layout, loss_fn, mine, device)
+    return loss_over(text.every_row(args.batch), layout, loss_fn, mine, device, args.microbatch)
 
 
 def refuse_mixed_texts(
@@ -335,7 +369,9 @@ def refuse_mixed_texts(
     Raises:
         ValueError: on every rank, before the first step.
     """
-    losses = [loss_over([b], layout, loss_fn, mine, device) for b in text.with_other_neighbours(args.batch)]
+    losses = [
+        loss_over([b], layout, loss_fn, mine, device, args.microbatch) for b in text.with_other_neighbours(args.batch)
+    ]
     if losses and abs(losses[0] - losses[1]) > (1e-6 if args.dtype == "float32" else 1e-3) * losses[0]:
         raise ValueError(
             f"--packed: {type(layout.parts[0]).__name__} does not keep the texts of a row apart; the loss of one "
@@ -343,14 +379,21 @@ def refuse_mixed_texts(
         )
 
 
-def loss_over(batches: Iterable[tuple], layout: Layout, loss_fn: TokenMean, mine: slice, device: torch.device) -> float:
+def loss_over(
+    batches: Iterable[tuple],
+    layout: Layout,
+    loss_fn: TokenMean,
+    mine: slice,
+    device: torch.device,
+    microbatch: int,
+) -> float:
     """The mean over all labels of the batches."""
     total = number = 0.0
     for part in layout.parts:
         part.eval()
     for batch in batches:
         loss_fn.expect(batch[1])
-        ids, labels, more = share_of(batch, mine, device)
+        ids, labels, more = share_of(batch, mine, device, microbatch)
         counted = int((batch[1] != IGNORED).sum())
         total += counted * mean_over_world(layout.evaluate(ids, labels, **more), device)
         number += counted
@@ -365,13 +408,15 @@ def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> p
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)  # of an earlier end of this run
     dist.barrier()
-    uses_cache = AutoConfig.from_pretrained(args.model, local_files_only=True).use_cache
+    before = AutoConfig.from_pretrained(args.model, local_files_only=True)
     for part in layout.parts:  # recomputation turns the cache off, which is not for those who use the model
-        part.config.use_cache = uses_cache
+        if hasattr(before, "use_cache"):
+            part.config.use_cache = before.use_cache
     adapters = "adapter" if args.lora else None
     am_fsdp.save_hf_weights(layout.parts, folder, adapters=adapters, pipeline_parts=degrees.pp > 1)
     if dist.get_rank() == 0:
-        AutoTokenizer.from_pretrained(args.model, local_files_only=True).save_pretrained(folder)
+        kind = AutoProcessor if args.images else AutoTokenizer
+        kind.from_pretrained(args.model, local_files_only=True).save_pretrained(folder)
     return folder
 
 
@@ -407,10 +452,10 @@ class Alone:
         self.args = args
         if args.load_in_4bit:
             self.model = copy.deepcopy(model)
-        elif args.model:
-            self.model = am_fsdp.load_hf_weights(build_from_folder(args, torch.device("cpu")), args.model)
         else:  # context parallelism changes the other's config
-            self.model = build_model(copy.deepcopy(model.config), args.seed, args.lora)
+            self.model = build(args, copy.deepcopy(model.config), torch.device("cpu"))
+            if args.model:
+                am_fsdp.load_hf_weights(self.model, args.model)
         self.rate = Rate(args.lr, args.warmup, args.steps, args.decay)
         self.optimizer = build_optimizer(self.model, args.lr)
         self.losses: list[float] = []
@@ -427,12 +472,12 @@ class Alone:
             f"{self.worst_norm:.1e} in the first {EXACT_STEPS} steps, of the loss {self.worst_ever:.1e} in all"
         )
 
-    def replay(self, text: ByteText | Examples, steps: int) -> None:
+    def replay(self, text: Text, steps: int) -> None:
         """Catch up with a resumed run."""
         for step in range(steps):
             self._train(text, step)
 
-    def step(self, text: ByteText | Examples, step: int, loss: float, norm: float) -> None:
+    def step(self, text: Text, step: int, loss: float, norm: float) -> None:
         mine, my_norm = self._train(text, step)
         self.losses.append(mine)
         difference = abs(loss - mine) / abs(mine)
@@ -441,8 +486,9 @@ class Alone:
             self.worst_loss = max(self.worst_loss, difference)
             self.worst_norm = max(self.worst_norm, abs(norm - my_norm) / abs(my_norm))
 
-    def _train(self, text: ByteText | Examples, step: int) -> tuple[float, float]:
+    def _train(self, text: Text, step: int) -> tuple[float, float]:
         ids, labels, more = text.batch(self.args.batch, self.args.seq_len, self.args.seed, step)
+        more = more(slice(0, len(ids))) if callable(more) else more
         self.rate.set(step, [self.optimizer])
         loss = next_token_loss(self.model(ids, use_cache=False, **more).logits, labels)
         loss.backward()

@@ -52,6 +52,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     layout.add_argument(
         "--recompute", help="a mode of am_fsdp.checkpoint_layers: full, mlp or selective", default=False
     )
+    layout.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="torch.compile each layer of the layout, with inductor or the backend named; one process stays eager",
+    )
     steps = parser.add_argument_group("steps")
     steps.add_argument("--microbatch", type=int, default=2, help="sequences per microbatch")
     steps.add_argument(
@@ -68,6 +75,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if min(getattr(args, axis) for axis in (*AXES, "ep")) < 1 or max(getattr(args, axis) for axis in AXES) < 2:
         parser.error("a layout of one rank is one process; give --pp, --dp, --dp-replicate, --cp or --tp at least 2")
+    if args.compile and args.compile not in (known := backends()):
+        parser.error(f"--compile {args.compile}: torch has no such backend; it has {', '.join(known)}")
     try:
         args.conditions = conditions.read(args.conditions)
     except ValueError as error:
@@ -76,6 +85,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         args.batch = args.dp_replicate * args.dp * args.microbatch * 2 * args.pp
     args.subject = subject_of(args)
     return args
+
+
+def backends() -> list[str]:
+    import torch  # not by those who start the ranks for a layout that is not compiled
+
+    return torch.compiler.list_backends(exclude_tags=())
 
 
 def subject_of(args: argparse.Namespace) -> Subject:

@@ -44,7 +44,7 @@ class Examples:
         self.tokenizer, self.seq_len, self.packed = tokenizer, seq_len, packed
         content = pathlib.Path(path).read_bytes()
         pieces, self.cut = [], 0
-        for number, line in _lines(path, content.decode()):
+        for number, line in lines_of(path, content.decode()):
             pieces += self._pieces(line, f"line {number} of {path}")
         pieces = [piece for piece in pieces if any(piece.learned[1:])]
         if not pieces:
@@ -67,7 +67,7 @@ class Examples:
         """
         places = range(step * sequences, (step + 1) * sequences)
         number = len(self.ids)
-        rows = [int(_order(number, seed, place // number)[place % number]) for place in places]
+        rows = [int(order_of_rows(number, seed, place // number)[place % number]) for place in places]
         more = {"position_ids": self.positions[rows]} if self.packed else {}
         return self.ids[rows], self.labels[rows], more
 
@@ -165,11 +165,11 @@ class Examples:
 
 
 @functools.lru_cache(maxsize=2)  # a batch may end one epoch and begin the next
-def _order(rows: int, seed: int, epoch: int) -> torch.Tensor:
+def order_of_rows(rows: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _lines(path: str, content: str) -> Iterator[tuple[int, Any]]:
+def lines_of(path: str, content: str) -> Iterator[tuple[int, Any]]:
     if not path.endswith(".jsonl"):
         yield 1, {"text": content}
         return

@@ -22,6 +22,8 @@ from training.compiled import compile_layers
 from training.degrees import Degrees
 from training.model import main_output, next_token_loss
 
+# A tensor of all rows, what is the same for every row, or a list with a tensor or None for each microbatch.
+Input = torch.Tensor | int | list[torch.Tensor | None]
 # Takes ids, labels and the model's other inputs by name; returns the mean of this rank's losses, or None where no last
 # stage is.
 Step = Callable[..., torch.Tensor | None]
@@ -107,9 +109,7 @@ def lay_out(
         scale_grads=True,
     )
 
-    def call(
-        do: Callable, ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int
-    ) -> torch.Tensor | None:
+    def call(do: Callable, ids: torch.Tensor, labels: torch.Tensor, **inputs: Input) -> torch.Tensor | None:
         ids, labels, inputs = _share_of_sequence(ids, labels, inputs, cp_mesh)
         losses: list[torch.Tensor] = []
         with torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext():
@@ -168,8 +168,8 @@ def parallelize_part(
 
 
 def _share_of_sequence(
-    ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int], cp_mesh: DeviceMesh | None
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | int]]:
+    ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Input], cp_mesh: DeviceMesh | None
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Input]]:
     """This rank's tokens, their labels, and what tells the model where in the sequence they are."""
     if cp_mesh is None:
         return ids, labels, inputs
@@ -189,21 +189,23 @@ def _plain_steps(
     """`step` and `evaluate` of a model that is not cut."""
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
 
-    def pieces(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int]) -> list[tuple]:
+    def pieces(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Input]) -> list[tuple]:
         ids, labels, inputs = _share_of_sequence(ids, labels, inputs, cp_mesh)
         size = len(ids) // microbatches
-        rows = [slice(start, start + size) for start in range(0, len(ids), size)]
-        return [
-            (ids[r], labels[r], {name: _rows_of(value, r, len(ids)) for name, value in inputs.items()}) for r in rows
-        ]
+        cut = []
+        for place in range(microbatches):
+            rows = slice(place * size, (place + 1) * size)
+            mine = {name: _of_microbatch(value, place, rows, len(ids)) for name, value in inputs.items()}
+            cut.append((ids[rows], labels[rows], {name: value for name, value in mine.items() if value is not None}))
+        return cut
 
-    def loss_of(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, torch.Tensor | int]) -> torch.Tensor:
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor, inputs: dict[str, Input]) -> torch.Tensor:
         settings = {"use_cache": False} if takes_cache else {}
         # Around each forward alone: torch keeps cast weights until the context ends, FSDP2 gathers them anew for each.
         with torch.autocast(ids.device.type, autocast) if autocast else contextlib.nullcontext():
             return loss_fn(output_of(model(ids, **settings, **inputs)), labels) / microbatches
 
-    def step(ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int) -> torch.Tensor:
+    def step(ids: torch.Tensor, labels: torch.Tensor, **inputs: Input) -> torch.Tensor:
         total = torch.zeros((), device=ids.device)
         sharded = hasattr(model, "set_requires_gradient_sync")
         chunks = pieces(ids, labels, inputs)
@@ -216,12 +218,14 @@ def _plain_steps(
         return total
 
     @torch.no_grad()
-    def evaluate(ids: torch.Tensor, labels: torch.Tensor, **inputs: torch.Tensor | int) -> torch.Tensor:
+    def evaluate(ids: torch.Tensor, labels: torch.Tensor, **inputs: Input) -> torch.Tensor:
         return torch.stack([loss_of(*chunk) for chunk in pieces(ids, labels, inputs)]).sum()
 
     return step, evaluate
 
 
-def _rows_of(value: torch.Tensor | int, rows: slice, batch: int) -> torch.Tensor | int:
+def _of_microbatch(value: Input, place: int, rows: slice, batch: int) -> torch.Tensor | int | None:
     """What is the same for every row, such as positions `(1, S)`, stays whole."""
+    if isinstance(value, list):
+        return value[place]
     return value[rows] if isinstance(value, torch.Tensor) and value.shape[0] == batch else value

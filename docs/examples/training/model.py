@@ -1,4 +1,4 @@
-"""Build a transformers causal LM from a model type or a local config folder."""
+"""Build a transformers causal LM, or a model of images and text, from a model type or a local folder."""
 
 from __future__ import annotations
 
@@ -75,32 +75,38 @@ def build_config(name: str, size: int) -> Any:
     return config
 
 
-def build_model(config: Any, seed: int, lora: int = 0) -> nn.Module:
+def build_model(config: Any, seed: int, lora: int = 0, images: bool = False) -> nn.Module:
     """The model with the same random weights on every rank, float32; with adapters of rank `lora`, if not 0."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(images).from_config(config, dtype=torch.float32)
     if lora:
         add_adapters(model, lora, seed)
     return model
 
 
-def model_without_weights(folder: str, lora: int, seed: int) -> nn.Module:
-    """A folder's causal LM on meta, float32, to be laid out before `am_fsdp.load_hf_weights` fills it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def auto_class(images: bool) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
+
+
+def model_without_weights(folder: str, lora: int, seed: int, images: bool = False) -> nn.Module:
+    """A folder's model on meta, float32, to be laid out before `am_fsdp.load_hf_weights` fills it."""
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(images).from_config(config, dtype=torch.float32)
         if lora:
             add_adapters(model, lora, seed)
     torch.manual_seed(seed)  # adapters begin by it
     return model
 
 
-def model_in_4_bits(folder: str, lora: int, seed: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A folder's causal LM with bitsandbytes' NF4 weights in its linears and adapters over them, float32.
+def model_in_4_bits(
+    folder: str, lora: int, seed: int, dtype: torch.dtype, device: torch.device, images: bool = False
+) -> nn.Module:
+    """A folder's model with bitsandbytes' NF4 weights in its linears and adapters over them, float32.
 
     Every rank holds the base whole, at half a byte a weight, until it is laid out.
 
@@ -110,7 +116,7 @@ def model_in_4_bits(folder: str, lora: int, seed: int, dtype: torch.dtype, devic
     Raises:
         ValueError: bitsandbytes is not installed.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes accelerate")
@@ -121,7 +127,7 @@ def model_in_4_bits(folder: str, lora: int, seed: int, dtype: torch.dtype, devic
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(images).from_pretrained(
         folder, quantization_config=packed, dtype=torch.float32, device_map={"": device}, local_files_only=True
     )
     add_adapters(model, lora, seed)

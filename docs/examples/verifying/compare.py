@@ -31,10 +31,11 @@ def compare(
     length: int,
     device: torch.device,
     recompute: bool | str = False,
+    compile_with: str | None = None,
 ) -> dict[str, float]:
     """The largest relative error of each loss, norm, gradient and weight that this rank holds, by name.
 
-    Rank 0 alone trains the whole model; every rank builds it once.
+    Rank 0 alone trains the whole model, eagerly; every rank builds it once.
 
     Collectives: those of the layout, and one broadcast of each parameter's gradient per step, and of each weight.
 
@@ -61,6 +62,7 @@ def compare(
         mp_policy=condition.mp_policy,
         autocast=condition.autocast,
         recompute=recompute,
+        compile_with=compile_with,
     )
     mine = degrees.rows(meshes[0], sequences)
     optimizers = [_optimizer(part) for part in layout.parts]

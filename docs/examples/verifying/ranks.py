@@ -49,6 +49,7 @@ def measure(args: argparse.Namespace, condition: Condition, device: torch.device
             length=args.seq_len,
             device=device,
             recompute=args.recompute,
+            compile_with=args.compile,
         )
     except (ValueError, TypeError, NotImplementedError) as refusal:
         return Result(condition, refused=f"{type(refusal).__name__}: {refusal}")
@@ -78,4 +79,6 @@ def join() -> torch.device:
 def title(args: argparse.Namespace) -> str:
     size = ", shrunk" if args.subject.shrink and not args.subject.is_function else ""
     layout = f"{degrees_of(args)}{f', {args.schedule}' if args.pp > 1 else ''}"
-    return f"{args.model}{size}: {layout}; {args.batch} sequences of {args.seq_len} tokens against one process"
+    compiled, eager = (f", layers compiled by {args.compile}", " eager") if args.compile else ("", "")
+    batch = f"{args.batch} sequences of {args.seq_len} tokens"
+    return f"{args.model}{size}: {layout}{compiled}; {batch} against one{eager} process"

@@ -2,8 +2,8 @@
 
 Two ranks run a type with the attention that transformers takes by itself, four ranks with eager.
 
-Every third type runs always. With `AM_SWEEP=folder` all do, on four ranks too (HSDP 2 x 2, and 2 x tensor 2 for those
-with a plan), and leave there what they measured; `nox -s sweep` makes `docs/coverage/data.md` of it.
+A type of each mechanism runs always. With `AM_SWEEP=folder` all do, on four ranks too (HSDP 2 x 2, and 2 x tensor 2 for
+those with a plan), and leave there what they measured; `nox -s sweep` makes `docs/coverage/data.md` of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
-from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
+from am_testkit.zoo import MECHANISMS, NOT_BUILT, logits_of, model_types, runnable, small
 from am_tp_plans import explain_plan, get_hf_tp_shard_plan, infer_plan
 
 # Why a model is not laid out, in the words of the error.
@@ -35,7 +35,7 @@ SWEEP = os.environ.get("AM_SWEEP")
 # transformers computes softmax, norms and some routers in float32 even in a float64 model.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 AXES = ("data_parallel", "tensor_parallel")
-TYPES = [name for name in model_types() if name not in NOT_BUILT][:: 1 if SWEEP else 3]
+TYPES = [name for name in (model_types() if SWEEP else MECHANISMS) if name not in NOT_BUILT]
 
 
 @pytest.mark.parametrize("model_type", TYPES)

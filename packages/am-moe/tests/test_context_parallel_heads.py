@@ -124,7 +124,8 @@ def cp_mesh():
 @pytest.mark.parametrize(("head", "model_type"), TYPES)
 @pytest.mark.ranks(2, timeout=120)
 def test_every_head_is_exact_on_two_context_ranks_or_refused(head, model_type):
-    one = runnable(head, model_type, None if sum(map(ord, model_type)) % 2 else "eager")
+    # What transformers takes by itself, sdpa where a type has it; eager for a quarter.
+    one = runnable(head, model_type, None if sum(map(ord, model_type)) % 4 else "eager")
     model, mesh = copy.deepcopy(one), cp_mesh()
     results, refusal, errors = {"kind": type(one).__name__, "attention": one.config._attn_implementation}, None, {}
     try:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from am_moe.context_parallel import Block, Kind, Plan, Rule, head_tail, kernel
 from am_moe.context_parallel.heads import repeated_for
 from am_moe.context_parallel.kernel import Scores, block_backward, block_forward, merge
-from am_moe.context_parallel.masks import describe, recognise
+from am_moe.context_parallel.masks import describe
+from am_moe.context_parallel.windows import Window, recognise
 from am_testkit.device import device_type
 
 
@@ -22,14 +23,29 @@ def plans(draw):
     before = draw(st.none() | st.integers(0, seq_len))
     after = draw(st.sampled_from([None, 0, before] if before is not None else [None, 0]))
     starts = None
-    if after == 0 and draw(st.booleans()):
+    marked = draw(st.sampled_from(["nothing", "documents", "images"])) if after == 0 else "nothing"
+    if marked != "nothing":
         cuts = [sorted(draw(st.sets(st.integers(1, seq_len - 1), max_size=3))) for _ in range(2)]
         cuts[1] = cuts[0] if draw(st.booleans()) else cuts[1]
         starts = torch.tensor([[max([c for c in row if c <= i], default=0) for i in range(seq_len)] for row in cuts])
     rule = Rule(before, after)
-    if starts is not None:
+    if marked == "documents":
         rule = Rule(before, after, starts.amin(0).tolist(), starts.amax(0).tolist())
+    if marked == "images":
+        reach = reach_of(starts)
+        rule = Rule(before, after, farthest=reach.amax(0).tolist(), nearest=reach.amin(0).tolist())
     return Plan(head_tail(seq_len, ranks), rule), starts
+
+
+def reach_of(starts):
+    """For each token the one after the last that it sees, where every other stretch between starts is an image."""
+    at = torch.arange(starts.shape[1])
+    reach = []
+    for row in starts:
+        kinds = (row.diff(prepend=row[:1]) != 0).cumsum(0)
+        stop = torch.tensor([max(i for i in at.tolist() if kinds[i] == kind) + 1 for kind in kinds])
+        reach.append(torch.where(kinds % 2 == 1, stop, at + 1))
+    return torch.stack(reach)
 
 
 def seen_by(plan, starts, row=0):
@@ -37,7 +53,10 @@ def seen_by(plan, starts, row=0):
     at = torch.arange(plan.seq_len)
     ahead = at[None] - at[:, None]
     seen = torch.ones_like(ahead, dtype=torch.bool)
-    if plan.rule.after is not None:
+    if plan.rule.farthest is not None:
+        seen = at[None] < reach_of(starts)[row][:, None]
+        starts = None
+    elif plan.rule.after is not None:
         seen &= ahead <= plan.rule.after
     if plan.rule.before is not None:
         seen &= ahead >= -plan.rule.before
@@ -62,7 +81,7 @@ def check_parts(rule, block, mask):
     within = torch.zeros_like(mask)
     within[slice(*block.queries), slice(*block.keys)] = True
     assert together.equal((mask & within).long())
-    if rule.after == 0 and (rule.earliest is None or rule.earliest == rule.latest):
+    if rule.after == 0 and rule.earliest == rule.latest and rule.farthest == rule.nearest:
         assert all(part.kind is not Kind.PARTIAL for part in parts)
 
 
@@ -227,9 +246,9 @@ def test_a_layer_launches_few_kernels_however_long_it_is(case):
     v = torch.randn(2, 1, LONG, value_width, dtype=torch.float64, requires_grad=True)
     grad = torch.randn(2, 1, LONG, value_width, dtype=torch.float64)
     positions = settings.get("positions", torch.arange(LONG)[None].expand(2, -1))
-    mask = describe(positions, settings.get("valid"), 1).mask(settings.get("before"), 0)
+    mask = describe(positions, settings.get("valid"), 1).mask(Window(settings.get("before"), 0))
     softcap = settings.get("softcap")
-    scores = Scores(mask.plan.rule, 0.3, softcap, mask.query_groups_BN, mask.key_groups_BN, mask.rows)
+    scores = Scores(mask.plan.rule, 0.3, softcap, mask.query_groups_BN, mask.key_groups_BN, mask.reach_BN, mask.rows)
     (block,) = mask.plan.blocks(0, 0)
     with torch.no_grad(), Launches() as forward:
         out, lse = block_forward(q, k, v, block, scores)
@@ -249,7 +268,7 @@ def test_a_layer_launches_few_kernels_however_long_it_is(case):
 
 
 def test_blocks_are_planned_once_for_all_layers():
-    mask = describe(POSITIONS, None, 2).mask(None, 0)
+    mask = describe(POSITIONS, None, 2).mask(Window(None, 0))
     assert mask.plan.blocks(0, 1) is mask.plan.blocks(0, 1)
     block = Block((0, LONG), (0, LONG), Kind.PARTIAL)
     assert mask.rows[0].parts(block) is mask.rows[0].parts(block)
@@ -266,22 +285,51 @@ def test_joining_with_nothing_changes_nothing():
     assert (empty[1] == -torch.inf).all()
 
 
-def test_masks_of_transformers_are_recognised_and_others_refused():
+@pytest.mark.parametrize("tokens", [40, 2000])  # all answers of the function compared, and some
+def test_masks_of_transformers_are_recognised_and_others_refused(tokens):
     from transformers import masking_utils as hf
 
-    here = torch.device(device_type())
-    assert recognise(hf.causal_mask_function, None, here) == (None, 0)
-    assert recognise(hf.bidirectional_mask_function, None, here) == (None, None)
-    assert recognise(hf.sliding_window_causal_mask_function(7), 7, here) == (6, 0)
-    assert recognise(hf.sliding_window_bidirectional_mask_function(7), 7, here) == (7, 7)
-    no_padding = torch.zeros(1, dtype=torch.int64)
-    for other, size in (
-        (hf.chunked_causal_mask_function(7, no_padding), 7),
-        (hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: k < 2), None),
-        (hf.and_masks(hf.causal_mask_function, hf.packed_sequence_mask_function(torch.zeros(1, 4))), None),
+    def found(function):
+        window = recognise(function, 2, tokens, torch.device(device_type()))
+        reach = window.reach_BN
+        return window.before, window.after, None if reach is None else (reach - torch.arange(tokens) - 1).tolist()
+
+    none = torch.full((2, tokens), -1, device=device_type())
+    images = none.clone()
+    images[0, 20:23] = 0
+    images[1, tokens - 3 :] = images[1, 30:32] = 1
+    reach = [[0] * tokens, [0] * tokens]
+    reach[0][20:22] = reach[1][-3:-1] = [2, 1]
+    reach[1][30] = 1
+    windowed = hf.sliding_window_overlay(25)
+    causal, blocks = hf.causal_mask_function, hf.blockwise_overlay(images)
+    for function, window in (
+        (causal, (None, 0, None)),
+        (hf.bidirectional_mask_function, (None, None, None)),
+        (hf.sliding_window_causal_mask_function(7), (6, 0, None)),
+        (hf.sliding_window_bidirectional_mask_function(7), (7, 7, None)),
+        (hf.or_masks(causal, hf.blockwise_overlay(none)), (None, 0, None)),
+        (hf.and_masks(hf.or_masks(causal, hf.blockwise_overlay(none)), windowed), (24, 0, None)),
+    ):
+        assert found(function) == window
+    apart = images.clone()
+    apart[1, 30:32] = 0
+    for function, before in (
+        (hf.or_masks(causal, hf.blockwise_overlay(apart)), None),
+        (hf.and_masks(hf.or_masks(causal, hf.blockwise_overlay(apart)), windowed), 24),
+    ):
+        assert found(function) == (before, 0, reach)
+    documents = (torch.arange(tokens, device=device_type()) >= 30).expand(2, -1)
+    for other in (
+        hf.chunked_causal_mask_function(25, torch.zeros(2, dtype=torch.int64, device=device_type())),
+        hf.or_masks(causal, lambda b, h, q, k: k == 25),
+        hf.or_masks(causal, blocks),  # an image in two places
+        hf.or_masks(hf.sliding_window_causal_mask_function(2), hf.blockwise_overlay(apart)),  # shorter than an image
+        hf.and_masks(causal, hf.packed_sequence_mask_function(documents)),
+        hf.and_masks(causal, hf.packed_sequence_mask_function(documents[:, :9])),
     ):
         with pytest.raises(ValueError, match="attention mask"):
-            recognise(other, size, here)
+            found(other)
 
 
 def test_documents_are_found_where_positions_start_anew():
@@ -289,6 +337,6 @@ def test_documents_are_found_where_positions_start_anew():
     sequence = describe(positions, None, 2)
     assert sequence.starts_BN.tolist() == [[0, 0, 0, 3, 3, 5, 5, 5], [0, 0, 0, 0, 0, 0, 6, 6]]
     assert describe(positions[1:, :6], None, 1).starts_BN is None
-    rule = sequence.mask(None, 0).plan.rule
+    rule = sequence.mask(Window(None, 0)).plan.rule
     assert rule.earliest == [0, 0, 0, 0, 0, 0, 5, 5]
     assert rule.latest == [0, 0, 0, 3, 3, 5, 6, 6]

@@ -56,6 +56,24 @@ def test_embedding_and_head_are_units_unless_they_are_one_parameter(tied, wrap_o
     step_both(model, one)
 
 
+@pytest.mark.ranks(2)
+def test_what_shares_a_parameter_with_any_other_module_stays_with_the_root():
+    """A head may have an embedding twice under two names, as that of a text's two stacks; a layer may hold a third."""
+    model = tiny("qwen3_moe", layers=3)
+    model.first_of_another_stack = nn.Embedding.from_pretrained(model.model.embed_tokens.weight, freeze=False)
+    model.first_of_another_stack.weight = model.model.embed_tokens.weight
+    model.another_norm = nn.RMSNorm(8)
+    model.another_norm.weight = model.model.layers[1].input_layernorm.weight
+    one = copy.deepcopy(model)
+    data, moe = meshes(1, 2)
+    apply_ep(model, moe["ep"], moe)
+    apply_fsdp(model, data, True, False)
+    assert [isinstance(layer, FSDPModule) for layer in model.model.layers] == [True, False, True]
+    assert isinstance(model.lm_head, FSDPModule)
+    assert not isinstance(model.model.embed_tokens, FSDPModule)
+    step_both(model, one)
+
+
 class Gathers(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -260,4 +278,18 @@ def test_parallelize_model_refuses_before_the_first_parameter_is_touched(setting
     world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
     with pytest.raises(ValueError, match=words):
         parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep", **settings)
+    assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before
+
+
+@pytest.mark.ranks(2)
+def test_a_module_of_two_dtypes_in_a_frozen_base_is_refused_before_experts_are_spread():
+    model = tiny("qwen3_moe", layers=2).requires_grad_(False)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.requires_grad_(True)
+    attention.o_proj.scale = nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False)
+    before = {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()}
+    world, moe = build_meshes(device_type(), dp_shard=2, ep=2)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"o_proj holds parameters of"):
+        parallelize_model(model, world, moe, dp_axis_names=("dp_shard",), ep_axis_name="ep", mp_policy=policy)
     assert {name: (parameter, type(parameter)) for name, parameter in model.named_parameters()} == before

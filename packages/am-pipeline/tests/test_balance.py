@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config
 
 from am_pipeline import Costs, plan_cut, plan_pipeline
 from am_pipeline.__main__ import main
 from am_pipeline.cut.anatomy import Anatomy
 from am_pipeline.schedule.balance import balanced, costs_of
 from am_testkit.models import tiny
+from am_testkit.natural import natural_batch, small_with_images
 
 cost = st.integers(0, 20).map(float)
 
@@ -59,6 +60,37 @@ def test_costs_count_the_weights_that_a_token_goes_through():
     assert costs.after == 2 * 32 * 96
     parameters = costs_of(model, anatomy, "parameters")
     assert parameters.before + sum(parameters.layers) + parameters.after == sum(p.numel() for p in model.parameters())
+
+
+def test_every_stack_counts_with_its_own_length():
+    sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 4}
+    with torch.device("meta"):
+        model = AutoModelForSeq2SeqLM.from_config(T5Config(**sizes, num_decoder_layers=4))
+    long_text, long_answer = (
+        plan_pipeline(model, 2, "1F1B", microbatches=2, seq_len=seq_len, decoder_seq_len=answer)
+        for seq_len, answer in ((512, 16), (16, 512))
+    )
+    assert len(long_text.cut.layers_of(0)) < len(long_answer.cut.layers_of(0))
+    assert long_text.stages[0].flops_share < 0.7
+    assert long_answer.stages[1].flops_share < 0.7
+    ids = torch.ones(1, 256, dtype=torch.int64)
+    example = {"input_ids": ids, "decoder_input_ids": ids[:, :8]}
+    by_example = plan_cut(model, 2, example_inputs=example)
+    assert by_example.stages == long_text.cut.stages
+
+
+def test_a_tower_counts_with_its_patches():
+    model = small_with_images("qwen2_5_vl")
+    batch = natural_batch(model, rows=2)
+    plan = plan_cut(model, 2, example_inputs=batch)
+    assert plan.anatomy.stacks == ("model.visual.blocks", "model.language_model.layers")
+    reading = plan.reading
+    flops = reading.flops(reading.form.sizes[0])
+    patches, width = batch["pixel_values"].shape[0], 32
+    mlp = sum(p.numel() for p in model.model.visual.blocks[0].mlp.parameters() if p.dim() == 2)
+    assert flops["model.visual.blocks.0"] >= 2 * patches * (mlp + 4 * width * width)
+    assert reading.elements("model.visual.blocks.0", (4, 100, 0, 3 * patches)) == 3 * patches * width
+    assert reading.elements("model.language_model.layers.0", (4, 100, 0, 3 * patches)) == 4 * 100 * width
 
 
 def test_measured_time_is_a_balance_too():

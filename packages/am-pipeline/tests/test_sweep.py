@@ -1,8 +1,8 @@
 """Every causal language model of transformers through a real pipeline of two and of four stages, against one process.
 
-Every third type runs always, one with the attention that transformers takes by itself, the next with eager. With
-`AM_SWEEP=folder` all do, under both, with padding, several steps and evaluation, and leave there what they measured;
-`nox -s sweep` makes `docs/coverage/pipeline.md` of it.
+A type of each mechanism runs always, one with the attention that transformers takes by itself, the next with eager.
+With `AM_SWEEP=folder` all do, under both, with padding, several steps and evaluation, and leave there what they
+measured; `nox -s sweep` makes `docs/coverage/pipeline.md` of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from am_testkit.conditioned import MeanOfAll
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error
 from am_testkit.programs import program
-from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small
+from am_testkit.zoo import MECHANISMS, NOT_BUILT, logits_of, model_types, runnable, small
 
 # Why a model cannot be cut exactly, in the words of the error.
 REFUSED = {
@@ -36,7 +36,7 @@ REFUSED = {
     "reformer": "crosses the cut inside a custom autograd function",
 }
 SWEEP = os.environ.get("AM_SWEEP")
-TYPES = [name for name in model_types() if name not in NOT_BUILT][:: 1 if SWEEP else 3]
+TYPES = [name for name in (model_types() if SWEEP else MECHANISMS) if name not in NOT_BUILT]
 PLAIN = [conditions.PLAIN | {"attention": attention} for attention in ("sdpa", "eager")]
 PADDED = {"attention": "sdpa", "batch": "right padding"}
 EVERY = [

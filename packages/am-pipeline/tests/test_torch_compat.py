@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -206,9 +208,61 @@ def test_tensors_without_memory_have_shapes_and_share_it_with_their_views():
     assert compat.storage_key(weight) != compat.storage_key(product)
 
 
+aten = torch.ops.aten
+OPERATORS = {
+    "product": (aten.mm.default, ((4, 6), (6, 5)), ()),
+    "in rows": (aten.softmax.int, ((2, 3, 4),), (-1,)),
+    "normalised": (aten.native_layer_norm.default, ((2, 6),), ([6], None, None, 1e-5)),
+    "in pieces": (aten.split_with_sizes.default, ((5, 2),), ([2, 3],)),
+    "turned": (aten.transpose.int, ((2, 3, 4),), (0, 2)),
+    "turned and copied": (aten.clone.default, ((2, 3, 4),), ()),
+    "flattened": (aten.view.default, ((2, 6),), ([12],)),
+    "counted": (aten.argmax.default, ((2, 6),), (1,)),
+    "divided": (aten.div.Tensor, ((2, 6),), (2,)),
+    "as numbers of another kind": (aten.view.dtype, ((2, 6),), (torch.int32,)),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_an_operator_returns_without_memory_is_what_the_mode_itself_makes(name, turned):
+    function, shapes, others = OPERATORS[name]
+    fake = compat.fake_mode()
+    with fake:
+        given = [torch.empty(shape[::-1]).permute(*range(len(shape))[::-1]) for shape in shapes]
+        given = given if turned else [t.contiguous() for t in given]
+    if turned and name == "flattened":
+        with pytest.raises(RuntimeError):
+            compat.run_without_memory(fake, function, (*given, *others), {})
+        return
+
+    def forms(result):
+        tensors = [result] if isinstance(result, torch.Tensor) else list(result)
+        memories = [compat.storage_key(t) for t in tensors]
+        shared = [memory == compat.storage_key(given[0]) for memory in memories]
+        assert all(map(compat.is_fake, tensors))
+        assert all(t.device.type == "cpu" for t in tensors)
+        return type(result), [(t.shape, t.stride(), t.storage_offset(), t.dtype) for t in tensors], shared
+
+    wanted = forms(function(*given, *others))
+    for _ in range(2):  # the second time it is remembered
+        assert forms(compat.run_without_memory(fake, function, (*given, *others), {})) == wanted
+    assert forms(function(*given, *others)) == wanted
+
+
+def test_forms_are_told_apart_by_types_too_and_what_is_written_into_is_the_same_tensor():
+    fake = compat.fake_mode()
+    with fake:
+        numbers, other = torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+    add = partial(compat.run_without_memory, fake, aten.add.Tensor)
+    assert [add((numbers, by), {}).dtype for by in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
+    assert compat.run_without_memory(fake, aten.add_.Tensor, (numbers, other), {}) is numbers
+    real = torch.ones(3, dtype=torch.int64)
+    assert add((numbers, real), {}).shape == (3,)
+
+
 def test_what_an_operator_writes_and_draws_is_told_by_its_schema():
     one, two = torch.zeros(2), torch.zeros(2)
-    aten = torch.ops.aten
     written = compat.written_arguments(aten.add_.Tensor, (one, two), {})
     assert len(written) == 1
     assert written[0] is one
@@ -279,3 +333,16 @@ def test_all_gathers_of_units_and_all_other_collectives_are_counted():
             compat.gather_once(layer)
             compat.gather_once(layer)
             assert seen == [units.index(layer)] * 2
+
+
+def test_flops_of_products_and_attention_are_known_and_hooks_are_listed():
+    aten = torch.ops.aten
+    one, other = torch.ones(2, 3), torch.ones(3, 4)
+    assert compat.flops_of(aten.mm.default, (one, other), {}, one @ other) == 2 * 2 * 3 * 4
+    assert compat.flops_of(aten.add.Tensor, (one, one), {}, one) == 0
+    query = torch.ones(1, 2, 5, 4)
+    attend = aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert compat.flops_of(attend, (query, query, query), {}, attend(query, query, query)) == 2 * 2 * 2 * 5 * 5 * 4
+    module, hook = nn.Linear(2, 2), print
+    module.register_forward_hook(hook)
+    assert compat.forward_hooks_of(module) == (hook,)

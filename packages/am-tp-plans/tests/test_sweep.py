@@ -1,8 +1,8 @@
 """transformers' own tensor-parallel plans in our styles, and inferred ones for models that bring none, at two ranks.
 
-Every third type runs always, one with the attention that transformers takes by itself (sdpa where the type has it), the
-next with eager. With `AM_SWEEP=folder` all do, under both, and leave there what they measured; `nox -s sweep` makes
-`docs/coverage/tensor.md` of it.
+A type of each mechanism runs always, one with the attention that transformers takes by itself (sdpa where the type has
+it), the next with eager. With `AM_SWEEP=folder` all do, under both, and leave there what they measured; `nox -s sweep`
+makes `docs/coverage/tensor.md` of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.models import next_token_loss
-from am_testkit.zoo import NOT_BUILT, logits_of, model_types, runnable, small, small_config
+from am_testkit.zoo import MECHANISMS, NOT_BUILT, logits_of, model_types, runnable, small, small_config
 from am_tp_plans import add_sequence_parallelism, apply_plan, fit_plan, get_hf_tp_shard_plan, infer_plan
 from am_tp_plans.styles.heads import shares_heads
 
@@ -39,7 +39,7 @@ SEQUENCE_REFUSED = """
 """
 IMPLEMENTATION = {"sdpa": None, "eager": "eager"}  # None is what transformers takes by itself
 SWEEP = os.environ.get("AM_SWEEP")
-TYPES = [name for name in model_types() if name not in NOT_BUILT][:: 1 if SWEEP else 3]
+TYPES = [name for name in (model_types() if SWEEP else MECHANISMS) if name not in NOT_BUILT]
 # transformers computes softmax, norms and some routers in float32 even in a float64 model.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 

@@ -6,9 +6,9 @@ from am_fsdp.layout.checkpointing import checkpoint_layers
 from am_fsdp.layout.clipping import clip_grad_norm_
 from am_fsdp.layout.imports import import_class_from_path, import_classes_from_paths
 from am_fsdp.layout.nvfsdp import HAVE_NVFSDP, nvfsdp_strategy_parallelize
+from am_fsdp.layout.recursive import apply_fsdp_sharding_recursively
 from am_fsdp.layout.replicas import check_replicas
 from am_fsdp.layout.strategy import fsdp2_strategy_parallelize
-from am_fsdp.layout.units import apply_fsdp_sharding_recursively
 from am_fsdp.layout.unshard import unshard_fsdp2_model
 from am_fsdp.process_group import _destroy_dist_connection, stop_on_signal
 from am_fsdp.weights.load import load_hf_weights

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from am_moe.data_parallel.units import layers
+from am_moe.data_parallel.units import stacks_of_units
 from am_moe.expert_parallel.collectives import asked, asked_now
 from am_moe.expert_parallel.experts import describe_experts
 
@@ -57,7 +57,7 @@ def apply_ac(
             f"{config.num_kv_shared_layers}), which recomputation would not find again; leave it out"
         )
     router = _router_shape(model, config, hidden_size, num_experts) if ignore_router else None
-    blocks = layers(model)
+    blocks = [layer for stack in stacks_of_units(model) for layer in stack]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no ModuleList of blocks to recompute")
     if getattr(getattr(model, "config", None), "use_cache", False):

@@ -82,8 +82,7 @@ def parallelize_model(
     if spreads:
         check_spread(model, moe_mesh[ep_axis_name])
     data_mesh = _data_mesh(world_mesh, dp_axis_names, cp_axis_name if cp_mesh is not None else None)
-    alike = [data_mesh] if tp_mesh is None else [data_mesh, tp_mesh]
-    check_replicas(model, alike)
+    check_replicas(model, data_mesh, tp_mesh)
     from_meta = any(parameter.is_meta for parameter in model.parameters())
 
     if tp_mesh is not None:
@@ -110,7 +109,7 @@ def parallelize_model(
         wrap_outer_model=wrap_outer_model,
     )
     if from_meta:
-        check_replicas_at_first_forward(model, alike)
+        check_replicas_at_first_forward(model, data_mesh, tp_mesh)
 
 
 def _check_axes(world, moe, dp_names, cp_name, tp_name, ep_name, ep_shard_names) -> None:

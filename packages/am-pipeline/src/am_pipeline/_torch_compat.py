@@ -24,6 +24,8 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 Schedule = _PipelineSchedule
 CsvSchedule = _PipelineScheduleRuntime
@@ -279,6 +281,20 @@ def hooks_of(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def forward_hooks_of(module: nn.Module) -> tuple[Callable, ...]:
+    """What runs after the forward of a module."""
+    return tuple(module._forward_hooks.values())
+
+
+def flops_of(function: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """The FLOPs of an operator that multiplies matrices or attends; 0 of others."""
+    aten, packet = torch.ops.aten, function.overloadpacket
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        packet = aten._scaled_dot_product_flash_attention
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+
 def looks_at_values(function: Any) -> bool:
     """Whether an operator's result, or the shape of it, is a matter of numbers in its inputs alone."""
     tags = function.tags
@@ -371,7 +387,65 @@ def fake_mode() -> Any:
     """A mode whose tensors have shapes, dtypes and strides on the CPU, and no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake.known_shapes = {}  # of `run_without_memory`
+    return fake
+
+
+def run_without_memory(fake: Any, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an operator returns for tensors of a mode: as the mode does it, in a third of the time.
+
+    Views are taken by the kernel for tensors without memory. What another operator returns depends on nothing but the
+    forms of its arguments, and is made of what it was for these the first time.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
+    cpu = torch.device("cpu")
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    if function._schema.is_mutable or not all(isinstance(t, FakeTensor) or t.dim() == 0 for t in tensors):
+        return function(*args, **kwargs)
+    if function.is_view:
+        with in_kernel_invocation_manager(fake):
+            seen = function(*args, **kwargs)
+        return tree_map(lambda meta: FakeTensor(fake, meta, cpu), seen)
+    form = _form((args, kwargs))
+    key = (function, torch.get_default_dtype(), form)
+    try:
+        known = fake.known_shapes.get(key)
+    except TypeError:  # an argument that has no hash
+        return function(*args, **kwargs)
+    if known is None:
+        result = function(*args, **kwargs)
+        fake.known_shapes[key] = _forms_made(result, tensors)
+        return result
+    if known is _OTHERWISE:
+        return function(*args, **kwargs)
+    kind, forms = known
+    made = [FakeTensor(fake, torch.empty_strided(*form[:2], dtype=form[2], device="meta"), cpu) for form in forms]
+    return made[0] if kind is torch.Tensor else kind(made)
+
+
+_OTHERWISE = object()
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _form(each)) for name, each in value.items())
+    return (type(value), *map(_form, value)) if isinstance(value, (tuple, list)) else (type(value), value)
+
+
+def _forms_made(result: Any, given: list[torch.Tensor]) -> Any:
+    """The forms of fresh tensors, each with memory of its own; what else an operator returns is not remembered."""
+    made = [result] if isinstance(result, torch.Tensor) else result
+    if not isinstance(made, (tuple, list)) or not all(isinstance(t, torch.Tensor) and is_fake(t) for t in made):
+        return _OTHERWISE
+    memories = {storage_key(t) for t in made} - {storage_key(t) for t in given}
+    if len(memories) < len(made) or any(t.storage_offset() for t in made):
+        return _OTHERWISE
+    kind = torch.Tensor if isinstance(result, torch.Tensor) else type(result)
+    return kind, [(tuple(t.shape), t.stride(), t.dtype) for t in made]
 
 
 @contextmanager

@@ -29,6 +29,10 @@ class ParallelizeFnProtocol(Protocol):
     layers over n ranks (sequence parallelism), it calls `set_sequence_shards(model, n)`, so that the pipeline sends
     `(B, S / n, D)`. Modules that the part does not hold are leaf modules without parameters.
 
+    Data ranks that share a part run the same modules in every microbatch, or their step is refused: one without images
+    beside one with images would leave the other waiting. A part that runs its towers on every rank by itself, as those
+    of am-fsdp and am-moe do, has an attribute `runs_towers_on_every_rank` that is true.
+
     The first three arguments come by position, whatever their names, or by name where they are keyword-only.
     """
 

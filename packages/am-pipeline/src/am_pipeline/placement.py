@@ -111,10 +111,9 @@ def calculate_virtual_stages(
             "change layers_per_stage or set round_to_pp_multiple='up' or 'down'"
         )
     if num_stages > num_layers:
-        raise ValueError(
-            f"{asked}, more than there are layers: every stage needs at least one; "
-            f"use at most pp_size={num_layers // max(1, num_stages // pp_size)} ranks or fewer stages per rank"
-        )
+        ranks = num_layers // max(1, num_stages // pp_size)
+        fewer = f"at most pp_size={ranks} ranks or fewer stages per rank" if ranks > 1 else "a model of more layers"
+        raise ValueError(f"{asked}, more than there are layers: every stage needs at least one; use {fewer}")
     stages_per_rank = num_stages // pp_size
     if is_single_stage_schedule and stages_per_rank != 1:
         raise ValueError(

@@ -19,6 +19,8 @@ _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mr
 _HALF_MROPE = {
     "rope_parameters": _MROPE["rope_parameters"] | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
 }
+# Features of images that enter several layers, of a tower as small as these; without, it has none.
+DEEPSTACK = {"vision_config": {"deepstack_visual_indexes": [0, 1]}}
 _TILES = {"image_grid_pinpoints": [[56, 112], [112, 56]]}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "aria": {"projector_patch_to_query_dict": {16: 4}},
@@ -93,12 +95,12 @@ def natural_types() -> list[str]:
 
 
 def small_with_images(
-    model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, attention: str | None = None
+    model_type: str, layers: int = 4, dtype: torch.dtype = torch.float64, attention: str | None = None, **more: Any
 ) -> nn.Module:
     """A model of the type with seeded random weights in evaluation mode; see `am_testkit.zoo.small`."""
     from transformers import AutoModelForImageTextToText
 
-    settings = _SETTINGS.get(model_type, {})
+    settings = _SETTINGS.get(model_type, {}) | more
     tower = _small_tower(model_type) | settings.get("vision_config", {})
     config = small_config(model_type, layers, **(settings | ({"vision_config": tower} if tower else {})))
     torch.manual_seed(0)
@@ -108,18 +110,17 @@ def small_with_images(
 
 
 def _small_tower(model_type: str) -> dict[str, Any]:
-    """An image of four patches by four, where the config of the vision tower has a size."""
+    """An image of four patches by four, where the config of the vision tower has a size; features of two depths."""
     from transformers import CONFIG_MAPPING
 
     vision = getattr(CONFIG_MAPPING[model_type](), "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    settings = {"deepstack_visual_indexes": [0, 1]} if hasattr(vision, "deepstack_visual_indexes") else {}
     if isinstance(size, int) and isinstance(patch, int):
-        return {"image_size": 4 * patch}
-    return (
-        {"image_size": [4 * p for p in patch]}
-        if isinstance(size, (list, tuple)) and isinstance(patch, (list, tuple))
-        else {}
-    )
+        return settings | {"image_size": 4 * patch}
+    if isinstance(size, (list, tuple)) and isinstance(patch, (list, tuple)):
+        return settings | {"image_size": [4 * p for p in patch]}
+    return settings
 
 
 def natural_batch(model: nn.Module, rows: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:

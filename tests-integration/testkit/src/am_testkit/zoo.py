@@ -65,6 +65,40 @@ _LAYERS = [
 ]
 
 
+# A type of each mechanism, run always; all others have it too, in other words, and run with `AM_SWEEP`.
+MECHANISMS = {
+    "afmoe": "gated attention, experts",
+    "bert": "post-norm, token types",
+    "bitnet": "ternary linears",
+    "bloom": "biases by position, one fused projection with its heads interleaved",
+    "blt": "patches of bytes made by a model of its own",
+    "dbrx": "clipped and fused projections, experts",
+    "deepseek_v3": "latent attention, groups of experts",
+    "falcon_mamba": "no attention at all",
+    "fuyu": "images, or none, as tokens",
+    "gemma3": "sliding windows, a tower beside the decoder",
+    "gemma4": "embeddings per layer, shared keys and values, two head widths",
+    "gpt2": "learned positions, Conv1D",
+    "gpt_neox": "parallel residual, interleaved heads",
+    "gpt_oss": "sinks, experts with biases",
+    "hrm_text": "layers run in cycles",
+    "jetmoe": "experts of attention",
+    "lfm2": "short convolutions",
+    "llama": "what most are",
+    "longcat_flash": "two attentions in a layer, experts that are the identity",
+    "mllama": "cross-attention to images",
+    "mpt": "biases by position, one fused projection",
+    "opt": "projections around the stack",
+    "phi3": "fused projections",
+    "prophetnet": "several streams of predictions",
+    "qwen3_next": "linear attention",
+    "reformer": "a custom autograd function",
+    "recurrent_gemma": "recurrent blocks",
+    "xlnet": "relative positions, the sequence first",
+    "zamba": "shared blocks",
+}
+
+
 def model_types() -> list[str]:
     """Every model type of `AutoModelForCausalLM`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

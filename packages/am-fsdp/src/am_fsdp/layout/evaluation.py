@@ -7,9 +7,9 @@ as a metric or a validation loss, `model.parameters()` would be other objects th
     forward without a graph    FSDP2 leaves some units gathered; the hooks of this file shard them again
     clip, optimizer step       on the shards
 
-A forward that records a graph leaves its units gathered, for the backward that may come. If none comes,
-`clip_grad_norm_` refuses the gathered parameters, and the unit's next forward gathers again what was stepped since and
-refuses what was edited.
+A forward that records a graph leaves its units gathered, for the backward that may come. If none comes, the unit's next
+forward gathers again what was stepped since and refuses what was edited; am-fsdp's `clip_grad_norm_` refuses the
+gathered parameters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from am_fsdp._torch_compat import end_forward, is_unsharded, reduce_as_asked, un
 def reshard_after_evaluation(model: nn.Module) -> None:
     """Make every FSDP2 unit of a model shard itself after a forward without gradients, in place.
 
-    A unit that was gathered before the forward stays so: by `unshard_fsdp2_model`, or for a graph that still waits for
+    A unit that was gathered before the forward stays so: by `FSDPModule.unshard`, or for a graph that still waits for
     its backward.
 
     Args:

@@ -1,4 +1,4 @@
-"""Whether ranks that should hold the same weights do: FSDP2 takes it for granted."""
+"""Whether ranks that should hold the same weights do: FSDP2 and the spread of experts take it for granted."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from am_fsdp.layout.evaluation import outside_graphs
 def check_replicas(model: nn.Module, mesh: DeviceMesh, tensor_mesh: DeviceMesh | None = None) -> None:
     """Refuse ranks that hold different weights where they should hold the same: other seeds, a checkpoint not loaded.
 
-    `fsdp2_strategy_parallelize` asks before it shards a model with real weights, and at the first forward of one from
-    meta. Call it yourself where weights are filled later still.
+    The strategies ask before they shard a model with real weights, and at the first forward of one from meta. Call it
+    yourself where weights are filled later still.
 
     Args:
         model: not sharded yet, or as between steps. Parameters on meta are left out.

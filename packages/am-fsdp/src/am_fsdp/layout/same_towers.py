@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from am_fsdp._torch_compat import unit_parameters
 from am_fsdp.layout.evaluation import outside_graphs
-from am_fsdp.layout.units import layer_stacks
+from am_fsdp.layout.units import stack_names
 
 _WAITS = "the embedding, to run towers"
 
@@ -49,12 +49,12 @@ def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: Mixe
         ValueError: from a forward, on every rank: inputs differ, and no method of the model runs what one of them
             needs, or the ranks would run different layers or train different parameters.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    stacks = [names[id(stack)] for stack in layer_stacks(model) if any(True for _ in stack.parameters())]
+    stacks = stack_names(model)
     if len(stacks) > 1 and mesh.size() > 1:
         towers = _Towers(model, mesh, mp_policy, stacks)
         model.register_forward_pre_hook(towers.before, prepend=True, with_kwargs=True)
         model.register_forward_hook(towers.after)
+        model.__dict__["runs_towers_on_every_rank"] = True  # am-pipeline lets inputs of ranks differ where this is set
 
 
 class _Towers:
@@ -119,7 +119,11 @@ class _Towers:
             kind = next(one[name][0] for one in everyones if name in one)
             if (name not in tower_inputs or not run & set().union(*everyones)) and kind != "integers":
                 self._refuse(model, f"{name} is given on some ranks only")
-        if not callable(getattr(model, "get_input_embeddings", None)):
+        try:
+            known = isinstance(model.get_input_embeddings(), nn.Module)
+        except (AttributeError, NotImplementedError):  # transformers does not know either
+            known = False
+        if not known:
             self._refuse(model, "it has no get_input_embeddings, beside which a tower could run")
 
     def _refuse(self, model: Any, why: str) -> None:

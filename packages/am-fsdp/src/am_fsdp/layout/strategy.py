@@ -15,10 +15,12 @@ import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
 from am_fsdp.layout.checkpointing import Mode, checkpoint_layers, recomputed_modules
 from am_fsdp.layout.evaluation import reshard_after_evaluation
+from am_fsdp.layout.late_parameters import refuse_late_parameters
 from am_fsdp.layout.packed import check_packed
+from am_fsdp.layout.recursive import apply_fsdp_sharding_recursively
 from am_fsdp.layout.replicas import check_replicas, check_replicas_at_first_forward
 from am_fsdp.layout.same_towers import run_towers_on_every_rank
-from am_fsdp.layout.units import apply_fsdp_sharding_recursively, edges, units_of_another_dtype
+from am_fsdp.layout.units import edges, units_of_another_dtype
 
 
 def fsdp2_strategy_parallelize(
@@ -71,7 +73,8 @@ def fsdp2_strategy_parallelize(
             (quantised) weights would be cast or lost, experts are already spread over the data ranks, a unit is sharded
             already, one module holds parameters of two dtypes, the recomputation or the plan does not fit, or real
             weights differ between data or tensor ranks; on every rank alike, before the model is changed. From the
-            first forward: so do weights that a model from meta was given.
+            first forward: so do weights that a model from meta was given; parameters, such as adapters, were added
+            after the layout.
         TypeError: a dtype or a policy is something else.
     """
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
@@ -105,6 +108,7 @@ def fsdp2_strategy_parallelize(
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     run_towers_on_every_rank(model, dp_mesh, mixed)
     reshard_after_evaluation(model)
+    refuse_late_parameters(model)
     _refuse_save_pretrained(model)
     if from_meta:
         check_replicas_at_first_forward(model, dp_mesh, tp_mesh)

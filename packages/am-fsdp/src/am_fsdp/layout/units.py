@@ -1,64 +1,17 @@
-"""Which modules become FSDP units: the layers of every stack wherever they are, and what stands before and after."""
+"""Which modules become FSDP2 units: odd dtypes, the layers of every stack, and what stands before and after them."""
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
-
-def apply_fsdp_sharding_recursively(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    mp_policy: MixedPrecisionPolicy | None,
-    offload_policy: CPUOffloadPolicy | None = None,
-) -> None:
-    """Make every layer of every outermost `ModuleList` an FSDP2 unit; the caller shards what is left with the root.
-
-    The last layer of a stack is not resharded after forward, because backward needs it at once. Layers without
-    parameters, which a pipeline leaves where another stage's layers were, are passed over; so are layers that share
-    parameters with each other, which stay with the root. A module whose parameters have another dtype than most, such
-    as a float32 router, norm or head, becomes a unit of its own that computes in it (`units_of_another_dtype`). A layer
-    gathers the next one before it computes.
-
-    Args:
-        module: the model or a part of it; changed in place.
-        mesh: the data axis, one-dimensional, or two-dimensional for HSDP (replicate, shard).
-        mp_policy: None for no mixed precision.
-        offload_policy: None to keep shards on the device.
-    """
-    for owners, policy in units_of_another_dtype(module, mp_policy or MixedPrecisionPolicy()):
-        fully_shard(
-            owners if len(owners) > 1 else owners[0],
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=offload_policy or OffloadPolicy(),
-        )
-    for stack in layer_stacks(module):
-        layers = [layer for layer in stack if any(True for _ in layer.parameters())]
-        owned = Counter(id(p) for layer in layers for p in set(layer.parameters()))
-        layers = [layer for layer in layers if all(owned[id(p)] == 1 for p in layer.parameters())]
-        layers = [layer for layer in layers if not isinstance(layer, (nn.ModuleList, FSDPModule))]
-        for index, layer in enumerate(layers):
-            fully_shard(
-                layer,
-                mesh=mesh,
-                mp_policy=mp_policy or MixedPrecisionPolicy(),
-                offload_policy=offload_policy or OffloadPolicy(),
-                reshard_after_forward=index < len(layers) - 1,
-            )
-        for layer, following in itertools.pairwise(cast(list[Any], layers)):
-            layer.set_modules_to_forward_prefetch([following])
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 def units_of_another_dtype(
-    model: nn.Module, mp_policy: MixedPrecisionPolicy
+    model: nn.Module, mp_policy: MixedPrecisionPolicy, besides: Iterable[nn.Parameter] = ()
 ) -> list[tuple[list[nn.Module], MixedPrecisionPolicy]]:
     """The modules whose own parameters have another dtype than most of the model, and how they compute.
 
@@ -70,14 +23,16 @@ def units_of_another_dtype(
     Args:
         model: a model or a part of it; nothing is changed.
         mp_policy: of the other units.
+        besides: parameters that count nowhere, since they are on a mesh of their own.
 
     Returns:
         Units, inner ones first; modules that share parameters are one.
 
     Raises:
-        ValueError: one module holds parameters of two dtypes itself.
+        ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it.
     """
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    left_out = {id(p) for p in besides}
+    trained = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in left_out}
     if mp_policy.param_dtype is None and len(trained) < 2:
         return []
     numbers: Counter[torch.dtype] = Counter()
@@ -88,12 +43,17 @@ def units_of_another_dtype(
     units: list[list[nn.Module]] = []
     of_parameter: dict[int, list[nn.Module]] = {}
     for name, module in reversed(list(model.named_modules())):  # inner ones first: a unit takes all that is below it
-        own = list(module.parameters(recurse=False))
+        own = [p for p in module.parameters(recurse=False) if id(p) not in left_out]
         dtypes = {p.dtype for p in own}
         if len(dtypes) > 1:
             raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
         if not dtypes or dtypes == {usual}:
             continue
+        passed = of_parameter.keys() | left_out
+        inside = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in passed}
+        if len(inside) > 1:  # a unit takes all that is below it
+            found = sorted(map(str, inside))
+            raise ValueError(f"{name} and modules in it train {found}; FSDP2 shards one dtype in a unit")
         owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
         if owners is None:
             units.append(owners := [])
@@ -116,22 +76,23 @@ def _own_policy(
     )
 
 
-def edges(model: nn.Module) -> list[list[nn.Module]]:
-    """What becomes a unit of its own besides layers: the token embedding; the final norm together with the head.
+def edges(model: nn.Module, head: nn.Module | None = None) -> list[list[nn.Module]]:
+    """What is a unit of its own besides layers: the token embedding; the final norm together with the head.
 
-    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
-    does not say which modules they are, or where a pipeline left them on another stage.
+    Not what shares a parameter with another module, such as embedding and head, or the embeddings of two stacks (all
+    stay in the root, which gathers it once); nothing where the model does not say which modules they are, or where a
+    pipeline left them on another stage.
+
+    Args:
+        model: the model or a part of it.
+        head: a head that is a unit already.
     """
-    embedding, head = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
-    if embedding is not None and head is not None:
-        shared = {id(p) for p in embedding.parameters()}
-        if any(id(p) in shared for p in head.parameters()):
-            return []
-    units = [[embedding]] if embedding is not None else []
-    if head is not None:
-        norm = _final_norm(model, head)
-        units.append([head] if norm is None else [norm, head])
-    return units
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
+    units = [[first]] if first is not None else []
+    norm = _final_norm(model, last) if last is not None else None
+    after = [module for module in (norm, last) if module is not None and module is not head]
+    names = _names_of_parameters(model)
+    return [unit for unit in [*units, after] if unit and _shares_nothing(unit, names)]
 
 
 def _held(model: nn.Module, getter: str) -> nn.Module | None:
@@ -160,9 +121,39 @@ def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
 
 
 def layer_stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """The outermost `ModuleList`s below a module: decoder layers, the layers of an encoder tower."""
+    """The outermost `ModuleList`s below a module: decoder layers, those of towers and of prediction heads."""
     if isinstance(module, nn.ModuleList):
         yield module
         return
     for child in module.children():
         yield from layer_stacks(child)
+
+
+def stacks_of_units(model: nn.Module) -> list[list[nn.Module]]:
+    """The layers of each stack that are units.
+
+    Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
+    share parameters with what is outside of them, which stay with the root.
+    """
+    found, names = [], _names_of_parameters(model)
+    for stack in layer_stacks(model):
+        some = [layer for layer in stack if any(True for _ in layer.parameters())]
+        alone = [layer for layer in some if _shares_nothing([layer], names)]
+        found.append([layer for layer in alone if not isinstance(layer, nn.ModuleList)])
+    return found
+
+
+def _names_of_parameters(*modules: nn.Module) -> Counter[int]:
+    """How many names each parameter has, by its id."""
+    return Counter(id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False))
+
+
+def _shares_nothing(unit: list[nn.Module], names: Counter[int]) -> bool:
+    """Whether no parameter of these modules has a name elsewhere in the model: FSDP2 wants all of them in one unit."""
+    return all(names[parameter] == number for parameter, number in _names_of_parameters(*unit).items())
+
+
+def stack_names(model: nn.Module) -> list[str]:
+    """The full names of the outermost `ModuleList`s with parameters."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(stack)] for stack in layer_stacks(model) if any(True for _ in stack.parameters())]

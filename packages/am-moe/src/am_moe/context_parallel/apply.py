@@ -19,12 +19,13 @@ from am_moe.context_parallel.batch import COUNTS, IGNORED, is_of_images, unshard
 from am_moe.context_parallel.ends import cut_tokens, gather_tokens
 from am_moe.context_parallel.heads import gather_heads, repeated_for, spread_heads
 from am_moe.context_parallel.kernel import Scores
-from am_moe.context_parallel.masks import ContextMask, Sequence, describe, recognise
+from am_moe.context_parallel.masks import ContextMask, Sequence, describe
 from am_moe.context_parallel.mixers import Running, run_on_whole_sequences
-from am_moe.context_parallel.nested import map_tensors
+from am_moe.context_parallel.nested import map_tensors, tensors_in
+from am_moe.context_parallel.picked import cut_picked, picked_tokens
 from am_moe.context_parallel.plan import Plan, Rule
 from am_moe.context_parallel.prove import LABELS, Call, Proof, entering, prove
-from am_moe.context_parallel.reading import Reading
+from am_moe.context_parallel.reading import Reading, UnprovenError
 from am_moe.context_parallel.ring import shared_attention
 from am_moe.context_parallel.rotary import show_whole_length, tables_by_length
 from am_moe.context_parallel.support import (
@@ -41,6 +42,7 @@ from am_moe.context_parallel.support import (
     towers,
 )
 from am_moe.context_parallel.transport import place
+from am_moe.context_parallel.windows import UnknownMaskError, Window, contents, recognise
 
 CommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 COMM_TYPES = get_args(CommType)
@@ -149,10 +151,11 @@ class _Context:
         self.sequence: Sequence | None = None  # what they say together with those of the other ranks
         self.known = known_modules(model)
         self.reading: Reading | None = None  # while the model's code is read
+        self.windows: dict[tuple, Window] = {}  # of masks by what their functions do, and the length
         self.proofs: dict[tuple, Proof] = {}  # by the form of the call
         self.proof: Proof | None = None  # of the forward that runs
         self.labels: dict[str, Any] = {}  # and its labels and their counts
-        self.with_images = False  # that forward
+        self.images: tuple[nn.Module, Call] | None = None  # what that forward's proof was made of, if it has images
         self.with_others = False  # or with what a tower may take, and is no image
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Context:
@@ -184,20 +187,25 @@ class _Context:
             given["use_cache"] = False
         self.labels = {name: given[name] for name in (*LABELS, *COUNTS.values()) if name in given}
         given = {n: x for n, x in given.items() if n in self.parameters or not (self.names_all or n in _OURS)}
-        self.with_images = any(is_of_images(name) and x is not None for name, x in given.items())
-        if self.with_images:
-            proof = self.prove(model, self._call_of_embeddings(model, given, shape, mask is not None))
-            if proof is None or not self.known.stack or given.get("input_ids") is None:
+        call, self.images = self._call(given, shape, mask is not None), None
+        if any(is_of_images(name) and x is not None for name, x in given.items()):
+            if not self.known.stack or given.get("input_ids") is None or is_part_of_pipeline(model):
                 raise ValueError(f"{self.name} takes images under context parallelism whole, with input_ids, only")
             if model.training and (draws := dropout_of_towers(model, self.known.stack)):
                 raise ValueError(
                     f"{self.name} has dropout in {draws}, which every context rank runs whole and would draw "
                     "differently; set it to 0"
                 )
+            by_ids, call = self._calls_with_images(model, given, shape, mask is not None)
+            self.images = model, call
+            if self.prove(model, by_ids) != self.prove(model, call):
+                raise ValueError(
+                    f"{self.name} treats tokens in one way by their ids and in another by embeddings, so what it does "
+                    "with images is not known; context parallelism is right for its text only"
+                )
             if _positions_of_images(model):
                 given["position_ids"] = None  # the model makes them of the whole batch
-        else:
-            proof = self.prove(model, self._call(given, shape, mask is not None))
+        proof = self.prove(model, call)
         by_tokens = self._call(given, shape, mask is not None).by_tokens
         self.with_others = any(_has_axes(x) and n not in by_tokens and not is_of_images(n) for n, x in given.items())
         self.parts, self.sequence, self.proof = (positions.expand(shape), mask), None, proof
@@ -212,16 +220,17 @@ class _Context:
         }  # fmt: skip
         return Call(given, frozenset(by_tokens), *shape, self.mesh.size(), padded)
 
-    def _call_of_embeddings(self, model: Any, given: dict[str, Any], shape: tuple[int, int], padded: bool) -> Call:
-        """A call with images as the rest of the model sees it: whole embeddings, which every rank makes alike."""
-        embedding = model.get_input_embeddings()
-        made_of = {"input_ids", "mm_token_type_ids", "token_type_ids"}
-        rest = {n: x for n, x in given.items() if n not in made_of and not is_of_images(n)}
-        dtype = embedding.weight.dtype
-        rest["inputs_embeds"] = torch.empty(*shape, embedding.weight.shape[-1], dtype=dtype, device="meta")
-        if axes := _positions_of_images(model):
+    def _calls_with_images(self, model: Any, given: dict[str, Any], shape: tuple[int, int], padded: bool) -> list[Call]:
+        """A call with images as the rest of the model sees it: with whole ids, and with the embeddings made of them."""
+        of_images = {"mm_token_type_ids", "token_type_ids"} if (axes := _positions_of_images(model)) else set()
+        rest = {n: x for n, x in given.items() if n not in of_images and not is_of_images(n)}
+        if axes:
             rest["position_ids"] = torch.empty(axes, *shape, dtype=torch.int64, device="meta")
-        return dataclasses.replace(self._call(rest, shape, padded), with_images=True)
+        weight = model.get_input_embeddings().weight
+        embeddings = {"inputs_embeds": torch.empty(*shape, weight.shape[-1], dtype=weight.dtype, device="meta")}
+        by_embeddings = {n: x for n, x in rest.items() if n != "input_ids"} | embeddings
+        calls = [self._call(arguments, shape, padded) for arguments in (rest, by_embeddings)]
+        return [dataclasses.replace(call, with_images=True) for call in calls]
 
     def tokens_alone(self) -> Call:
         """The least that a forward can be given."""
@@ -262,7 +271,7 @@ class _Context:
 
     def after_forward(self, model: nn.Module, args: tuple, output: Any) -> Any:
         """Weigh means over this rank's labels by their number, so that they average to the mean over all."""
-        proof, self.parts, self.sequence, self.proof = self.proof, None, None, None
+        proof, self.parts, self.sequence, self.proof, self.images = self.proof, None, None, None, None
         if output is None or proof is None or not proof.means:
             return None
         here = (self.labels[proof.counted] != IGNORED).sum()
@@ -279,19 +288,35 @@ class _Context:
         """Cut what enters the stack whole."""
         if self.proof is None or not any(self.proof.cuts):
             return None
-        if self.with_images and entering(args, kwargs) != self.proof.entering:
-            others = [name for name, *_ in entering(args, kwargs) if name not in {n for n, *_ in self.proof.entering}]
-            raise ValueError(
-                f"{self.name} gives its layers {', '.join(map(str, others)) or 'something else'} where there are "
-                "images, which context parallelism cannot cut along the sequence; train it with text, or with no "
-                "context axis"
-            )
+        picked: dict[str, Any] = {}
+        if self.images is not None:
+            picked = self._picked(args, kwargs, self.proof, *self.images)
+            kwargs = {name: x for name, x in kwargs.items() if name not in picked}
         cuts = iter(self.proof.cuts)
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
             return cut_tokens(tensor, self.mesh, dim) if (dim := next(cuts)) else tensor
 
-        return map_tensors(args, cut), map_tensors(kwargs, cut)
+        return map_tensors(args, cut), map_tensors(kwargs, cut) | picked
+
+    def _picked(self, args: tuple, kwargs: dict[str, Any], proof: Proof, model: Any, call: Call) -> dict[str, Any]:
+        """What enters the stack for some tokens of images, for this rank's; all else has to be what was proven."""
+        names = {name for name, *_ in proof.entering}
+        more = {name: x for name, x in kwargs.items() if name not in names and any(True for _ in tensors_in(x))}
+        rest = {name: x for name, x in kwargs.items() if name not in more}
+        shape = len(self.parts[0]), self.whole_sequence().seq_len
+        picked = picked_tokens(more, shape) if more else None
+        if entering(args, rest) != proof.entering or (more and picked is None):
+            others = ", ".join(more) or "something else"
+            raise ValueError(
+                f"{self.name} gives its layers {others} where there are images, which context parallelism cannot cut "
+                "along the sequence; train it with text, or with no context axis"
+            )
+        if picked is None:
+            return {}
+        if self.prove(model, dataclasses.replace(call, picked=picked)) != proof:
+            raise ValueError(f"{self.name} returns something else where there are {', '.join(more)}")
+        return cut_picked(picked, self.mesh)
 
     def after_stack(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Make whole what is read whole behind the stack."""
@@ -304,19 +329,33 @@ class _Context:
 
         return map_tensors(output, gather)
 
-    def mask(self, *, mask_function: Callable, device: torch.device, local_size: int | None = None, **_: Any):
+    def mask(self, *, mask_function: Callable, device: torch.device, local_size: int | None = None, **settings: Any):
         """The mask interface's entry: a description for the layers of one kind."""
+        does, tensors = contents(mask_function)
         if self.reading is not None:
-            with self.reading.unseen():
-                recognise(mask_function, local_size, torch.device("cpu"))
+            if any(self.reading.state(tensor) is not None for tensor in tensors):
+                raise UnprovenError("makes its attention mask of more than positions")
+            if not tensors:
+                with self.reading.unseen():
+                    recognise(mask_function, 1, 3 * (local_size or 8), torch.device("cpu"))
             return ContextMask(Plan((), Rule()), None, None)
         self._check_called()
-        window = recognise(mask_function, local_size, torch.device(device))
-        return self.whole_sequence().mask(*window)
+        sequence = self.whole_sequence()
+        known = does is not None and not tensors
+        if not known and settings.get("q_length", sequence.seq_len) != sequence.seq_len:
+            raise UnknownMaskError(f"{self.name} makes its attention mask of one rank's tokens")
+        form = does, sequence.seq_len
+        if not known or form not in self.windows:
+            rows = 1 if known else len(self.parts[0])
+            window = recognise(mask_function, rows, sequence.seq_len, torch.device(device))
+            if not known:
+                return sequence.mask(window)
+            self.windows[form] = window
+        return sequence.mask(self.windows[form])
 
     def before_convolution(self, module: nn.Module, args: tuple) -> None:
         """Towers run whole on images, and on made-up ones where other ranks have images; nothing else is whole."""
-        if self.parts is not None and self.with_others and not self.with_images:
+        if self.parts is not None and self.with_others and self.images is None:
             raise ValueError(
                 f"a convolution ({type(module).__name__}) of an image or audio tower ran: what it becomes is not cut "
                 "along the sequence; context parallelism is for batches of text and images"
@@ -387,7 +426,8 @@ class _Context:
             s_aux = None if s_aux is None else s_aux.chunk(ranks)[rank]
         mask = attention_mask
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = Scores(mask.plan.rule, scale, softcap, mask.query_groups_BN, mask.key_groups_BN, mask.rows)
+        groups = mask.query_groups_BN, mask.key_groups_BN, mask.reach_BN, mask.rows
+        scores = Scores(mask.plan.rule, scale, softcap, *groups)
         gather = self.comm_type == "all_gather"
         out = shared_attention(query, key, value, s_aux, scores, mask.plan, self.ring_group, gather)
         if self.heads_group is not None:

@@ -34,6 +34,8 @@ class Scores:
         softcap: scores are bent to `softcap * tanh(score / softcap)`; None for not.
         query_groups_BN, key_groups_BN: over the whole sequence of N tokens; a query sees the keys of its own group
             only. None where all tokens are one group.
+        reach_BN: where images are, for each token of the sequence the one after the last that it sees, which takes the
+            place of `rule.after`; None without.
         rows: the rule of each row, which says the same as the groups; None where all have `rule`, or none says it.
     """
 
@@ -42,6 +44,7 @@ class Scores:
     softcap: float | None = None
     query_groups_BN: torch.Tensor | None = None
     key_groups_BN: torch.Tensor | None = None
+    reach_BN: torch.Tensor | None = None
     rows: tuple[Rule, ...] | None = None
 
 
@@ -191,7 +194,10 @@ def _forbidden(tile: Block, scores: Scores, device: torch.device) -> torch.Tenso
     """What the mask does not let through, `(S, T)` or `(B, 1, S, T)`."""
     ahead = torch.arange(*tile.keys, device=device) - torch.arange(*tile.queries, device=device)[:, None]
     forbidden = []
-    if scores.rule.after is not None:
+    if scores.reach_BN is not None:
+        keys, reach = torch.arange(*tile.keys, device=device), scores.reach_BN[:, None, slice(*tile.queries), None]
+        forbidden.append(keys >= reach)
+    elif scores.rule.after is not None:
         forbidden.append(ahead > scores.rule.after)
     if scores.rule.before is not None:
         forbidden.append(ahead < -scores.rule.before)

@@ -7,17 +7,13 @@ model's own decision, and recomputation in a backward sees the same mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from am_moe.context_parallel.plan import Plan, Rule, head_tail
-
-
-class UnknownMaskError(ValueError):
-    """A mask is none that context parallelism knows, in whatever way a forward is divided."""
+from am_moe.context_parallel.windows import UnknownMaskError, Window
 
 
 class MaskReadError(ValueError, AttributeError):
@@ -31,6 +27,7 @@ class ContextMask:
     plan: Plan
     query_groups_BN: torch.Tensor | None
     key_groups_BN: torch.Tensor | None
+    reach_BN: torch.Tensor | None = None
     rows: tuple[Rule, ...] | None = None  # of each row of the batch where they differ; None too where no rule says it
 
     def __getattr__(self, name: str):
@@ -57,24 +54,33 @@ class Sequence:
     starts_BN: torch.Tensor | None = None
     valid_BN: torch.Tensor | None = None
 
-    def mask(self, before: int | None, after: int | None) -> ContextMask:
+    def mask(self, window: Window) -> ContextMask:
         """The mask of a window; as in transformers, packed documents are kept apart where it is causal."""
-        layout = head_tail(self.seq_len, self.ranks)
+        layout, before, after = head_tail(self.seq_len, self.ranks), window.before, window.after
+        reach = [] if window.reach_BN is None else window.reach_BN.tolist()
+        if reach and self.starts_BN is not None:
+            raise UnknownMaskError("the model's attention mask has images in packed documents")
+        farthest, nearest = _largest_and_smallest(reach) if reach else (None, None)
         if self.valid_BN is not None:
-            valid = self.valid_BN.long()
-            rows = None
+            valid, rows = self.valid_BN.long(), None
             if all(stretch is not None for stretch in self.stretches):
-                rows = tuple(Rule(before, after, keys=stretch) for stretch in self.stretches)
-            return ContextMask(Plan(layout, Rule(before, after, padded=True)), torch.ones_like(valid), valid, rows)
+                ends = reach or [None] * len(self.stretches)
+                rows = tuple(
+                    Rule(before, after, farthest=end, nearest=end, keys=keys)
+                    for end, keys in zip(ends, self.stretches, strict=True)
+                )
+            rule = Rule(before, after, farthest=farthest, nearest=nearest, padded=True)
+            return ContextMask(Plan(layout, rule), torch.ones_like(valid), valid, window.reach_BN, rows)
+        if reach:
+            rows = None if farthest == nearest else tuple(Rule(before, 0, farthest=r, nearest=r) for r in reach)
+            rule = Rule(before, 0, farthest=farthest, nearest=nearest)
+            return ContextMask(Plan(layout, rule), None, None, window.reach_BN, rows)
         if self.starts_BN is None or after != 0:
             return ContextMask(Plan(layout, Rule(before, after)), None, None)
-        starts = self.starts
-        if all(row == starts[0] for row in starts):
-            return ContextMask(Plan(layout, Rule(before, after, starts[0], starts[0])), self.starts_BN, self.starts_BN)
-        earliest, latest = [list(map(pick, zip(*starts, strict=True))) for pick in (min, max)]
-        rows = tuple(Rule(before, after, row, row) for row in starts)
-        plan = Plan(layout, Rule(before, after, earliest, latest))
-        return ContextMask(plan, self.starts_BN, self.starts_BN, rows)
+        latest, earliest = _largest_and_smallest(self.starts)
+        rows = None if latest == earliest else tuple(Rule(before, 0, row, row) for row in self.starts)
+        plan = Plan(layout, Rule(before, 0, earliest, latest))
+        return ContextMask(plan, self.starts_BN, self.starts_BN, rows=rows)
 
     @cached_property
     def starts(self) -> list[list[int]]:
@@ -107,38 +113,7 @@ def describe(positions_BN: torch.Tensor, valid_BN: torch.Tensor | None, ranks: i
     return Sequence(seq_len, ranks, last, torch.nn.functional.pad(here, (1, 0)).cummax(dim=1).values)
 
 
-def recognise(mask_function: Callable, local_size: int | None, device: torch.device) -> tuple[int | None, int | None]:
-    """How many tokens before and after itself a query sees under one of transformers' mask functions.
-
-    Args:
-        mask_function: says for batch, head, query and key indices whether the query sees the key.
-        local_size: the size of a window or chunk, if the mask has one.
-
-    Raises:
-        ValueError: a mask that is neither causal nor full, with or without a sliding window.
-    """
-    width = 4 if local_size is None else local_size
-    at = torch.tensor(
-        sorted({0, 1, 2, max(width - 1, 0), width, width + 1, abs(2 * width - 1), 2 * width, 2 * width + 1, 3 * width}),
-        device=device,
-    )
-    zero = at.new_zeros(())
-    try:
-        seen = mask_function(zero, zero, at[:, None], at[None, :]).expand(len(at), len(at))
-    except (IndexError, RuntimeError, TypeError) as error:
-        raise UnknownMaskError(f"the model's attention mask depends on more than positions: {error}") from error
-    ahead = at[None, :] - at[:, None]
-    windows = [(None, 0), (None, None)] if local_size is None else [(width - 1, 0), (width, width)]
-    for before, after in windows:
-        expected = torch.ones_like(seen)
-        if before is not None:
-            expected &= ahead >= -before
-        if after is not None:
-            expected &= ahead <= after
-        if seen.equal(expected):
-            return before, after
-    kind = "no window" if local_size is None else f"a window or chunk of {local_size}"
-    raise UnknownMaskError(
-        f"the model's attention mask ({kind}) is neither causal nor full, with or without a sliding window; "
-        "context parallelism knows no other"
-    )
+def _largest_and_smallest(rows: list[list[int]]) -> tuple[list[int], list[int]]:
+    """Of each token over the rows."""
+    columns = list(zip(*rows, strict=True))
+    return list(map(max, columns)), list(map(min, columns))

@@ -43,6 +43,8 @@ class Rule:
         after: how many after itself; 0 for a causal mask, None for all.
         earliest, latest: where documents are packed, the first token of each token's document, one number per token,
             smallest and largest over the rows of the batch; None without documents.
+        farthest, nearest: where the tokens of an image see each other, for each token the one after the last that it
+            sees, largest and smallest over the rows of the batch; None without images. `after` is then 0.
         padded: some keys are padding, which no block knows beforehand.
         keys: the stretch of tokens outside of which all are padding; None where none is.
     """
@@ -51,6 +53,8 @@ class Rule:
     after: int | None = 0
     earliest: Sequence[int] | None = None
     latest: Sequence[int] | None = None
+    farthest: Sequence[int] | None = None
+    nearest: Sequence[int] | None = None
     padded: bool = False
     keys: Interval | None = None
 
@@ -61,7 +65,7 @@ class Rule:
         if self.keys is not None:
             k0, k1 = max(k0, self.keys[0]), min(k1, self.keys[1])
         if self.after is not None:
-            k1 = min(k1, q1 + self.after)
+            k1 = min(k1, q1 + self.after if self.farthest is None else self.farthest[q1 - 1])
         if self.before is not None:
             k0 = max(k0, q0 - self.before)
         if self.earliest is not None:
@@ -69,7 +73,7 @@ class Rule:
         if k0 >= k1:
             return None
         if self.after is not None:
-            q0 = max(q0, k0 - self.after)
+            q0 = max(q0, k0 - self.after if self.farthest is None else bisect_right(self.farthest, k0))
         if self.before is not None:
             q1 = min(q1, k1 + self.before)
         if q0 >= q1:
@@ -103,21 +107,41 @@ class Rule:
         if block.kind is not Kind.PARTIAL or self.padded or not self._rows_agree:
             return [block]
         cut = [block]
-        if self.earliest is not None:
-            cut = [part for q in self._documents(block.queries) if (part := self.block(q, block.keys)) is not None]
+        if self.earliest is not None or self.farthest is not None:
+            cut = [part for q in self._stretches(block.queries) if (part := self.block(q, block.keys)) is not None]
         if self.after != 0:
             return cut
         return [piece for part in cut for piece in (self._edges(part) if part.kind is Kind.PARTIAL else [part])]
 
     @cached_property
     def _rows_agree(self) -> bool:
-        return self.earliest is None or self.earliest == self.latest
+        return self.earliest == self.latest and self.farthest == self.nearest
 
     @cached_property
     def _starts(self) -> list[int]:
-        return [token for token, first in enumerate(self.earliest or ()) if first == token]
+        """Where documents and images start, and where images end."""
+        starts = {token for token, first in enumerate(self.earliest or ()) if first == token}
+        for start, stop in self._images:
+            starts |= {start, stop}
+        return sorted(starts)
 
-    def _documents(self, queries: Interval) -> Iterator[Interval]:
+    @cached_property
+    def _images(self) -> list[Interval]:
+        """Stretches of tokens of which one at least sees another after itself, in any row."""
+        found: list[Interval] = []
+        for token, stop in enumerate(self.farthest or ()):
+            if stop > token + 1 and (not found or token >= found[-1][1]):
+                found.append((token, stop))
+            elif found and token < found[-1][1] < stop:
+                found[-1] = found[-1][0], stop
+        return found
+
+    def _in_image(self, start: int, stop: int) -> bool:
+        """Whether one of these tokens sees another after itself, in any row."""
+        place = bisect_right(self._images, start, key=lambda image: image[1] - 1)
+        return place < len(self._images) and self._images[place][0] < stop
+
+    def _stretches(self, queries: Interval) -> Iterator[Interval]:
         starts = self._starts[bisect_right(self._starts, queries[0]) : bisect_left(self._starts, queries[1])]
         yield from pairwise([queries[0], *starts, queries[1]])
 
@@ -129,6 +153,9 @@ class Rule:
         before = self.before
         size = before + 1
         k0, k1 = block.keys
+        if self._in_image(*block.queries):  # which sees all keys up to its end
+            yield from _above(*block.queries, k0, k1, before)
+            return
         for tile in range(block.queries[0] // size * size, block.queries[1], size):
             q0, q1 = max(tile, block.queries[0]), min(tile + size, block.queries[1])
             yield from _below(q0, q1, max(k0, tile), min(k1, q1))
@@ -138,9 +165,10 @@ class Rule:
         one_document = self.latest is None or self.latest[q1 - 1] <= k0
         if self.padded or not one_document or (self.before is not None and q1 - 1 - k0 > self.before):
             return Kind.PARTIAL
-        if self.after is None or k1 - 1 - q0 <= self.after:
+        if self.after is None or k1 <= (q0 + 1 + self.after if self.nearest is None else self.nearest[q0]):
             return Kind.FULL
-        return Kind.CAUSAL if self.after == 0 and (q0, q1) == (k0, k1) else Kind.PARTIAL
+        causal = self.after == 0 and (q0, q1) == (k0, k1) and not self._in_image(q0, q1 - 1)
+        return Kind.CAUSAL if causal else Kind.PARTIAL
 
 
 def _below(q0: int, q1: int, k0: int, k1: int) -> Iterator[Block]:

@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from am_moe._torch_compat import fake_mode
-from am_moe.context_parallel.masks import UnknownMaskError
 from am_moe.context_parallel.nested import map_tensors, tensors_in
+from am_moe.context_parallel.picked import Picked
 from am_moe.context_parallel.plan import head_tail
 from am_moe.context_parallel.reading import Reading, UnprovenError, running
 from am_moe.context_parallel.rules import Mean, Part, Sum, Wrong
 from am_moe.context_parallel.skeleton import skeleton_of
+from am_moe.context_parallel.windows import UnknownMaskError
 from am_moe.data_parallel.packed import packed_weights
 
 
@@ -88,6 +89,7 @@ class Call:
         rows, tokens, ranks: B, S, and how many ranks there are.
         padded: whether an attention mask may have zeros.
         with_images: whether the embeddings are those of a call with images: they are then made of whole ids.
+        picked: what enters the stack for some tokens of these images only.
     """
 
     given: dict[str, Any]
@@ -97,12 +99,14 @@ class Call:
     ranks: int
     padded: bool
     with_images: bool = False
+    picked: Picked | None = None
 
     def form(self) -> tuple:
         """What a proof depends on."""
         values = [(n, _form(x, n in self.by_tokens, self.rows)) for n, x in sorted(self.given.items())]
         by_length = self.tokens * self.ranks if self._counts() else 0
-        return tuple(values), self.padded, self.rows == 1, by_length, self.with_images
+        picked = self.picked and self.picked.form()
+        return tuple(values), self.padded, self.rows == 1, by_length, self.with_images, picked
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, tokens and ranks to read with: small ones, where no argument is a number of tokens."""
@@ -215,6 +219,8 @@ class _Runs:
             state = reading.state(tensor)
             if isinstance(state, Wrong):
                 raise UnprovenError(state.reason)
+            if isinstance(state, Part) and state.of:
+                raise UnprovenError("returns some of its tokens")
             if isinstance(state, Sum):
                 raise UnprovenError("returns a sum over one rank's tokens")
             if isinstance(state, Mean):
@@ -285,7 +291,7 @@ class _Runs:
 
     def _enter_stack(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.reading.recorded is None or not self.proof_.way.whole_inputs:
-            return None
+            return args, kwargs | self._picked()
 
         by_tokens = ((self.rows, self.seq_len), (1, self.seq_len))
 
@@ -295,7 +301,25 @@ class _Runs:
             return self.reading.part(tensor, dim) if self.proof_.cuts[-1] else tensor
 
         self.proof_.entering = entering(args, kwargs)
-        return map_tensors(args, cut), map_tensors(kwargs, cut)
+        args, kwargs = map_tensors(args, cut), map_tensors(kwargs, cut)
+        return args, kwargs | self._picked()
+
+    def _picked(self) -> dict[str, Any]:
+        """Arguments for every third token."""
+        if (picked := self.call.picked) is None:
+            return {}
+        mine = self.reading.recorded is not None
+        with self.reading.unseen():
+            tokens = [t for part in head_tail(self.seq_len, self.ranks)[0] for t in range(*part)]
+            marks = [token % 3 == 0 for token in (tokens if mine else range(self.seq_len))]
+            mask = torch.tensor([marks] * self.rows)
+
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            state = Part(0, of=picked.mask) if mine else None
+            return self.reading.new((self.rows * sum(marks), *x.shape[1:]), x.dtype, state)
+
+        given = {name: map_tensors(value, rows) for name, value in picked.given.items() if name != picked.mask}
+        return given | {picked.mask: self.reading.give(picked.mask, mask, Part(1) if mine else None)}
 
     def _leave_stack(self, module: nn.Module, args: tuple, output: Any) -> Any:
         gathers = self.proof_.way.gathers
@@ -304,6 +328,8 @@ class _Runs:
 
         def gather(tensor: torch.Tensor) -> torch.Tensor:
             part = self.reading.state(tensor)
+            if isinstance(part, Part) and part.of:
+                raise UnprovenError("hands some tokens on from its layers")
             stays = gathers == "extras" and not self.proof_.gathers
             self.proof_.gathers.append(part if isinstance(part, Part) and not stays and not part.uniform else None)
             return self.reading.whole(tensor, {}) if self.proof_.gathers[-1] else tensor

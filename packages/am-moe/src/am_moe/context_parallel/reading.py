@@ -237,6 +237,8 @@ class Reading(TorchDispatchMode):
             )
 
     def _compute(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if operator_name(func) in ("index", "index_put", "index_put_"):
+            args = (args[0], [place for index in args[1] for place in self._places(index)], *args[2:])
         inputs = list(tensors_in((args, kwargs)))
         if not any(is_fake(t) or storage_key(t) in self.unknown for t in inputs):
             return func(*args, **kwargs)
@@ -257,6 +259,12 @@ class Reading(TorchDispatchMode):
         if func._schema.is_mutable:
             self.unknown |= {storage_key(value) for value in twins.values()}
         return map_tensors(result, lambda value: twins.get(id(value), value))
+
+    def _places(self, index: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """A mask as the indices of what it marks, where that is known: their number is a shape."""
+        if index is None or index.dtype is not torch.bool or is_fake(index) or storage_key(index) in self.unknown:
+            return (index,)
+        return index.nonzero().unbind(1)
 
     def _look(self, name: str, inputs: list[torch.Tensor]) -> None:
         """Numbers that the model's code reads decide what it does: they have to be the same on every rank."""

@@ -28,13 +28,15 @@ import torch
 class Part:
     """One rank's tokens along `dim`, an index of which is (outer, token, inner), the last running fastest.
 
-    With `uniform`, every number along the dim is the same, so that outer and inner may be anything.
+    With `uniform`, every number along the dim is the same, so that outer and inner may be anything. With `of`, these
+    are not all of the rank's tokens but those that an input of that name marks, in order.
     """
 
     dim: int
     outer: int = 1
     inner: int = 1
     uniform: bool = False
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,8 @@ def _part_of_shape(op: Operation, tensor: torch.Tensor, part: Part, output: torc
     dim = varying[0]
     if part.uniform:
         return replace(part, dim=dim)
+    if part.of:
+        raise NoRuleError(f"{op.name} of some tokens")
     before = math.prod(tensor.shape[: part.dim]) * part.outer
     after = math.prod(tensor.shape[part.dim + 1 :]) * part.inner
     outside, within = math.prod(output.shape[:dim]), math.prod(output.shape[dim + 1 :])
@@ -371,8 +375,25 @@ def _by_position(op: Operation) -> State:
     return found
 
 
+def _marked(op: Operation) -> str:
+    """The input that marks tokens `(B, S)` of a tensor `(B, S, ...)`, where that is what an index does; else ""."""
+    tensor, indices = op.given["self"], op.given["indices"]
+    tokens = indices[0] is not None and indices[0].dtype is torch.bool and not any(x is not None for x in indices[1:])
+    alike = tokens and op.state(indices[0]) == op.state(tensor) == Part(1) and indices[0].dim() == 2
+    return op.labels(indices[0]) if alike else ""
+
+
+def _put(op: Operation) -> State:
+    values = op.state(op.given["values"])
+    if not (name := _marked(op)) or values not in (None, Part(0, of=name)) or op.given["accumulate"]:
+        raise NoRuleError(op.name)
+    return Part(1)
+
+
 def _indexed(op: Operation) -> State:
     tensor, indices = op.given["self"], op.given["indices"]
+    if name := _marked(op):
+        return Part(0, of=name)
     used = [place for place, index in enumerate(indices) if index is not None]
     picked = [indices[place] for place in used]
     if any(index.dtype in (torch.bool, torch.uint8) for index in picked) or used != list(range(used[0], used[-1] + 1)):
@@ -486,6 +507,7 @@ _RULES: dict[str, Callable[[Operation], Any]] = {
     "constant_pad_nd": _padded,
     "embedding": _looked_up,
     "index": _indexed,
+    **dict.fromkeys(("index_put", "index_put_"), _put),
     "index_select": _index_selected,
     "convolution": _convolved,
 }

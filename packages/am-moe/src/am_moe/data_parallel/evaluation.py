@@ -1,3 +1,4 @@
+# A copy of packages/am-fsdp/src/am_fsdp/layout/evaluation.py, made by `nox -s copies`: edit that one.
 """Units have their shards again after a forward that records no graph.
 
 FSDP2 keeps a unit with `reshard_after_forward=False` gathered until its backward. After a forward that has none, such
@@ -8,8 +9,8 @@ as a metric or a validation loss, `model.parameters()` would be other objects th
     clip, optimizer step       on the shards
 
 A forward that records a graph leaves its units gathered, for the backward that may come. If none comes, the unit's next
-forward gathers again what was stepped since and refuses what was edited; `am_fsdp.clip_grad_norm_` refuses the gathered
-parameters.
+forward gathers again what was stepped since and refuses what was edited; am-fsdp's `clip_grad_norm_` refuses the
+gathered parameters.
 """
 
 from __future__ import annotations

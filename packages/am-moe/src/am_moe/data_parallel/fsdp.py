@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,10 @@ from torch.distributed.tensor import Shard
 
 from am_moe._torch_compat import reduce_unused
 from am_moe.data_parallel.evaluation import reshard_after_evaluation
+from am_moe.data_parallel.late_parameters import refuse_late_parameters
 from am_moe.data_parallel.packed import check_packed
 from am_moe.data_parallel.same_towers import run_towers_on_every_rank
-from am_moe.data_parallel.units import edges, layer_stacks, layers, may_use_a_part, units_of_another_dtype
+from am_moe.data_parallel.units import edges, stacks_of_units, units_of_another_dtype
 from am_moe.expert_parallel.apply import check_adapters
 from am_moe.expert_parallel.experts import Experts, describe_experts
 
@@ -94,8 +96,11 @@ def apply_fsdp(
             _shard_experts(model.get_submodule(experts.name), experts, settings, replicas)
     else:
         settings["ignored_params"] = expert_parameters
-    for layer in layers(model):
-        fully_shard(layer, **settings)
+    stacks = stacks_of_units(model)
+    layers = [layer for stack in stacks for layer in stack]
+    for layer in layers:
+        if not isinstance(layer, FSDPModule):  # but for one of another dtype
+            fully_shard(layer, **settings)
     if head is not None:
         wide = torch.promote_types(head_dtype, torch.float32)
         precise = MixedPrecisionPolicy(param_dtype=head_dtype, reduce_dtype=wide, output_dtype=head_dtype)
@@ -105,24 +110,36 @@ def apply_fsdp(
     for root in [model] if wrap_outer_model else [c for c in model.children() if any(True for _ in c.parameters())]:
         if not isinstance(root, FSDPModule):
             fully_shard(root, **settings)
-    for layer in layers(model):
-        if may_use_a_part(layer):
+    for layer in layers:
+        if _may_use_a_part(layer):
             reduce_unused(layer)
-    _prefetch(model)
+    _prefetch(stacks)
     run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
     reshard_after_evaluation(model)
+    refuse_late_parameters(model)
     _refuse_save_pretrained(model)
 
 
-def _prefetch(model: nn.Module) -> None:
+def _prefetch(stacks: list[list[nn.Module]]) -> None:
     """While a layer computes, the parameters of the next one are on their way, its experts' too.
 
     Experts make the host wait for the numbers of their rows; it could not ask for them in time otherwise.
     """
-    for stack in layer_stacks(model):
+    for stack in stacks:
         for layer, following in itertools.pairwise(cast(list[Any], stack)):
             units = [module for module in following.modules() if isinstance(module, FSDPModule)]
             layer.set_modules_to_forward_prefetch(units)
+
+
+def _may_use_a_part(layer: nn.Module) -> bool:
+    """Whether a layer may leave parameters without a gradient: it holds several modules of one class to choose from,
+    such as experts one by one, or stacked experts among which ids mean the token itself."""
+    for module in layer.modules():
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            kinds = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
+            if any(number > 1 for number in kinds.values()):
+                return True
+    return any(experts.identity for experts in describe_experts(layer))
 
 
 def _refuse_save_pretrained(model: Any) -> None:
@@ -149,7 +166,7 @@ def check_units(
     check_packed(model, mp_policy or MixedPrecisionPolicy())
     _head(model, lm_head_precision)
     spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
-    units_of_another_dtype(model, MixedPrecisionPolicy(), spread)
+    units_of_another_dtype(model, mp_policy or MixedPrecisionPolicy(), spread)
     if not wrap_outer_model:
         _check_apart(model)
 

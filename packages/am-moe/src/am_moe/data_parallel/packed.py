@@ -1,3 +1,4 @@
+# A copy of packages/am-fsdp/src/am_fsdp/layout/packed.py, made by `nox -s copies`: edit that one.
 """Packed (quantised) weights, as bitsandbytes makes them: which of them FSDP2 can shard, and which it would destroy.
 
 A 4-bit linear holds its weight as a column `(n, 1)` of numbers of any dtype, into which the bits are packed, and what

@@ -1,7 +1,9 @@
+# A copy of packages/am-fsdp/src/am_fsdp/layout/replicas.py, made by `nox -s copies`: edit that one.
 """Whether ranks that should hold the same weights do: FSDP2 and the spread of experts take it for granted."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -13,41 +15,50 @@ from torch.distributed.tensor import DTensor, Replicate
 from am_moe.data_parallel.evaluation import outside_graphs
 
 
-def check_replicas(model: nn.Module, meshes: list[DeviceMesh]) -> None:
+def check_replicas(model: nn.Module, mesh: DeviceMesh, tensor_mesh: DeviceMesh | None = None) -> None:
     """Refuse ranks that hold different weights where they should hold the same: other seeds, a checkpoint not loaded.
 
-    Args:
-        model: a model or a part, laid out or not. Parameters on meta are left out.
-        meshes: whose axes the model is laid out over: a parameter is compared along each that does not shard it.
+    The strategies ask before they shard a model with real weights, and at the first forward of one from meta. Call it
+    yourself where weights are filled later still.
 
-    Collectives: an all-reduce of two int64 per replicated parameter along each axis, one of one int64 along each; one
-        host sync. Every replicated weight is read once.
+    Args:
+        model: not sharded yet, or as between steps. Parameters on meta are left out.
+        mesh: the data axes.
+        tensor_mesh: the tensor axis.
+
+    A parameter is compared along each of these axes that does not shard it.
+
+    Collectives: an all-reduce of two int64 per replicated parameter along each axis that replicates, one of one int64
+    along each axis; one host sync. Every weight is read once.
 
     Raises:
-        ValueError: names the parameters, on every rank of the meshes.
+        ValueError: names the parameters, on every rank that holds a part of the model.
     """
-    axes = [(mesh, axis) for mesh in meshes for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+    axes = [(mesh, axis) for axis in range(mesh.ndim)] + ([(tensor_mesh, 0)] if tensor_mesh is not None else [])
     # A rehearsal without other ranks has values of none.
-    axes = [(mesh, axis) for mesh, axis in axes if dist.get_backend(mesh.get_group(axis)) != "fake"]
-    names, sums = [], []
+    axes = [(m, axis) for m, axis in axes if m.size(axis) > 1 and dist.get_backend(m.get_group(axis)) != "fake"]
+    replicated: dict[int, list[tuple[str, torch.Tensor]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         local = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach()
-        if not local.is_meta and any(_replicates(parameter, *axis) for axis in axes):
-            names.append(name)
-            sums.append(_bit_sum(local))
+        alike = [] if local.is_meta else [n for n, (m, axis) in enumerate(axes) if _replicates(parameter, m, axis)]
+        if alike:
+            bits = _bit_sum(local)
+            for number in alike:
+                replicated[number].append((name, bits))
+    names = sorted({name for pairs in replicated.values() for name, _ in pairs})
     if not names:
         return
-    device = axes[0][0].device_type
-    bits = torch.stack([each.to(device) for each in sums])  # from the CPU if offloaded
-    differs = torch.zeros(len(names), dtype=torch.int64, device=device)
-    parameters = dict(model.named_parameters())
-    for mesh, axis in axes:
-        alike = torch.tensor([_replicates(parameters[name], mesh, axis) for name in names], device=device)
-        ends = torch.stack([bits, ~bits])  # the largest of the complements is the complement of the smallest
-        dist.all_reduce(ends, dist.ReduceOp.MAX, group=mesh.get_group(axis))
-        differs += (ends[0] != ~ends[1]) & alike
-    for mesh, axis in axes:
-        dist.all_reduce(differs, dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    place_of = {name: place for place, name in enumerate(names)}
+    differs = torch.zeros(len(names), dtype=torch.int64, device=mesh.device_type)
+    for number, pairs in sorted(replicated.items()):
+        sums = torch.stack([value for _, value in pairs]).to(mesh.device_type)  # from the CPU if offloaded
+        ends = torch.stack([sums, ~sums])  # the largest of the complements is the complement of the smallest
+        along, axis = axes[number]
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=along.get_group(axis))
+        places = torch.tensor([place_of[name] for name, _ in pairs], device=differs.device)
+        differs.index_add_(0, places, (ends[0] != ~ends[1]).long())
+    for along, axis in _all_axes(model, axes, tensor_mesh):
+        dist.all_reduce(differs, dist.ReduceOp.MAX, group=along.get_group(axis))
     wrong = [name for name, count in zip(names, differs.tolist(), strict=True) if count]
     if wrong:
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -57,19 +68,19 @@ def check_replicas(model: nn.Module, meshes: list[DeviceMesh]) -> None:
         )
 
 
-def check_replicas_at_first_forward(model: nn.Module, meshes: list[DeviceMesh]) -> None:
+def check_replicas_at_first_forward(model: nn.Module, mesh: DeviceMesh, tensor_mesh: DeviceMesh | None) -> None:
     """`check_replicas` once, when a model from meta has got its weights and runs."""
 
     @outside_graphs
     def check(_module: nn.Module, _arguments: Any) -> None:
         handle.remove()
-        check_replicas(model, meshes)
+        check_replicas(model, mesh, tensor_mesh)
 
     handle = model.register_forward_pre_hook(check, prepend=True)
 
 
 def _replicates(parameter: nn.Parameter, mesh: DeviceMesh, axis: int) -> bool:
-    """Whether the ranks along an axis hold the same of a parameter; no where it cannot be told from its mesh."""
+    """Whether the ranks along an axis hold the same of a parameter."""
     if not isinstance(parameter, DTensor):
         return True
     names, theirs = mesh.mesh_dim_names or (), parameter.device_mesh.mesh_dim_names or ()
@@ -78,6 +89,17 @@ def _replicates(parameter: nn.Parameter, mesh: DeviceMesh, axis: int) -> bool:
         return isinstance(placed[names[axis]], Replicate)
     others = set(dist.get_process_group_ranks(mesh.get_group(axis))) - {dist.get_rank()}
     return not others & set(parameter.device_mesh.mesh.flatten().tolist())
+
+
+def _all_axes(
+    model: nn.Module, axes: list[tuple[DeviceMesh, int]], tensor_mesh: DeviceMesh | None
+) -> list[tuple[DeviceMesh, int]]:
+    """Those that all ranks with a part of the model are on: a tensor axis that nobody named is a parameter's."""
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    widest = max(meshes, key=lambda each: each.ndim, default=None)
+    if tensor_mesh is not None or widest is None or widest.ndim <= len(axes):
+        return axes
+    return [(widest, axis) for axis in range(widest.ndim) if widest.size(axis) > 1]
 
 
 def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:

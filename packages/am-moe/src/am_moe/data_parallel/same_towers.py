@@ -1,3 +1,4 @@
+# A copy of packages/am-fsdp/src/am_fsdp/layout/same_towers.py, made by `nox -s copies`: edit that one.
 """Ranks that shard a tower together all run it: one without images runs it on made-up ones, with gradients of zero.
 
 FSDP2 gathers the parameters of a layer on all ranks at once; a rank that passed a tower by left others waiting.
@@ -54,6 +55,7 @@ def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: Mixe
         towers = _Towers(model, mesh, mp_policy, stacks)
         model.register_forward_pre_hook(towers.before, prepend=True, with_kwargs=True)
         model.register_forward_hook(towers.after)
+        model.__dict__["runs_towers_on_every_rank"] = True  # am-pipeline lets inputs of ranks differ where this is set
 
 
 class _Towers:
@@ -118,7 +120,11 @@ class _Towers:
             kind = next(one[name][0] for one in everyones if name in one)
             if (name not in tower_inputs or not run & set().union(*everyones)) and kind != "integers":
                 self._refuse(model, f"{name} is given on some ranks only")
-        if not callable(getattr(model, "get_input_embeddings", None)):
+        try:
+            known = isinstance(model.get_input_embeddings(), nn.Module)
+        except (AttributeError, NotImplementedError):  # transformers does not know either
+            known = False
+        if not known:
             self._refuse(model, "it has no get_input_embeddings, beside which a tower could run")
 
     def _refuse(self, model: Any, why: str) -> None:

@@ -1,4 +1,5 @@
-"""Which modules become FSDP2 units besides experts: odd dtypes, the layers of every stack, what is before and after."""
+# A copy of packages/am-fsdp/src/am_fsdp/layout/units.py, made by `nox -s copies`: edit that one.
+"""Which modules become FSDP2 units: odd dtypes, the layers of every stack, and what stands before and after them."""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from am_moe.expert_parallel.experts import describe_experts
-
 
 def units_of_another_dtype(
     model: nn.Module, mp_policy: MixedPrecisionPolicy, besides: Iterable[nn.Parameter] = ()
@@ -19,39 +18,48 @@ def units_of_another_dtype(
 
     FSDP2 wants one dtype in a unit. Each keeps its dtype and reduces gradients in float32 or wider. A head casts what
     it gets to its dtype; norms and the embedding cast what they return to that of the model, as the layers behind them
-    need; others, such as routers, take and return what they do in one process.
+    need; others, such as routers, take and return what they do in one process. Where parameters keep their dtypes
+    anyhow and all that are trained have the same, as adapters over a frozen model, nothing is a unit of its own.
 
     Args:
         model: a model or a part of it; nothing is changed.
         mp_policy: of the other units.
-        besides: parameters that count nowhere.
+        besides: parameters that count nowhere, since they are on a mesh of their own.
 
     Returns:
         Units, inner ones first; modules that share parameters are one.
 
     Raises:
-        ValueError: one module holds parameters of two dtypes itself.
+        ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it.
     """
     left_out = {id(p) for p in besides}
+    trained = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in left_out}
+    if mp_policy.param_dtype is None and len(trained) < 2:
+        return []
     numbers: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         numbers[parameter.dtype] += parameter.numel()
     usual = max(numbers, key=lambda dtype: numbers[dtype], default=None)
+    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
     units: list[list[nn.Module]] = []
     of_parameter: dict[int, list[nn.Module]] = {}
-    for name, module in reversed(list(model.named_modules())):
+    for name, module in reversed(list(model.named_modules())):  # inner ones first: a unit takes all that is below it
         own = [p for p in module.parameters(recurse=False) if id(p) not in left_out]
         dtypes = {p.dtype for p in own}
         if len(dtypes) > 1:
             raise ValueError(f"{name} holds parameters of {sorted(map(str, dtypes))}; FSDP2 shards one dtype in a unit")
         if not dtypes or dtypes == {usual}:
             continue
+        passed = of_parameter.keys() | left_out
+        inside = {p.dtype for p in module.parameters() if p.requires_grad and id(p) not in passed}
+        if len(inside) > 1:  # a unit takes all that is below it
+            found = sorted(map(str, inside))
+            raise ValueError(f"{name} and modules in it train {found}; FSDP2 shards one dtype in a unit")
         owners = next((of_parameter[id(p)] for p in own if id(p) in of_parameter), None)
         if owners is None:
             units.append(owners := [])
         owners.append(module)
         of_parameter |= {id(p): owners for p in own}
-    first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
     return [(owners, _own_policy(owners, first, last, mp_policy.param_dtype or usual)) for owners in units]
 
 
@@ -69,44 +77,23 @@ def _own_policy(
     )
 
 
-def layers(model: nn.Module) -> list[nn.Module]:
-    """Every layer of every outermost `ModuleList`: decoder layers, those of towers and of prediction heads.
-
-    Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
-    share parameters with each other, which stay with the root.
-    """
-    return [layer for stack in layer_stacks(model) for layer in stack]
-
-
-def layer_stacks(model: nn.Module) -> list[list[nn.Module]]:
-    """The same layers, stack by stack."""
-    found = []
-    for stack in _stacks(model):
-        some = [layer for layer in stack if any(True for _ in layer.parameters())]
-        owned = Counter(id(p) for layer in some for p in set(layer.parameters()))
-        found.append([layer for layer in some if all(owned[id(p)] == 1 for p in layer.parameters())])
-    return found
-
-
-def edges(model: nn.Module, head: nn.Module | None) -> list[list[nn.Module]]:
+def edges(model: nn.Module, head: nn.Module | None = None) -> list[list[nn.Module]]:
     """What is a unit of its own besides layers: the token embedding; the final norm together with the head.
 
-    Nothing where embedding and head are one parameter (both stay in the root, which gathers it once), where the model
-    does not say which modules they are, or where a pipeline left them on another stage.
+    Not what shares a parameter with another module, such as embedding and head, or the embeddings of two stacks (all
+    stay in the root, which gathers it once); nothing where the model does not say which modules they are, or where a
+    pipeline left them on another stage.
 
     Args:
         model: the model or a part of it.
         head: a head that is a unit already.
     """
     first, last = _held(model, "get_input_embeddings"), _held(model, "get_output_embeddings")
-    if first is not None and last is not None:
-        shared = {id(p) for p in first.parameters()}
-        if any(id(p) in shared for p in last.parameters()):
-            return []
     units = [[first]] if first is not None else []
     norm = _final_norm(model, last) if last is not None else None
     after = [module for module in (norm, last) if module is not None and module is not head]
-    return [*units, after] if after else units
+    names = _names_of_parameters(model)
+    return [unit for unit in [*units, after] if unit and _shares_nothing(unit, names)]
 
 
 def _held(model: nn.Module, getter: str) -> nn.Module | None:
@@ -120,7 +107,7 @@ def _held(model: nn.Module, getter: str) -> nn.Module | None:
 
 def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
     """The one module with parameters of its own between the last stack and the head."""
-    stacks = list(_stacks(model))
+    stacks = list(layer_stacks(model))
     after: list[nn.Module] = []
     for module in model.modules():
         if stacks and module is stacks[-1]:
@@ -134,26 +121,40 @@ def _final_norm(model: nn.Module, head: nn.Module) -> nn.Module | None:
     return after[0] if len(after) == 1 and "norm" in type(after[0]).__name__.lower() else None
 
 
-def stack_names(model: nn.Module) -> list[str]:
-    """The full names of the outermost `ModuleList`s with parameters."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return [names[id(stack)] for stack in _stacks(model) if any(True for _ in stack.parameters())]
-
-
-def may_use_a_part(layer: nn.Module) -> bool:
-    """Whether a layer may leave parameters without a gradient: it holds several modules of one class to choose from,
-    such as experts one by one, or stacked experts among which ids mean the token itself."""
-    for module in layer.modules():
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            kinds = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
-            if any(number > 1 for number in kinds.values()):
-                return True
-    return any(experts.identity for experts in describe_experts(layer))
-
-
-def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+def layer_stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The outermost `ModuleList`s below a module: decoder layers, those of towers and of prediction heads."""
     if isinstance(module, nn.ModuleList):
         yield module
         return
     for child in module.children():
-        yield from _stacks(child)
+        yield from layer_stacks(child)
+
+
+def stacks_of_units(model: nn.Module) -> list[list[nn.Module]]:
+    """The layers of each stack that are units.
+
+    Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
+    share parameters with what is outside of them, which stay with the root.
+    """
+    found, names = [], _names_of_parameters(model)
+    for stack in layer_stacks(model):
+        some = [layer for layer in stack if any(True for _ in layer.parameters())]
+        alone = [layer for layer in some if _shares_nothing([layer], names)]
+        found.append([layer for layer in alone if not isinstance(layer, nn.ModuleList)])
+    return found
+
+
+def _names_of_parameters(*modules: nn.Module) -> Counter[int]:
+    """How many names each parameter has, by its id."""
+    return Counter(id(p) for module in modules for _, p in module.named_parameters(remove_duplicate=False))
+
+
+def _shares_nothing(unit: list[nn.Module], names: Counter[int]) -> bool:
+    """Whether no parameter of these modules has a name elsewhere in the model: FSDP2 wants all of them in one unit."""
+    return all(names[parameter] == number for parameter, number in _names_of_parameters(*unit).items())
+
+
+def stack_names(model: nn.Module) -> list[str]:
+    """The full names of the outermost `ModuleList`s with parameters."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(stack)] for stack in layer_stacks(model) if any(True for _ in stack.parameters())]

@@ -17,8 +17,8 @@ class Anatomy:
     """Where a model's parts sit. Layers are numbered through all of its stacks.
 
     Attributes:
-        stacks: full names of the `ModuleList`s of layers in the order in which they run: `("model.layers",)`, or of an
-            encoder-decoder `("model.encoder.layers", "model.decoder.layers")`.
+        stacks: full names of the `ModuleList`s of layers in the order in which they run: `("model.layers",)`, of an
+            encoder-decoder `("model.encoder.layers", "model.decoder.layers")`, or a tower's before a decoder's.
         depths: the number of layers of each.
         before: full names of the modules with parameters that run before all layers (embeddings, towers).
         after: full names of the modules with parameters that run after them (final norm, head). A module that runs

@@ -27,7 +27,7 @@ from am_pipeline._torch_compat import after_each_call, is_view
 from am_pipeline.cut.crossing import Crossed, Shape, Sizes
 from am_pipeline.cut.provenance import Argument, Tracer, Value, leaves_of
 from am_pipeline.nested import map_leaves, tensors_in
-from am_pipeline.step.inputs import decoder_length
+from am_pipeline.step.inputs import decoder_length, images_length
 
 
 class Missing:
@@ -50,6 +50,8 @@ class Passage:
         first_input: name, shape and dtype of the model's first argument.
         needs: inputs that the stage depends on.
         withheld: inputs that later stages are not given: the units that read them are on the first.
+        of_images: whether it was proved at two numbers of images.
+        runs: the units that the stage holds and runs, in order, each once.
     """
 
     receives: tuple[Crossed, ...]
@@ -60,6 +62,8 @@ class Passage:
     first_input: tuple[str, Shape, torch.dtype]
     needs: frozenset[str]
     withheld: frozenset[str] = frozenset()
+    of_images: bool = False
+    runs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -95,6 +99,11 @@ class Boundary:
     _sizes: Sizes = (0, 0)
     _shards: int = 1
     _device: torch.device | str = "cpu"
+
+    @property
+    def device(self) -> torch.device | str:
+        """Where the microbatch that runs is."""
+        return self._device
 
     def install(self, part: nn.Module) -> None:
         """Adapt the part's call: a stage takes ids or what the stage before it sent, and returns what it sends."""
@@ -138,8 +147,8 @@ class Boundary:
             return self._received[leaf.value]
         batch, *lengths = self._sizes
         shards = self._shards if leaf.of_layer else 1
-        lengths = [1 if call in self.passage.narrow else length // shards for length in lengths]
-        shape = leaf.small if leaf.shape is None else leaf.shape.at((batch, *lengths))
+        tokens = [1 if call in self.passage.narrow else length // shards for length in lengths[:2]]
+        shape = leaf.small if leaf.shape is None else leaf.shape.at((batch, *tokens, *lengths[2:]))
         if self.watch is not None:
             return self.watch.absent(call[0], shape, leaf.dtype)
         dtype = leaf.dtype
@@ -164,9 +173,7 @@ class Boundary:
         if seen is None:
             raise ValueError(f"the first stage of {type(part).__name__} must be called with {name}")
         self._device = seen.device
-        self._sizes = (
-            self._sizes_of(received, first, kwargs) if received else (*seen.shape[:2], *decoder_length(kwargs))
-        )
+        self._sizes = self._sizes_of(received, first if received else seen, kwargs)
         if self.chosen is None and self.prove is not None:
             others = {n: value for n, value in kwargs.items() if n not in (name, "use_cache")}
             self.passage = self.prove(first, others, self._sizes, part.training)
@@ -252,6 +259,8 @@ class Boundary:
         """The sizes of a microbatch: what arrives tells them, or the inputs; a cut refuses what neither does."""
 
         def told(place: int) -> int | None:
+            if first is not None and place < 2:
+                return first.shape[place]
             for crossed, tensor in zip(self.passage.receives, received, strict=True):
                 size = crossed.shape.size_in(place, tuple(tensor.shape))
                 if size is not None:
@@ -261,9 +270,10 @@ class Boundary:
         batch, length, of_decoder = map(told, range(3))
         if batch is None:
             raise RuntimeError("no tensor between the stages tells the batch size")
-        if length is None:
-            length = 1 if first is None else first.shape[1]
-        return batch, length, *(decoder_length(kwargs) or (() if of_decoder is None else (of_decoder,)))
+        of_decoder = next(iter(decoder_length(kwargs)), of_decoder)
+        if self.passage.of_images:
+            return batch, length or 1, of_decoder or 0, images_length(kwargs) or told(3) or 1
+        return batch, length or 1, *(() if of_decoder is None else (of_decoder,))
 
     @staticmethod
     def _as_agreed(sent: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, crossed: Crossed) -> torch.Tensor:
@@ -301,6 +311,8 @@ class Absent(nn.Module):
         self.__dict__["_inner"] = {n: _absent(child, f"{name}.{n}", boundary) for n, child in original.named_children()}
         self.__dict__["_tensors"] = {n: (p.shape, p.dtype) for n, p in original.named_parameters(recurse=False)}
         self.__dict__["boundary"] = boundary
+        if isinstance(getattr(type(original), "dtype", None), property) and any(True for _ in original.parameters()):
+            self.__dict__["dtype"] = original.dtype  # which transformers reads of the parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.boundary.stand_in(self._name, args, kwargs)
@@ -314,6 +326,8 @@ class Absent(nn.Module):
             shape, dtype = tensors[name]
             return no_numbers(shape, dtype, self.boundary._device)
         inherited = getattr(self.__dict__.get("_kind"), name, None)
+        if name == "device" and isinstance(inherited, property):
+            return torch.device(self.boundary._device)
         if isinstance(inherited, property) and inherited.fget is not None:
             return inherited.fget(self)
         if inherited is not None and not callable(inherited):

@@ -18,7 +18,8 @@ import torch
 from am_pipeline.cut.provenance import Call, Draw, Inner, Input, Source, Trace, Value, Weight
 from am_pipeline.cut.units import Units
 
-# Sequences, tokens of each, and of a model with a decoder of its own the tokens of that.
+# Sequences, tokens of each; of a model with a decoder of its own the tokens of that, or 0; of one whose tower is cut
+# the first dim of what the tower takes, images or patches.
 Sizes = tuple[int, ...]
 
 
@@ -43,12 +44,12 @@ class Dim:
         return (size - self.more) * self.factor.denominator // self.factor.numerator
 
     def __str__(self) -> str:
-        words = [("batch", "sequence", "decoder sequence")[place] for place in self.of]
+        words = [("batch", "sequence", "decoder sequence", "images")[place] for place in self.of]
         text = " * ".join(([str(self.factor)] if self.factor != 1 else []) + words)
         return f"{text} + {self.more}" if self.more else text
 
 
-BATCH, SEQUENCE, DECODER_SEQUENCE = Dim((0,)), Dim((1,)), Dim((2,))
+BATCH, SEQUENCE, DECODER_SEQUENCE, IMAGES = (Dim((place,)) for place in range(4))
 
 
 @dataclass(frozen=True)
@@ -227,11 +228,14 @@ def shape_of(small: tuple[int, ...], large: tuple[int, ...], sizes: tuple[Sizes,
 def _dim(small: int, large: int, sizes: tuple[Sizes, ...]) -> int | Dim | None:
     if small == large:
         return small
-    lengths = range(1, len(sizes[0]))
+    lengths = [place for place, size in enumerate(sizes[0]) if place and size]
+    found = []
     for of in ((0,), *((place,) for place in lengths), *((0, place) for place in lengths)):
         factor = Fraction(small, Dim(of).at(sizes[0]))
         if factor and factor * Dim(of).at(sizes[1]) == large and 1 in (factor.numerator, factor.denominator):
-            return Dim(of, factor)
+            found.append(Dim(of, factor))
+    if found:  # twice the rows have twice the images: a multiple is one of images, of which a row may have more
+        return min(found, key=lambda dim: 0 if dim.factor == 1 else 1 if dim.of == IMAGES.of else 2)
     for place in lengths:
         if large - small == sizes[1][place] - sizes[0][place]:
             return Dim((place,), more=small - sizes[0][place])

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 
-from am_pipeline.cut.crossing import BATCH, DECODER_SEQUENCE, SEQUENCE, Dim, Shape, Sizes
+from am_pipeline.cut.crossing import BATCH, DECODER_SEQUENCE, IMAGES, SEQUENCE, Dim, Shape, Sizes
 from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
 
 # Sequences and tokens of the two runs that tell a tensor's dims apart; where a decoder has its own, its tokens too.
@@ -37,8 +38,11 @@ class Given:
         for dim, size in enumerate(self.shape.at(sizes)):
             if size != (there := tensor.shape[dim]):
                 places = torch.arange(size, device=tensor.device)
-                # The last of a row stays the last: padding is there.
-                places = places % max(there, 1) if size > there else (places + 1) * there // size - 1
+                # The last of a row stays the last: padding is there. One more than there are is the last once more.
+                if size == there + 1:
+                    places = places.clamp(max=max(there - 1, 0))
+                else:
+                    places = places % max(there, 1) if size > there else (places + 1) * there // size - 1
                 tensor = tensor.index_select(dim, places)
         return tensor
 
@@ -91,6 +95,28 @@ class Form:
     def batch_dims(self) -> dict[str, int | None]:
         """The batch dim of every further tensor; None where it goes to every microbatch whole."""
         return {name: given.batch_dim for name, given in self.tensors.items()}
+
+    @property
+    def with_more_images(self) -> Form:
+        """Twice the sequences, each with its images, and a token more: a second size, beside that of the real batch.
+
+        Inputs that are of no sequence are of images, however many there are of each: patches, sizes, grids.
+        """
+        images = next((given for name, given in self.tensors.items() if name in ENCODER_INPUTS), None)
+        if images is None or len(self.sizes) > 1 or len(self.sizes[0]) > 2:
+            return self
+        count = images.sample.shape[0]
+
+        def growing(given: Given) -> Given:
+            dims = given.shape.dims
+            if not dims or any(isinstance(dim, Dim) for dim in dims):
+                return given
+            first = replace(IMAGES, factor=Fraction(dims[0], count))
+            return Given(given.name, Shape((first, *dims[1:])), given.sample)
+
+        batch, length = self.sizes[0]
+        sizes = (batch, length, 0, count), (2 * batch, length + 1, 0, 2 * count)
+        return replace(self, tensors={n: growing(given) for n, given in self.tensors.items()}, sizes=sizes)
 
 
 class Piece:
@@ -159,17 +185,19 @@ def resolve_form(
     training: bool,
     batch_dims: Mapping[str, int | None],
     pieces: int = 1,
+    place: int = 0,
 ) -> Form:
     """The form of a batch, found by trying.
 
     Args:
         first: the model's first argument.
-        inputs: its further inputs, whole, or a `Piece` for the first microbatch.
+        inputs: its further inputs, whole, or a `Piece` for one microbatch.
         batch, seq_len: sequences and tokens of the batch.
         runs: traces the model with a form; the inputs that it read, None if its forward failed.
         training: whether the model is in training mode.
         batch_dims: what the user says of the inputs' batch dims.
-        pieces: microbatches of the batch, where the real batch has to be traced.
+        pieces, place: microbatches of the batch, and which of them the pieces are for, where the real batch has to be
+            traced.
 
     Raises:
         AmbiguousError: names an input and what it could be.
@@ -200,17 +228,17 @@ def resolve_form(
         return masked(small(choice, ((batch + 8, batch + 3, batch + 5),)))
 
     def real(choice: Mapping[str, Shape]) -> Form:
-        """The first microbatch itself: what must fit each other in number, images and their places, does."""
+        """The microbatch itself: what must fit each other in number, images and their places, does."""
 
         def piece(given: Given) -> Given:
             dim = given.batch_dim
             whole = dim is None or given.name in given_pieces
-            sample = given.sample if whole else given.sample.chunk(pieces, dim)[0]
+            sample = given.sample if whole else given.sample.chunk(pieces, dim)[place]
             pairs = zip(given.shape.dims, sample.shape, strict=True)
-            dims = tuple(d if d == BATCH else size for d, size in pairs)
-            return Given(given.name, Shape(dims), sample)
+            told = (BATCH,) if given.name in ENCODER_INPUTS else (BATCH, SEQUENCE)
+            return Given(given.name, Shape(tuple(d if d in told else size for d, size in pairs)), sample)
 
-        ids = piece(Given(first.name, Shape((*first.shape.dims[:1], *first.sample.shape[1:])), first.sample))
+        ids = piece(first)
         sizes = ((ids.sample.shape[0], *lengths),)
         given = {n: piece(Given(n, shape, tensors[n])) for n, shape in choice.items()}
         return Form(ids, given, others, training, sizes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from am_pipeline.cut.units import Units
 from am_pipeline.cut.weightless import Weightless, refuse_uncopied
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.schedule.balance import Costs, balanced, costs_of
-from am_pipeline.step.inputs import DECODER_IDS
+from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
 
 # Of so many lists of layers, the heaviest, two may be the encoder's and the decoder's.
 _HEAVIEST = 4
@@ -81,6 +81,12 @@ class CutPlan:
         return tuple(beside)
 
     @property
+    def stay(self) -> frozenset[str]:
+        """Names of images and sound that only the first stage reads; others have what it computed of them."""
+        read = (passage.needs - passage.withheld for passage in self.passages[1:])
+        return frozenset(ENCODER_INPUTS).difference(*read)
+
+    @property
     def needs_first_input(self) -> bool:
         """Whether stages after the first depend on the ids themselves."""
         return any(self.reading.form.first.name in passage.needs for passage in self.passages[1:])
@@ -123,13 +129,15 @@ def plan_cut(
 
     Args:
         model: a model whose forward takes ids of shape `(B, S)` and runs one stack of layers, or ids of an encoder and
-            `decoder_input_ids` of a decoder and runs two, one after the other; may be on meta.
+            `decoder_input_ids` of a decoder and runs two, one after the other; or a tower on images and then a decoder,
+            both cut where `example_inputs` have images. May be on meta.
         num_stages: how many stages of about equal cost; not needed with `module_names_per_stage`.
         module_names_per_stage: full module names for each stage, by hand.
         balance: what to balance the stages by, see `costs_of`; or the costs themselves.
         example_inputs: what the model is called with, by name, where ids alone do not run all of it: as a processor
-            gives it, ids and images for example. Only forms, lengths and flags count; without it, the model is called
-            with ids (and ids of its decoder), or with features of the width that its first layer takes.
+            gives it, ids and images for example. Only forms, lengths and flags count, and for stages of equal FLOPs
+            or time how long it takes; without it, the model is called with ids (and ids of its decoder), or with
+            features of the width that its first layer takes, and a tower stays whole on the first stage.
 
     Raises:
         ValueError: no stack of layers, a name that does not exist, a parameter that no stage or a layer that more
@@ -147,25 +155,31 @@ def plan_stages(
     module_names_per_stage: list[list[str]] | None = None,
     balance: str | Costs = "flops",
     example_inputs: Mapping[str, Any] | None = None,
+    lengths: Sequence[float] = (),
 ) -> CutPlan:
-    """`plan_cut` where the number of stages depends on how many layers the model turns out to have."""
+    """`plan_cut` where the number of stages depends on how many layers the model turns out to have.
+
+    `lengths` are the tokens of an encoder and a decoder, for stages of equal FLOPs; an example tells them, too.
+    """
     _refuse_layer_drop(model)
     refuse_uncopied(model)
     by_hand = None
     if module_names_per_stage is not None:
         by_hand = tuple(tuple(n for n in names if _exists(model, n)) for names in module_names_per_stage)
-    candidates = _candidates(model, by_hand)
-    sizes = {
-        stacks: sum(p.numel() for s in stacks for p in model.get_submodule(s).parameters()) for stacks in candidates
-    }
+    candidates = _candidates(model, by_hand, example_inputs)
+
+    def size(stacks: tuple[str, ...]) -> int:
+        return sum(p.numel() for stack in stacks for p in model.get_submodule(stack).parameters())
+
     weightless = Weightless(model)
     plans: list[CutPlan] = []
     reasons: list[CannotCutError] = []
     for stacks in candidates:
-        if plans and (len(stacks) < len(plans[0].anatomy.stacks) or sizes[stacks] < sizes[plans[0].anatomy.stacks]):
+        found = plans[0].anatomy.stacks if plans else ()
+        if len(stacks) < len(found) or size(stacks) < size(found):
             break
         try:
-            plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs))
+            plans.append(_plan_with(model, weightless, stacks, by_hand, count, balance, example_inputs, lengths))
         except CannotCutError as why:
             reasons.append(why)
         except ValueError as why:  # of so few layers there are no such stages; why the likelier stacks fail says more
@@ -183,8 +197,11 @@ def plan_stages(
     return plans[0]
 
 
-def _candidates(model: nn.Module, by_hand: Stages | None) -> list[tuple[str, ...]]:
-    """The stacks that may be cut, together or alone, the likeliest first: two where a decoder takes ids of its own."""
+def _candidates(model: nn.Module, by_hand: Stages | None, example: Iterable[str] | None) -> list[tuple[str, ...]]:
+    """The stacks that may be cut, together or alone, the likeliest first.
+
+    Two where a decoder takes ids of its own, or where the user shows images or sound beside the ids.
+    """
     if by_hand:
         named = [name for names in by_hand for name in names]
         lists = [stack for stack in candidate_stacks(model) if f"{stack}.0" in named]
@@ -196,7 +213,8 @@ def _candidates(model: nn.Module, by_hand: Stages | None) -> list[tuple[str, ...
         if lists:
             return [(lists[0],)]
     alone: list[tuple[str, ...]] = [(stack,) for stack in candidate_stacks(model)]
-    if DECODER_IDS not in inspect.signature(model.forward).parameters:
+    _, *further = inspect.signature(model.forward).parameters
+    if DECODER_IDS not in further and not set(example or ()) & set(further) & set(ENCODER_INPUTS):
         return alone
     heaviest = layer_lists(model)[:_HEAVIEST]
     return [*sorted(itertools.combinations(heaviest, 2), key=lambda pair: sum(map(heaviest.index, pair))), *alone]
@@ -210,23 +228,30 @@ def _plan_with(
     count: Callable[[int], int],
     balance: str | Costs,
     example_inputs: Mapping[str, Any] | None,
+    lengths: Sequence[float],
 ) -> CutPlan:
     """The plan for the first form of input that the model runs on and can be cut with."""
     first: list[CannotCutError] = []
     named = [name for names in by_hand or () for name in names]
     for reading in _readings(weightless, stacks, named, example_inputs):
         try:
-            return _plan_from(model, reading, by_hand, count, balance)
+            return _plan_from(model, reading, by_hand, count, balance, example_inputs, lengths)
         except CannotCutError as why:
             first.append(why)
     raise first[0]
 
 
 def _plan_from(
-    model: nn.Module, reading: Reading, by_hand: Stages | None, count: Callable[[int], int], balance: str | Costs
+    model: nn.Module,
+    reading: Reading,
+    by_hand: Stages | None,
+    count: Callable[[int], int],
+    balance: str | Costs,
+    example_inputs: Mapping[str, Any] | None,
+    lengths: Sequence[float],
 ) -> CutPlan:
     if by_hand is None:
-        stages = _balanced_stages(model, reading.anatomy, count(reading.anatomy.num_layers), balance)
+        stages = _balanced_stages(model, reading, count(reading.anatomy.num_layers), balance, example_inputs, lengths)
     else:
         _check_stages(model, reading, by_hand)
         stages = _with_dropouts(model, reading, by_hand)
@@ -282,7 +307,9 @@ def _refuse_packed(model: nn.Module, first: Exception | None) -> None:
 def _forms(weightless: Weightless, units: Units, example_inputs: Mapping[str, Any] | None) -> Iterator[Form]:
     name, model = weightless.first_input, weightless.model
     if example_inputs is not None:
-        yield from example_forms(name, example_inputs, partial(inputs_read, weightless, units), training=model.training)
+        runs = partial(inputs_read, weightless, units)
+        for form in example_forms(name, example_inputs, runs, training=model.training):
+            yield form.with_more_images
         return
     if DECODER_IDS in inspect.signature(model.forward).parameters:
         yield text_form(name, model.training, decoder_ids=True)
@@ -316,7 +343,8 @@ def build_part(
     boundary = Boundary(stage == 0, stage == len(plan.stages) - 1, plan.passages[stage])
     boundary.passes_on = not patch_inner_model
     boundary.prove = partial(_passage_for_call, plan, stage)
-    part = copy_without(model, plan.reading.units, set(plan.stages[stage]), boundary)
+    recorders = plan.reading.weightless.recorders
+    part = copy_without(model, plan.reading.units, set(plan.stages[stage]), boundary, recorders)
     for name in plan.reading.small.kept if stage else ():  # each stage advances its own
         owner, _, leaf = name.rpartition(".")
         module = part.get_submodule(owner)
@@ -347,12 +375,31 @@ def _passage_for_call(
     return plan.reading.passages_for(plan.stages, first, inputs, *sizes[:2], training=training)[1][stage]
 
 
-def _balanced_stages(model: nn.Module, anatomy: Anatomy, num_stages: int, balance: str | Costs) -> Stages:
+def _balanced_stages(
+    model: nn.Module,
+    reading: Reading,
+    num_stages: int,
+    balance: str | Costs,
+    example_inputs: Mapping[str, Any] | None,
+    lengths: Sequence[float],
+) -> Stages:
+    anatomy = reading.anatomy
     if balance == "layers":  # the same number of layers; the first stages take what remains
-        ranges = split_layers(anatomy.num_layers, num_stages)
-    else:
-        ranges = balanced(costs_of(model, anatomy, balance) if isinstance(balance, str) else balance, num_stages)
-    return _around(anatomy, ranges)
+        return _around(anatomy, split_layers(anatomy.num_layers, num_stages))
+    if isinstance(balance, str):
+        flops = flops_of_example(reading, example_inputs) if balance == "flops" else None
+        balance = costs_of(model, anatomy, balance, lengths[: len(anatomy.stacks)], flops, example_inputs)
+    return _around(anatomy, balanced(balance, num_stages))
+
+
+def flops_of_example(reading: Reading, example_inputs: Mapping[str, Any] | None) -> dict[str, int] | None:
+    """By unit, the FLOPs of a forward of the user's example; None without one."""
+    if example_inputs is None:
+        return None
+    if reading.grows_by_images:
+        return reading.flops(reading.form.sizes[0])
+    rows, length = example_inputs[reading.form.first.name].shape[:2]
+    return reading.flops((rows, length, *decoder_length(example_inputs)))
 
 
 def _around(anatomy: Anatomy, ranges: Iterable[Iterable[int]]) -> Stages:

@@ -33,11 +33,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_pipeline._torch_compat import (
+    flops_of,
     is_fake,
     is_random,
     looks_at_values,
     operator_name,
     quiet_fakes,
+    run_without_memory,
     storage_key,
     written_arguments,
 )
@@ -125,6 +127,7 @@ class Call:
         returns: what it returned, with a `Leaf` or an `Argument` for every tensor.
         random: whether it drew random numbers.
         keeps: name of a parameter or buffer that it wrote into.
+        flops: of its matrix products and attention.
         hidden: whether it ran inside a custom autograd function, which does not show autograd what it calls.
     """
 
@@ -136,6 +139,7 @@ class Call:
     returns: Any = None
     random: bool = False
     keeps: str = ""
+    flops: int = 0
     hidden: bool = False
 
     @property
@@ -357,6 +361,8 @@ class Tracer(TorchDispatchMode):
             # How many a mask picks is a matter of the mask, whatever it picks from.
             self._look(sources if masks is None else self._sources([self._of(mask) for mask in masks]))
         result = self._compute(func, name, args, kwargs, tensors, unknown)
+        if self.active is not None:
+            self.active.flops += flops_of(func, args, kwargs, result)
         self._label(seen, sources, result, unknown, [t for t in tensors if id(t) in written])
         return result
 
@@ -434,7 +440,7 @@ class Tracer(TorchDispatchMode):
             twins[id(twin)] = value
             return twin
 
-        result = func(*map_leaves(args, fake), **map_leaves(kwargs, fake))
+        result = run_without_memory(self.fake, func, map_leaves(args, fake), map_leaves(kwargs, fake))
         return map_leaves(result, lambda value: twins.get(id(value), value))
 
     def unknown_like(self, tensor: torch.Tensor) -> torch.Tensor:

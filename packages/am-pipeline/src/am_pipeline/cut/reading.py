@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -83,12 +84,15 @@ class Reading:
                 raise CannotCutError(f"its forward does not run {stack if len(runs) > 1 else 'them'} on text")
         self.stacks = tuple(sorted(self.stacks, key=lambda stack: runs[stack].index(True)))
         self.units = Units(weightless.model, self.stacks, opened)
+        if self.grows_by_images and len(self.stacks) > 1:
+            self._refuse_lists_of_no_stack()
         self._refuse_other_paths()
         self.large, self.odd = self.small, None
         if len(self.form.sizes) > 1:
             self.large = _trace(weightless, self.units, self.form, self.form.sizes[1])
-            with contextlib.suppress(Exception):  # some models take no odd length
-                self.odd = _trace(weightless, self.units, self.form, ODD)
+            if not self.grows_by_images:
+                with contextlib.suppress(Exception):  # some models take no odd length
+                    self.odd = _trace(weightless, self.units, self.form, ODD)
         if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
             raise CannotCutError("its forward runs other modules for longer inputs")
         self.anatomy = self._anatomy()
@@ -96,6 +100,11 @@ class Reading:
 
     def __deepcopy__(self, memo: dict) -> Reading:
         return self
+
+    @property
+    def grows_by_images(self) -> bool:
+        """Whether it was read at two numbers of images, so that what a tower's layers make may cross a cut."""
+        return len(self.form.sizes[0]) > 3
 
     def passages_for(
         self,
@@ -108,6 +117,7 @@ class Reading:
         training: bool,
         batch_dims: Mapping[str, int | None] | None = None,
         pieces: int = 1,
+        place: int = 0,
     ) -> tuple[dict[str, int | None], tuple[Passage, ...]]:
         """What every stage does when the model is called with these inputs; found out and proved once for each form.
 
@@ -118,7 +128,7 @@ class Reading:
             batch, seq_len: sequences and tokens of the batch.
             training: whether the model is in training mode.
             batch_dims: the batch dims of inputs of which they are known.
-            pieces: microbatches of the batch.
+            pieces, place: microbatches of the batch, and which of them inputs of one microbatch are for.
 
         Returns:
             The batch dim of every further tensor, None where it goes to every microbatch whole; the passages.
@@ -131,13 +141,15 @@ class Reading:
         sizes = (batch, seq_len, *decoder_length(inputs))
         given = self.form.first if first is None else self.form.first.of(first.detach())
         pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
+        if self.grows_by_images:
+            pattern += tuple(_sizes_of_images(inputs.get(name)) for name in ENCODER_INPUTS)
         if pattern not in self._proved:
             given = replace(given, sample=given.sample.cpu())
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
             if inputs:
                 runs = partial(inputs_read, self.weightless, self.units)
                 of = (given, inputs, batch, seq_len, runs)
-                form = resolve_form(*of, training=training, batch_dims=said, pieces=splits)
+                form = resolve_form(*of, training=training, batch_dims=said, pieces=splits, place=place)
             self._proved[pattern] = form.batch_dims, self._prove_forms(form, stages)
         return self._proved[pattern]
 
@@ -150,7 +162,7 @@ class Reading:
         """A form with masks holds for masks that hide something and for those that hide nothing."""
         masks = {name for name, given in form.tensors.items() if given.is_mask}
         if not masks or len(form.sizes) == 1:
-            return self._prove_form(form, stages)
+            return self._prove_form(form.with_more_images if self.grows_by_images else form, stages)
         found = []
         for hides in (False, True):
             tensors = {n: g.filled(hides) if n in masks else g for n, g in form.tensors.items()}
@@ -179,6 +191,25 @@ class Reading:
     def ran(self) -> list[int]:
         """The layers that run, in order."""
         return self.units.layers_in(call.unit for call in self.small.calls)
+
+    def flops(self, sizes: Sizes) -> dict[str, int]:
+        """By unit, the FLOPs of a forward of so many sequences, tokens and images, each stack with its own lengths."""
+        form = replace(self.form, sizes=(sizes,))
+        found: dict[str, int] = {}
+        for call in _trace(self.weightless, self.units, form, sizes).calls:
+            found[call.unit] = found.get(call.unit, 0) + call.flops
+        return found
+
+    def elements(self, unit: str, sizes: Sizes) -> int:
+        """How many numbers a unit returns as its first tensor; 0 where it does not run."""
+        found = next(
+            (pair for pair in zip(self.small.calls, self.large.calls, strict=True) if pair[0].unit == unit), None
+        )
+        if found is None or not found[0].leaves:
+            return 0
+        one, other = (call.leaves[0] for call in found)
+        shape = self._shape(one.value, one.shape, other.shape)
+        return math.prod(one.shape if shape is None else shape.at(sizes))
 
     def cut(self, stages: Stages) -> tuple[Stages, tuple[Passage, ...]]:
         """What every stage does, and the modules that it holds: those given, and whose parameters its code reads too.
@@ -239,8 +270,10 @@ class Reading:
             made.setdefault((value.unit, value.call), []).append((place, value))
         receives = tuple(self._crossed(value) for value in enters)
         first = (self.form.first.name, self.form.first.shape, self.form.first.sample.dtype)
-        if stage:
-            self._refuse_unknown_sizes(receives)
+        # What a tower's layers hand on is of images: the ids tell how many sequences there are, of how many tokens.
+        tells = {self.form.first.name} if stage and not self._tell_sizes(receives) else set()
+        if tells and not self.grows_by_images:
+            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
         # A unit that is held runs whether its result counts or not.
         held = (call for call in self.small.calls if stage in holders_of(stages, call.unit))
         run_on = {source.name for call in held for source in call.reads if isinstance(source, Input)}
@@ -251,16 +284,15 @@ class Reading:
             {call: tuple(places) for call, places in made.items()},
             frozenset(),
             first,
-            frozenset(needs.inputs[stage] | run_on),
+            frozenset(needs.inputs[stage] | run_on | tells),
+            of_images=self.grows_by_images,
         )
 
-    def _refuse_unknown_sizes(self, receives: tuple[Crossed, ...]) -> None:
-        """What a stage receives has to tell the sizes of a microbatch, but for those of the decoder's ids."""
+    def _tell_sizes(self, receives: tuple[Crossed, ...]) -> bool:
+        """Whether what a stage receives tells the sizes of a microbatch, but for those of the decoder's ids."""
         shapes = [crossed.shape for crossed in receives]
         told = {place for s in shapes for place in s.sizes if s.size_in(place, s.at(self.form.sizes[0])) is not None}
-        needed = {0} | self.form.first.shape.sizes
-        if needed - told:
-            raise CannotCutError("between the layers there is no tensor with one batch and one sequence dim")
+        return {0} | self.form.first.shape.sizes <= told
 
     def _template(self, call: Call, larger: Call) -> Any:
         shapes = iter([leaf.shape for leaf in larger.leaves])
@@ -324,11 +356,12 @@ class Reading:
         """Trace the part of a stage and compare what counts on it with the whole model.
 
         Returns:
-            The passage, less calls that are not made where inputs are withheld.
+            The passage, less calls that are not made where inputs are withheld, with the units that it runs.
         """
         last = len(stages) - 1
         boundary = Boundary(stage == 0, stage == last, passage)
-        part = copy_without(self.weightless.fresh(self.form.training), self.units, set(stages[stage]), boundary)
+        fresh = self.weightless.fresh(self.form.training)
+        part = copy_without(fresh, self.units, set(stages[stage]), boundary, self.weightless.recorders)
         boundary.install(part)
         absent = {unit for unit, _ in passage.returns}
         tracer = Tracer(part, self.weightless.fake, lambda name: None if (u := self.units.of(name)) in absent else u)
@@ -363,7 +396,8 @@ class Reading:
             wrong = next(c for c, mine, key in zip(passage.sends, trace.output_keys, sent, strict=True) if mine != key)
             raise CannotCutError(f"stage {stage} would send something else than {wrong.value}")
         called = {call: returned for call, returned in passage.returns.items() if boundary.called[call[0]] > call[1]}
-        return replace(passage, returns=called)
+        runs = tuple(dict.fromkeys(call.unit for call in trace.calls if stage in holders_of(stages, call.unit)))
+        return replace(passage, returns=called, runs=runs)
 
     def _refuse_other_paths(self) -> None:
         """Where code between units looks at numbers of inputs, other numbers must run the same units on the same."""
@@ -386,10 +420,29 @@ class Reading:
                     unit = (one or two).unit if one is None or two is None else one.unit
                     raise CannotCutError(f"{place} decides by the numbers in its inputs whether or on what {unit} runs")
 
+    def _refuse_lists_of_no_stack(self) -> None:
+        """Modules in a list need not run one after the other, as mergers of what a tower's layers return."""
+        for stack in self.stacks:
+            layers = [call for call in self.small.calls if call.unit.rpartition(".")[0] == stack]
+            for one, other in itertools.pairwise(layers):
+                if self._first_reader(one) != self.units.layers_in([other.unit])[0]:
+                    raise CannotCutError(f"{other.unit} does not go on with what {one.unit} returns: they are no stack")
+
+    def _first_reader(self, call: Call) -> int:
+        """The first layer that depends on what a call returned; -1 without one."""
+        followed = {(call.unit, call.index)}
+        for later in self.small.calls:
+            if _made_by(later) & followed:
+                if self.units.is_layer(later.unit):
+                    return self.units.layers_in([later.unit])[0]
+                followed.add((later.unit, later.index))
+        return -1
+
     def _anatomy(self) -> Anatomy:
         """Which modules beside the stacks run before, after and between their layers.
 
-        What text does not run is before them: an image encoder and its projector, wherever they are registered.
+        What text does not run is before them: an image encoder and its projector, wherever they are registered. What
+        runs before a tower and is read after it, an embedding, stays with the layer that reads it.
         """
         depths = [len(self.weightless.model.get_submodule(stack)) for stack in self.stacks]
         ends = set(itertools.accumulate(depths))
@@ -397,7 +450,7 @@ class Reading:
         reads_layers: set[tuple[str, int]] = set()  # calls that depend on what layers made
         ran, passed = self.ran, 0
         for call in self.small.calls:
-            made = {(s.unit, s.call) for s in call.reads if isinstance(s, (Value, Inner))}
+            made = _made_by(call)
             is_layer = self.units.is_layer(call.unit)
             if is_layer or made & reads_layers:
                 reads_layers.add((call.unit, call.index))
@@ -407,6 +460,10 @@ class Reading:
             side: str | int = "before" if not passed else "after" if passed == len(ran) else "between"
             if side == "between" and ran[passed] in ends and ran[passed - 1] < ran[passed]:
                 side = ran[passed - 1] if made & reads_layers else ran[passed]
+            if side == "between" and len(self.stacks) > 1 and [c.unit for c in self.small.calls].count(call.unit) == 1:
+                side = ran[passed - 1]
+            if side == "before" and (reader := self._first_reader(call)) >= depths[0]:
+                side = reader
             sides.setdefault(call.unit, set()).add(side)
         found: dict[str | int, list[str]] = {"before": [], "between": [], "after": []}
         for name, _ in modules_beside(self.weightless.model, self.stacks):
@@ -422,6 +479,11 @@ class Reading:
         joints = tuple((unit, side) for side, units in found.items() if isinstance(side, int) for unit in units)
         before, after, between = (tuple(found[side]) for side in ("before", "after", "between"))
         return Anatomy(self.stacks, tuple(depths), before, after, between, joints)
+
+
+def _made_by(call: Call) -> set[tuple[str, int]]:
+    """The calls of units whose values this one reads."""
+    return {(s.unit, s.call) for s in call.reads if isinstance(s, (Value, Inner))}
 
 
 def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | None:
@@ -442,7 +504,10 @@ def _trace(weightless: Weightless, units: Units, form: Form, size: Sizes, twice:
     settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     given = settings | _inputs(tracer, form, size)
     first = given.pop(form.first.name)
-    return tracer.run(lambda: select_output(model(first, **given)), twice=twice)
+    try:
+        return tracer.run(lambda: select_output(model(first, **given)), twice=twice)
+    finally:
+        weightless.note_recorders(model)
 
 
 def _inputs(tracer: Tracer, form: Form, size: Sizes) -> dict[str, Any]:
@@ -467,6 +532,12 @@ def _asked_of(error: BaseException | None) -> str | None:
 def holders_of(stages: Stages, unit: str) -> set[int]:
     """The stages that hold a unit: whole, as part of a module that they name."""
     return {s for s, names in enumerate(stages) if any(unit == n or unit.startswith(f"{n}.") for n in names)}
+
+
+def _sizes_of_images(value: Any) -> tuple[int, ...] | None:
+    """All sizes of a tower's input but the first, which alone may change without a proof of its own."""
+    value = value.tensor if isinstance(value, Piece) else value
+    return tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
 
 
 def _pattern(inputs: Mapping[str, Any], sizes: Sizes, pieces: int) -> tuple:

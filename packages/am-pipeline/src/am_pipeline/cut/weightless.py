@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from am_pipeline._torch_compat import backward_hooks_of, fake_mode, hooks_of
+from am_pipeline._torch_compat import backward_hooks_of, fake_mode, forward_hooks_of, hooks_of
+
+# By the name of a unit, the hooks that the model's own code puts on it while it runs.
+Recorders = dict[str, tuple[Callable, ...]]
 
 # Kernels that run on tensors of a device only, and what computes the same from the same inputs anywhere.
 _ATTENTION_ANYWHERE = ("sdpa", "eager")
@@ -20,6 +24,7 @@ class Weightless:
 
     def __init__(self, model: nn.Module) -> None:
         self.fake = fake_mode()
+        self.recorders: Recorders = {}
         memo: dict[int, Any] = {}
         for module in model.modules():
             for value in vars(module).values():  # a table or a state left from an earlier forward
@@ -30,12 +35,27 @@ class Weightless:
         for parameter in model.parameters():
             memo[id(parameter)] = nn.Parameter(self._shaped(parameter), parameter.requires_grad)
         self.model = copy.deepcopy(model, memo)
-        for module in self.model.modules():
+        for module in list(self.model.modules()):
             _compute_anywhere(vars(module).get("config"))
+            for name, child in module.named_children():
+                if is_packed_linear(child):
+                    setattr(module, name, self._unpacked(child))
 
     def fresh(self, training: bool) -> nn.Module:
         model = copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
         return model if model.training == training else model.train(training)
+
+    def note_recorders(self, ran: nn.Module) -> None:
+        """Keep the hooks by which transformers collects hidden states, which it installs when they are first asked for.
+
+        Args:
+            ran: a copy from `fresh` that has run.
+        """
+        for name, module in ran.named_modules():
+            hooks = forward_hooks_of(module)
+            own = [hook for hook in hooks if getattr(hook, "__module__", "").startswith("transformers.")]
+            if own:
+                self.recorders[name] = tuple(own)
 
     @property
     def first_input(self) -> str:
@@ -45,9 +65,34 @@ class Weightless:
     def __deepcopy__(self, memo: dict) -> Weightless:
         return self
 
+    def _unpacked(self, packed: Any) -> nn.Module:
+        dtype = packed.compute_dtype or torch.float32
+        with self.fake:
+            plain = _Unpacked(packed.in_features, packed.out_features, packed.bias is not None, dtype=dtype)
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(getattr(packed, name).requires_grad)
+        return plain.train(packed.training)
+
     def _shaped(self, parameter: nn.Parameter) -> torch.Tensor:
         with self.fake:
             return torch.empty(parameter.shape, dtype=parameter.dtype)
+
+
+class _Unpacked(nn.Linear):
+    """What bitsandbytes' `Linear4bit` computes, whose bits cannot be read without their numbers."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear of bitsandbytes with its weight in 4 bits: known by name, not imported."""
+    kind = type(module)
+    return (
+        kind.__name__ == "Linear4bit"
+        and kind.__module__.startswith("bitsandbytes.nn.")
+        and isinstance(module, nn.Linear)
+    )
 
 
 def refuse_uncopied(model: nn.Module) -> None:

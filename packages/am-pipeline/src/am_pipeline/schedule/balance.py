@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -28,7 +28,14 @@ class Costs:
     after: float
 
 
-def costs_of(model: nn.Module, anatomy: Anatomy, by: str) -> Costs:
+def costs_of(
+    model: nn.Module,
+    anatomy: Anatomy,
+    by: str,
+    lengths: Sequence[float] = (),
+    flops: Mapping[str, float] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Costs:
     """What the parts of a model cost.
 
     Args:
@@ -38,6 +45,9 @@ def costs_of(model: nn.Module, anatomy: Anatomy, by: str) -> Costs:
             experts only the share that a token goes through; attention scores not counted), `"parameters"`, `"time"`
             for seconds of a forward of 256 tokens on the device where the model is, or `"layers"` for one per layer
             and nothing else.
+        lengths: tokens of each stack, an encoder's and a decoder's, whose FLOPs are counted; one each unless given.
+        flops: by name of a module, FLOPs that have been counted where `lengths` do not tell: of images.
+        inputs: what is timed instead of 256 tokens.
 
     Raises:
         ValueError: an unknown name, or `"time"` for a model on meta.
@@ -47,15 +57,22 @@ def costs_of(model: nn.Module, anatomy: Anatomy, by: str) -> Costs:
     if by == "layers":
         return Costs(0.0, (1.0,) * anatomy.num_layers, 0.0)
     if by == "time":
-        return _measured(model, anatomy)
+        return _measured(model, anatomy, inputs)
     weigh = _flops if by == "flops" else _parameters
     share = _expert_share(model)
 
-    def cost(names: Iterable[str]) -> float:
-        return sum(weigh(model.get_submodule(name), share) for name in names)
+    def cost(names: Iterable[str], length: float) -> float:
+        if by == "flops" and flops is not None:
+            return float(
+                sum(n for unit, n in flops.items() if any(f"{unit}.".startswith(f"{name}.") for name in names))
+            )
+        return sum(weigh(model.get_submodule(name), share) for name in names) * (length if by == "flops" else 1)
 
+    lengths = lengths or [1] * len(anatomy.depths)
+    of_layer = [length for length, depth in zip(lengths, anatomy.depths, strict=True) for _ in range(depth)]
     with_layer = [[layer, *(n for n, at in anatomy.joints if at == i)] for i, layer in enumerate(anatomy.layers)]
-    return Costs(cost(anatomy.before), tuple(map(cost, with_layer)), cost(anatomy.after))
+    layers = tuple(map(cost, with_layer, of_layer))
+    return Costs(cost(anatomy.before, lengths[0]), layers, cost(anatomy.after, lengths[-1]))
 
 
 def balanced(costs: Costs, num_stages: int) -> list[range]:
@@ -124,13 +141,15 @@ def _expert_share(model: nn.Module) -> tuple[int, float] | None:
     return (experts, chosen / experts) if experts and chosen else None
 
 
-def _measured(model: nn.Module, anatomy: Anatomy) -> Costs:
+def _measured(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any] | None) -> Costs:
     first = next(model.parameters())
     if first.is_meta:
         raise ValueError("balance='time' runs the model, which is on the meta device; use 'flops' or 'parameters'")
-    ids = torch.zeros(1, 256, dtype=torch.int64, device=first.device)
-    names = tuple(inspect.signature(model.forward).parameters)
-    inputs = {name: ids for name in (names[0], DECODER_IDS) if name in names}
+    if inputs is None:
+        ids = torch.zeros(1, 256, dtype=torch.int64, device=first.device)
+        names = tuple(inspect.signature(model.forward).parameters)
+        inputs = {name: ids for name in (names[0], DECODER_IDS) if name in names}
+    inputs = {n: v.to(first.device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     marks: list[float] = []
 
     def mark(*_: Any) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from am_pipeline._torch_compat import element_size
 from am_pipeline.cut.anatomy import config_value
-from am_pipeline.cut.plan import CutPlan, plan_cut, plan_stages
+from am_pipeline.cut.plan import CutPlan, flops_of_example, plan_cut, plan_stages
 from am_pipeline.placement import calculate_virtual_stages
 from am_pipeline.schedule.balance import Costs, costs_of
 from am_pipeline.schedule.build import schedule_class
@@ -84,6 +84,7 @@ def plan_pipeline(
     microbatches: int,
     microbatch_size: int = 1,
     seq_len: int = 2048,
+    decoder_seq_len: int | None = None,
     layers_per_stage: int | None = None,
     round_to_pp_multiple: str | None = None,
     module_names_per_stage: list[list[str]] | None = None,
@@ -94,15 +95,16 @@ def plan_pipeline(
     """Plan a pipeline without processes, memory or a device.
 
     The peak of a rank is an estimate: parameters and gradients in the model's dtype, `optimizer_bytes` per parameter,
-    and for every live microbatch 34 bytes per token, hidden unit and layer at 16 bits (Korthikanti et al., 2022), plus
+    and for every live microbatch 34 bytes per number that a layer returns at 16 bits (Korthikanti et al., 2022), plus
     the logits of one microbatch in fp32 on the last stage. Sharding and recomputation by a `parallelize_fn` come off
-    that.
+    that. Every stack counts with its own length: an encoder's, a decoder's, a tower's patches.
 
     Args:
         model: the whole model, best on meta.
         ranks: size of the pipeline axis.
         schedule: its name.
         microbatches, microbatch_size, seq_len: per step; sequences; tokens.
+        decoder_seq_len: of an encoder-decoder, tokens of the decoder; `seq_len` unless given.
         layers_per_stage, round_to_pp_multiple, module_names_per_stage, balance, example_inputs: see
             `split_model_into_stages`.
         optimizer_bytes: per parameter: 8 for Adam in fp32.
@@ -111,6 +113,7 @@ def plan_pipeline(
         ValueError: as `split_model_into_stages`.
     """
     kind = schedule_class(None, schedule)
+    lengths = seq_len, seq_len if decoder_seq_len is None else decoder_seq_len
     if module_names_per_stage is None:
         single = issubclass(kind, PipelineScheduleSingle)
 
@@ -118,12 +121,13 @@ def plan_pipeline(
             return calculate_virtual_stages(layers, layers_per_stage, ranks, single, round_to_pp_multiple)[0]
 
         by = balance if layers_per_stage is None else "layers"
-        cut = plan_stages(model, stages_for, balance=by, example_inputs=example_inputs)
+        cut = plan_stages(model, stages_for, balance=by, example_inputs=example_inputs, lengths=lengths)
     else:
         cut = plan_cut(model, module_names_per_stage=module_names_per_stage, example_inputs=example_inputs)
     count = len(cut.stages)
     order = schedule_order(schedule, ranks, microbatches, count // ranks)
-    flops = costs_of(model, cut.anatomy, "flops")
+    counted = flops_of_example(cut.reading, example_inputs)
+    flops = costs_of(model, cut.anatomy, "flops", lengths[: len(cut.anatomy.stacks)], counted)
     shares = [
         sum(flops.layers[i] for i in cut.layers_of(s))
         + (flops.before if s == 0 else 0.0)
@@ -135,14 +139,17 @@ def plan_pipeline(
     rank_of = {action.stage: rank for rank, actions in enumerate(order) for action in actions}
     live = peak_live(order)
     held = [sum(model.get_parameter(n).numel() for n in cut.parameters_of(model, s)) for s in range(count)]
-    width = config_value(model, "hidden_size", "n_embd", "d_model") or 0
     size = element_size(model)
+    rows, _, _, images = (*cut.reading.form.sizes[0], 0, 0)[:4]
+    sizes = microbatch_size, *lengths, images * microbatch_size // rows
     peaks = [0] * ranks
     for stage in range(count):
-        tokens = microbatch_size * seq_len
-        per_microbatch = _BYTES_PER_UNIT * size // 2 * tokens * width * len(cut.layers_of(stage))
+        returned = sum(cut.reading.elements(cut.anatomy.layer(i), sizes) for i in cut.layers_of(stage))
+        per_microbatch = _BYTES_PER_UNIT * size // 2 * returned
         share_of_live = live[rank_of[stage]] * ranks / count
-        logits = 4 * tokens * (config_value(model, "vocab_size") or 0) if stage == count - 1 else 0
+        logits = (
+            4 * microbatch_size * lengths[-1] * (config_value(model, "vocab_size") or 0) if stage == count - 1 else 0
+        )
         peaks[rank_of[stage]] += int(
             held[stage] * (2 * size + optimizer_bytes) + per_microbatch * share_of_live + logits
         )

@@ -89,6 +89,18 @@ def refuse_together(refusal: Exception | None, groups: Sequence[dist.ProcessGrou
         raise refusal
 
 
+def differ(number: int, groups: Sequence[dist.ProcessGroup]) -> bool:
+    """Whether any of the ranks that the groups connect has another non-negative number than this one.
+
+    Collectives (each of `groups`, on the CPU): an all-reduce of two int64.
+    """
+    least_and_most = torch.tensor([-number, number])
+    for group in groups:
+        dist.all_reduce(least_and_most, dist.ReduceOp.MAX, group=group)
+    least, most = least_and_most.tolist()
+    return -least != most
+
+
 def kind_of(error: Exception) -> int:
     """1 + its place in `ERRORS`; of a kind that is not there, that of RuntimeError."""
     return 1 + next((place for place, kind in enumerate(ERRORS) if isinstance(error, kind)), len(ERRORS) - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -31,18 +32,18 @@ TEXT_BYTES = 1024
 _DTYPES = (torch.int64, torch.int32, torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def describe_inputs(mine: dict[str, Any]) -> tuple[str, list[torch.Tensor]]:
+def describe_inputs(mine: dict[str, Any], stay: AbstractSet[str]) -> tuple[str, list[torch.Tensor]]:
     """What the first stage's rank shares of its keyword inputs, in words that others allocate by; and the tensors.
 
     Args:
-        mine: tensors, numbers, strings, None, or lists of tensors or None with one per microbatch. Inputs of encoders
-            are described and not sent: the stages that use them are on this rank.
+        mine: tensors, numbers, strings, None, or lists of tensors or None with one per microbatch.
+        stay: names of those that are described and not sent: the stages that use them are on this rank.
 
     Raises:
         TypeError: an input that is not of these kinds.
     """
     tensors: list[torch.Tensor] = []
-    described = {name: _describe(value, [] if name in ENCODER_INPUTS else tensors) for name, value in mine.items()}
+    described = {name: _describe(value, [] if name in stay else tensors) for name, value in mine.items()}
     for name, (kind, what, *_) in described.items():
         if kind == "unknown":
             raise TypeError(
@@ -60,6 +61,7 @@ def receive_inputs(
     group: dist.ProcessGroup,
     host_group: dist.ProcessGroup,
     device: torch.device,
+    stay: AbstractSet[str],
 ) -> dict[str, Any]:
     """The keyword inputs that the first stage's rank shares, on every rank.
 
@@ -71,6 +73,7 @@ def receive_inputs(
         group: the pipeline's process group.
         host_group: a group of the same ranks for tensors on the CPU.
         device: where the tensors are wanted.
+        stay: as for `describe_inputs`.
 
     Collectives (pipeline axis): one broadcast per tensor; before them one of the description, among hosts, where the
     given text is not all of it.
@@ -81,9 +84,7 @@ def receive_inputs(
         text = _share_text(text if sends else "", size, source, host_group)
     described = json.loads(text)
     return {
-        name: _imagine(each, device)
-        if name in ENCODER_INPUTS
-        else _receive(each, tensors, sends, source, group, device)
+        name: _imagine(each, device) if name in stay else _receive(each, tensors, sends, source, group, device)
         for name, each in described.items()
     }
 
@@ -103,6 +104,18 @@ def decoder_length(inputs: Mapping[str, Any]) -> tuple[int, ...]:
             f"{sorted(lengths)}: pad them"
         )
     return tuple(lengths)
+
+
+def images_length(inputs: Mapping[str, Any]) -> int | None:
+    """The first dim of what a tower takes, the images or patches of one microbatch; None without any.
+
+    Raises:
+        ValueError: inputs of several towers.
+    """
+    given = [name for name in ENCODER_INPUTS if isinstance(inputs.get(name), torch.Tensor)]
+    if len(given) > 1:
+        raise ValueError(f"a tower that is cut takes one input, and there are {', '.join(given)}")
+    return inputs[given[0]].shape[0] if given else None
 
 
 def split_inputs(

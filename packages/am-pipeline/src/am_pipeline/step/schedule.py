@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,16 +26,19 @@ from am_pipeline._torch_compat import (
     settle_fsdp,
     stages_of,
 )
+from am_pipeline.cut.boundary import Passage
+from am_pipeline.cut.crossing import IMAGES
 from am_pipeline.cut.forms import Piece
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.step.agreement import Agreement, Report, exchange_reports, read_reports
-from am_pipeline.step.failure import StepFailure, host_group, refuse_together, vote
+from am_pipeline.step.failure import StepFailure, differ, host_group, refuse_together, vote
 from am_pipeline.step.gathers import GatherRecord
 from am_pipeline.step.gradients import GradientsSetAside
 from am_pipeline.step.inputs import (
     ENCODER_INPUTS,
     decoder_length,
     describe_inputs,
+    images_length,
     is_per_microbatch,
     receive_inputs,
     split_inputs,
@@ -72,7 +76,7 @@ class PipelineSchedule(StepHooks, Schedule):
     averaged_axes: tuple[str, ...] = ()
     peer_axes: tuple[str, ...] = ()
     _running: _Running | None = None
-    _shape: tuple[int, tuple[int, ...], tuple] | None = None
+    _shape: tuple[int, tuple[int | None, ...], tuple] | None = None
     _evaluating: bool = False
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
@@ -167,9 +171,15 @@ class PipelineSchedule(StepHooks, Schedule):
                     # Where gradients are reduced between microbatches, what a step gathers depends on that.
                     known = not stage.reduces_every_microbatch and can_recover(stage.submod)
                     stage.gathers = GatherRecord(stage.submod) if known else None
-        agreement, offered = self._agree(stages, call)
-        shared = self._share(stages, agreement, offered)
-        batch_dims = self._follow(stages, agreement, shared)
+        try:
+            agreement, offered = self._agree(stages, call)
+            shared = self._share(stages, agreement, offered)
+            batch_dims = self._follow(stages, agreement, shared)
+        except (ValueError, TypeError, RuntimeError) as error:
+            refuse_together(error, self._host_groups[1:])
+            raise
+        refuse_together(None, self._host_groups[1:])
+        self._refuse_other_runs(stages)
         failure = StepFailure()
         self._running = _Running(failure)
         for stage in stages:
@@ -218,7 +228,8 @@ class PipelineSchedule(StepHooks, Schedule):
             if any(stage.is_first for stage in stages):
                 report.batch, report.seq_len = self._check_ids(call)
                 # Every stage runs the code between the units, which may look at the ids.
-                text, offered = describe_inputs(call.kwargs | {_first_name(stages): call.args[0]})
+                given = call.kwargs | {_first_name(stages): call.args[0]}
+                text, offered = describe_inputs(given, stages[0].plan.stay)
                 report.described = len(text.encode())
             if any(stage.is_last for stage in stages):
                 report.rows = self._check_target(call)
@@ -230,15 +241,29 @@ class PipelineSchedule(StepHooks, Schedule):
         group, device = stages[0].group, stages[0].device
         words = [0] * self._copies.width if words is None else words
         rows = exchange_reports(report, text, [tokens, *words], group, device)
-        refusal: Exception | None = None
-        try:
-            agreement = read_reports(rows, self._copies, first, cause)
-        except (ValueError, TypeError, RuntimeError) as error:
-            agreement, refusal = Agreement(0, 0, 0, 0, ""), error
-        refuse_together(refusal, self._host_groups[1:])
+        agreement = read_reports(rows, self._copies, first, cause)
         if offered:
             agreement.text = text  # whole, where others may have its beginning
         return agreement, offered
+
+    def _refuse_other_runs(self, stages: list[DecoderStage]) -> None:
+        """A tower that FSDP2 shards runs on all of its ranks or on none: they wait for each other's weights.
+
+        Parts that see to it say so, see `ParallelizeFnProtocol`.
+        """
+        peers = self._host_groups[1:]
+        if not peers:
+            return
+        alike = [stage for stage in stages if not getattr(stage.submod, "runs_towers_on_every_rank", False)]
+        runs = [[passage.runs for passage in stage.passages] for stage in alike]
+        refusal = None
+        if differ(zlib.crc32(repr(runs).encode()), peers):
+            refusal = ValueError(
+                "the data ranks of a stage run different modules in this step, as where one has images and another "
+                "none, and would wait for each other's weights: give every rank the same kinds of inputs in the same "
+                "microbatches"
+            )
+        refuse_together(refusal, self._host_groups)
 
     def _check_ids(self, call: _CallOnThisRank) -> tuple[int, int]:
         if len(call.args) > 1:
@@ -279,7 +304,10 @@ class PipelineSchedule(StepHooks, Schedule):
             return {}
         first = stages[0].stage_index_to_group_rank[0]
         group, device = stages[0].group, stages[0].device
-        return receive_inputs(agreement.text, agreement.described, offered, first, group, self._host_groups[0], device)
+        stay = stages[0].plan.stay
+        return receive_inputs(
+            agreement.text, agreement.described, offered, first, group, self._host_groups[0], device, stay
+        )
 
     def _follow(
         self, stages: list[DecoderStage], agreement: Agreement, shared: dict[str, Any]
@@ -311,6 +339,7 @@ class PipelineSchedule(StepHooks, Schedule):
                 training=stages[0].submod.training,
                 batch_dims=self.batch_dims,
                 pieces=count,
+                place=microbatch,
             )
             batch_dims |= dims
             passages.append(of_stages)
@@ -323,12 +352,13 @@ class PipelineSchedule(StepHooks, Schedule):
                 )
         later = [passage for of_stages in passages for passage in of_stages[1:]]
         needed = set().union(*(passage.needs - passage.withheld for passage in later))
-        if spread := needed & set(shared) & set(ENCODER_INPUTS):
+        if spread := needed & set(shared) & plan.stay:
             raise ValueError(f"later stages depend on {sorted(spread)} themselves, which only the first is given")
         for stage in stages:
             stage.passages = tuple(of_stages[stage.stage_index] for of_stages in passages)
             stage.boundary.passage = stage.passages[0]
-        lengths = (agreement.seq_len, *decoder_length(others))
+        of_decoder = next(iter(decoder_length(others)), None)
+        lengths = agreement.seq_len, of_decoder, _images_per_microbatch(others, passages, batch_dims, count)
         shape = (agreement.batch // count, lengths, tuple(p.sends for p in passages[0]))
         if shape != self._shape:
             reset_pp_stage_shapes(self, stages, None, shape[0], *lengths)
@@ -393,6 +423,26 @@ class PipelineSchedule(StepHooks, Schedule):
 
 def _first_name(stages: list[DecoderStage]) -> str:
     return stages[0].plan.reading.form.first.name
+
+
+def _images_per_microbatch(
+    inputs: dict[str, Any], passages: list[tuple[Passage, ...]], batch_dims: dict[str, int | None], count: int
+) -> int | None:
+    """The images, or patches, that a tower takes of every microbatch; None where none crosses a cut.
+
+    Raises:
+        ValueError: of one microbatch more than of another.
+    """
+    if not any(IMAGES.of[0] in crossed.shape.sizes for passage in passages[0] for crossed in passage.sends):
+        return None
+    _, pieces = split_inputs((), {n: v for n, v in inputs.items() if n in ENCODER_INPUTS}, count, 0, batch_dims)
+    images = [images_length(piece) for piece in pieces]
+    if len(set(images)) > 1:
+        raise ValueError(
+            f"the microbatches of a step need as many images or patches each, as what a tower that is cut sends has "
+            f"them; they have {images}: give each as many, or leave the tower whole on the first stage"
+        )
+    return images[0]
 
 
 def _piece(value: torch.Tensor | None) -> Piece | None:

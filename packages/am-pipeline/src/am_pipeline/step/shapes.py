@@ -22,6 +22,7 @@ def reset_pp_stage_shapes(
     microbatch_size: int,
     seq_len: int,
     decoder_seq_len: int | None = None,
+    images: int | None = None,
 ) -> None:
     """Prepare a schedule for batches of another sequence length (or microbatch size). Runs no collective.
 
@@ -35,11 +36,13 @@ def reset_pp_stage_shapes(
         microbatch_size: sequences per microbatch.
         seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
         decoder_seq_len: of an encoder-decoder, tokens per sequence of the decoder; `seq_len` unless given.
+        images: of a model whose tower is cut too, the first dim of what the tower takes of one microbatch (images, or
+            patches); that of the cut's `example_inputs` unless given.
 
     Raises:
         ValueError: a size is not positive or does not divide over the ranks that shard the sequence.
     """
-    precompute_stage_shapes(stages, model_config, microbatch_size, seq_len, decoder_seq_len)
+    precompute_stage_shapes(stages, model_config, microbatch_size, seq_len, decoder_seq_len, images)
     forget_shapes(schedule)
 
 
@@ -49,6 +52,7 @@ def precompute_stage_shapes(
     microbatch_size: int,
     seq_len: int,
     decoder_seq_len: int | None = None,
+    images: int | None = None,
 ) -> None:
     """Give each stage meta tensors of what it receives and sends, before its first step. Runs no collective.
 
@@ -61,6 +65,8 @@ def precompute_stage_shapes(
         microbatch_size: sequences per microbatch.
         seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
         decoder_seq_len: of an encoder-decoder, tokens per sequence of the decoder; `seq_len` unless given.
+        images: of a model whose tower is cut too, the first dim of what the tower takes of one microbatch (images, or
+            patches); that of the cut's `example_inputs` unless given.
 
     Raises:
         ValueError: as `reset_pp_stage_shapes`; or there is no hidden size in `model_config` where it is needed.
@@ -76,13 +82,19 @@ def precompute_stage_shapes(
                     f"{name}={length} does not divide over the {shards} ranks that shard the sequence; "
                     f"pad it to {-(-length // shards) * shards}"
                 )
-        received, sent = _crossing(stage, model_config, (microbatch_size, *lengths.values()), shards)
+        count = _images_of_example(stage) if images is None else images
+        received, sent = _crossing(stage, model_config, (microbatch_size, *lengths.values(), count), shards)
         ids = torch.empty(microbatch_size, seq_len, dtype=torch.int64, device="meta")
         # The last stage's output is never sent, only counted.
         set_shapes(stage, (ids,) if stage.is_first else _on_meta(received), _on_meta(sent or received))
         if isinstance(stage, DecoderStage):
             stage.boundary.expected = sent
             stage.receives, stage.sends = () if stage.is_first else _on_meta(received), _on_meta(sent or received)
+
+
+def _images_of_example(stage: PipelineStage) -> int:
+    sizes = stage.plan.reading.form.sizes[0] if isinstance(stage, DecoderStage) else ()
+    return sizes[3] if len(sizes) > 3 else 0
 
 
 def hidden_dtype(stage: PipelineStage) -> torch.dtype:
@@ -96,8 +108,8 @@ Sent = list[tuple[tuple[int, ...], torch.dtype]]
 def _crossing(stage: PipelineStage, config: Any, sizes: Sizes, shards: int) -> tuple[Sent, Sent]:
     """Shape and dtype of every tensor that a stage receives and sends."""
     dtype = hidden_dtype(stage)
-    batch, *lengths = sizes
-    sharded = (batch, *(length // shards for length in lengths))
+    batch, length, of_decoder, images = sizes
+    sharded = batch, length // shards, of_decoder // shards, images
     if not isinstance(stage, DecoderStage):
         hidden: Sent = [((*sharded[:2], get_hidden_and_vocab_size(config)[0]), dtype)]
         return hidden, hidden
