@@ -73,7 +73,8 @@ def runs_in(task, model_type, attention):
         try:
             model = made(task, model_type, dtype, attention)
             batch = given(model, task)
-            loss_of(model, batch | labels_for(task, model, batch))
+            if not loss_of(model, batch | labels_for(task, model, batch))[0].isfinite():
+                continue  # CANINE's float64 masks make NaN of its scores
             return dtype if sum(p.numel() for p in model.parameters()) <= LARGEST else None
         except Exception:  # whatever a class says to small sizes or to the other dtype
             continue
@@ -159,7 +160,7 @@ def loss_of(model, batch):
     if loss is None:
         loss = (whole(output[0]).sin() * torch.linspace(0, 1, output[0].shape[-1], dtype=output[0].dtype)).sum()
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False) if p.numel()}
     return whole(loss).detach(), {n: g if g is None else whole(g) for n, g in gradients.items()}
 
 
@@ -175,7 +176,7 @@ def compare(sharded, plan, batch, expected, dtype):
             present = [g for g in (grad, other) if g is not None and g.abs().max() > 0]
             assert not present, f"{name} has a gradient here or in one process, but not in both"
         else:
-            errors[name] = relative_error(other, grad, 1e-6 * largest, nan_is_nan=True)  # LED's own are
+            errors[name] = relative_error(other, grad, TOLERANCE[dtype] * largest, nan_is_nan=True)  # LED's own are
     worst = max(errors, key=errors.get)
     most = torch.tensor(errors[worst], dtype=torch.float64)
     dist.all_reduce(most, dist.ReduceOp.MAX)

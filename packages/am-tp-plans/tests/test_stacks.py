@@ -23,6 +23,7 @@ from am_tp_plans import (
     infer_plan,
     resolve_plan,
 )
+from am_tp_plans.apply import is_part
 from am_tp_plans.styles.basic import each
 
 
@@ -132,6 +133,67 @@ def test_a_plan_that_a_model_brings_is_extended_to_a_tower_that_runs(patches):
     assert ("every rank holds all layers of: tower" in str(report)) != patches
     brought = resolve_plan(BringsAPlanForTokens(), example_inputs=inputs)
     assert not any(key.startswith("tower") for key in brought)  # only if it is asked for
+
+
+class Tower(nn.Module):
+    """As CLIP's: returns what lies between its layers to who asks for it."""
+
+    config = None
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, patches, output_hidden_states=False):
+        between = [patches]
+        for layer in self.layers:
+            between.append(layer(between[-1]))
+        return tuple(between) if output_hidden_states else between[-1:]
+
+
+class ReadsALayerOfItsTower(TwoStacks):
+    """As LLaVA, which takes the features of layers that it is told."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.tower = Tower()
+
+    def forward(self, input_ids, patches):
+        hidden = self.embed(input_ids) + sum(self.tower(patches, output_hidden_states=True)).mean(1, keepdim=True)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.ranks(2)
+def test_a_tower_whose_layers_are_read_keeps_its_whole_sequence_and_is_exact():
+    inputs = {"input_ids": IDS, "patches": torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))}
+    plan = {key.replace("tower.", "tower.layers."): style for key, style in PLAN.items()}
+    one, sharded = ReadsALayerOfItsTower(), ReadsALayerOfItsTower()
+    plan = add_sequence_parallelism(sharded, plan, example_inputs=inputs)
+    assert sharded_stacks(plan) == {"layers"}
+    apply_plan(sharded, init_device_mesh(device_type(), (2,), mesh_dim_names=("tp",)), plan)
+    for model in (one, sharded):
+        model(**inputs).square().sum().backward()
+    assert_same(gradients(sharded), gradients(one), 1e-5)
+
+
+class ListOfLinears(TwoStacks):
+    """As a merger of patches: a list of two linears and the activation between them, which has no parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.tower[1] = nn.Module()
+        self.tower[1].mlp = nn.ModuleList([nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)])
+
+
+def test_an_activation_in_a_list_is_no_layer_that_a_pipeline_left_out():
+    assert not is_part(ListOfLinears())
+    for absent in (nn.Identity(), type("Absent", (nn.Module,), {})()):
+        model = TwoStacks()
+        model.layers[1] = absent
+        assert is_part(model)
 
 
 class LastLayerIsSkipped(TwoStacks):

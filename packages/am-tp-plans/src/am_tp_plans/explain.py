@@ -18,7 +18,7 @@ from am_tp_plans.proof.watch import Collective
 from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
 from am_tp_plans.sources.translate import matches, named_styles
 from am_tp_plans.stacks import stacks_of, stacks_with
-from am_tp_plans.styles.basic import each
+from am_tp_plans.styles.basic import each, shards_sequence
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.styles.heads import shares_heads
@@ -240,7 +240,7 @@ def _label(style: ParallelStyle) -> str:
 def _source(model: nn.Module, key: str, plan: dict[str, ParallelStyle]) -> str:
     if type(model) in PARALLELIZE_FUNCTIONS:
         function = PARALLELIZE_FUNCTIONS[type(model)]
-        if plan.keys() <= function(model, any(getattr(s, "shards_sequence", False) for s in plan.values())).keys():
+        if plan.keys() <= function(model, any(map(shards_sequence, plan.values()))).keys():
             return f"family {function.__module__.rpartition('.')[2]}"
     if named_styles(model):
         said = any(matches(theirs, key) or theirs == key for theirs in named_styles(model))
@@ -250,14 +250,11 @@ def _source(model: nn.Module, key: str, plan: dict[str, ParallelStyle]) -> str:
 
 def _hidden_bytes(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> int:
     width: Any = getattr(input_embeddings(model), "embedding_dim", 0)
-    sharded = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
-    return width // ranks if sharded else width
+    return width // ranks if any(map(shards_sequence, plan.values())) else width
 
 
 def _whole_sequence(model: nn.Module, concrete: dict[str, ParallelStyle]) -> tuple[str, ...]:
-    shards = {
-        name for name, style in concrete.items() if any(getattr(s, "shards_sequence", False) for s in each(style))
-    }
+    shards = {name for name, style in concrete.items() if shards_sequence(style)}
     whole = [stack for stack in stacks_with(model, concrete) if stack not in stacks_with(model, shards)]
     return tuple(whole) if shards else ()
 

@@ -22,10 +22,11 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from am_tp_plans.proof.check import has_dropout
+from am_tp_plans.proof.read_outputs import refuse_parts
 from am_tp_plans.proof.shares import WrongError
 from am_tp_plans.proof.stand_ins import stand_in
 from am_tp_plans.proof.watch import Collective, ReadDirectlyError, Step, Watch, tensors
-from am_tp_plans.styles.basic import each
+from am_tp_plans.styles.basic import each, shards_sequence
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.styles.heads import share_key_value_heads
@@ -184,12 +185,14 @@ def _run_on_the_cpu(
     twin = _weightless(model).train(training)
     watch = Watch(dict(twin.named_parameters()), ranks, whole)
     if training:
-        sequence = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+        sequence = any(map(shards_sequence, plan.values()))
         for name, draws in ends_of_shares(twin, plan, shards_sequence=sequence):
             _follow_draws(watch, twin.get_submodule(name), draws)
     for name, module in list(twin.named_modules()):
         _name_where(watch, name, module)
         stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
+    if whole is not None:
+        refuse_parts(twin, plan)
     modules = list(twin.modules())
     no_fit = f"the plan does not fit {type(model).__name__}"
     try:

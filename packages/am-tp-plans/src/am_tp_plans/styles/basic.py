@@ -249,6 +249,11 @@ def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
     return style.styles if isinstance(style, Several) else (style,)
 
 
+def shards_sequence(style: ParallelStyle | None) -> bool:
+    """Whether a stack's sequence is sharded from where this entry of a plan is."""
+    return any(getattr(part, "shards_sequence", False) for part in each(style))
+
+
 def is_open_colwise(style: ParallelStyle) -> bool:
     """Whether a style leaves each rank with its own features."""
     return isinstance(style, PackedColwiseParallel) or (
