@@ -393,7 +393,12 @@ def context(measured: dict[str, dict]) -> list[str]:
 def encoders(measured: dict[str, dict]) -> list[str]:
     tried = {name: result for name, result in measured.items() if "not_built" not in result}
     exact, refused = count(tried)
-    rows = []
+    rows, counts = [], []
+    for task, what in {"images": "AutoModelForImageTextToText, with an image in every row", **TASKS}.items():
+        mine = {name: result for name, result in measured.items() if name.startswith(f"{task}-")}
+        built = {name: result for name, result in mine.items() if name in tried}
+        numbers = (*count(built), len(mine) - len(built))
+        counts.append(f"| {task} | {what} | {' | '.join(map(str, numbers))} |")
     for name, result in sorted(tried.items()):
         task, model_type = name.split("-", 1)
         tensor = cell(result["error"]) if "error" in result else f"refused: {why(result['refused'])}"
@@ -402,24 +407,37 @@ def encoders(measured: dict[str, dict]) -> list[str]:
             sequence = f"refused: {why(result['sequence_refused'])}"
         elif result.get("whole"):
             sequence += f" (whole in {', '.join(result['whole'])})"
-        rows.append(f"| {model_type} | {task} | {result['kind']} | {tensor} | {sequence} | {result['dtype']} |")
-    with_sequence = sum("sequence" in result and "sequence_refused" not in result for result in tried.values())
+        held = f"{result['held']:.0%}" if "held" in result else ""
+        form = f"{result['dtype']}, {result['attention'] or 'own'}"
+        whole = ", ".join(result.get("whole_stacks", []))
+        rows.append(f"| {model_type} | {task} | {result['kind']} | {tensor} | {sequence} | {held} | {whole} | {form} |")
+    with_sequence = sum("sequence" in result for result in tried.values())
     return [
-        "# Tensor and sequence parallelism: encoder-decoders, encoders and heads",
+        "# Tensor and sequence parallelism: images, encoder-decoders, encoders and heads",
         "",
         f"Of {len(tried)} models, **{exact} are exact** at two ranks, {with_sequence} of them with sequence",
         f"parallelism too; {refused} are refused. {len(measured) - len(tried)} more cannot be had small by the test",
         "kit. What has no row is not measured.",
         "",
+        "| task | class of transformers | exact | refused | not built |",
+        "|---|---|---|---|---|",
+        *counts,
+        "",
+        "Of heads for sequences, tokens and questions, the types are here that are no causal language models; the",
+        "stacks of those are in [their own table](tensor.md).",
+        "",
         f"`nox -s sweep`, {VERSIONS}. The plan of `resolve_plan(model, infer=True, example_inputs=...)`, and that of",
         "`add_sequence_parallelism`, of a model of four layers, of an encoder-decoder two in either stack, over two",
         "processes against one. The numbers are the largest relative differences of the loss and of all gradients.",
+        "*Held* is the share of the parameters on each rank, *whole* names the stacks of layers of which every rank",
+        "has all: those that the inputs do not run, and those of which nothing was shown.",
         "",
-        f"Conditions: sdpa and eager attention, the larger error; {_FLOATS}; one step of one pass; natural inputs and",
-        "labels of the task, half a row without; no dropout, all weights trained.",
+        "Conditions: eager attention, or what transformers takes by itself (*own*: sdpa, where a type has it);",
+        f"{_FLOATS}; one step of one pass; natural inputs and labels of the task, some of which do not count; no",
+        "dropout, all weights trained.",
         "",
-        "| model type | task | class | tensor | with sequence | |",
-        "|---|---|---|---|---|---|",
+        "| model type | task | class | tensor | with sequence | held | whole | |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
     ]
 

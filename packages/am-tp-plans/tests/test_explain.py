@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from am_testkit.device import device_type
+from am_testkit.heads import inputs_for, small_for
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small, small_config
 from am_tp_plans import add_sequence_parallelism, apply_plan, explain_plan, infer_plan, resolve_plan
@@ -121,3 +122,10 @@ def test_the_command_prints_a_table_and_says_what_is_wrong(tmp_path, capsys):
     assert "infer_plan may find one" in capsys.readouterr().err
     assert main(["explain", "nothing-of-the-kind", "--tp", "2"]) == 2
     assert "neither a folder with a config.json nor a model type" in capsys.readouterr().err
+
+
+def test_a_tower_without_an_embedding_of_ids_is_explained_and_run_with_numbers():
+    model = small_for("image", "clip")
+    inputs = inputs_for(model, "image", 2)
+    plan = infer_plan(model, example_inputs=inputs)
+    assert explain_plan(model, plan, 2, example_inputs=inputs).numbers.error < 1e-10

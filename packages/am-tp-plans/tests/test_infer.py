@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from am_testkit.heads import inputs_for, small_for
 from am_testkit.zoo import small
 from am_tp_plans import (
     Conv1DRowwiseParallel,
@@ -46,6 +47,16 @@ class Block(nn.Module):
         hidden = self.embed(ids)
         layer = self.layers[0]
         return hidden + self.how(layer["up"], layer["down"], hidden)
+
+
+def test_biases_with_a_column_for_every_head_are_sharded_with_the_heads():
+    """Those of T5, which the first layer makes for all of them."""
+    model = small_for("translation", "t5")
+    plan = infer_plan(model, example_inputs=inputs_for(model, "translation", 2))
+    for stack in ("encoder", "decoder"):
+        attention = f"{stack}.block.*.layer.*.SelfAttention"
+        assert isinstance(plan[f"{attention}.relative_attention_bias"], ColwiseParallel)
+        assert isinstance(plan[f"{attention}.q"], ColwiseParallel)
 
 
 def test_fused_projections_in_a_conv1d_are_found():

@@ -34,9 +34,8 @@ REFUSED = {
 }
 # Where the sequence cannot be sharded between the layers; `docs/coverage/tensor.md` says why.
 SEQUENCE_REFUSED = """
-    bitnet bloom ctrl dbrx deepseek_v4 falcon_mamba gemma4 gemma4_text gpt_oss hrm_text hy_v4 inkling2_text llama4
-    llama4_text mamba mamba2 mllama mpt openai-gpt opt qwen4_exp qwen4_exp_text reformer rwkv xlm xlnet xmod zamba
-    zamba2 zaya
+    bitnet bloom ctrl dbrx deepseek_v4 falcon_mamba gpt_oss hy_v4 inkling2_text mamba mamba2 mllama mpt openai-gpt opt
+    qwen4_exp qwen4_exp_text reformer rwkv xlm xlnet xmod zamba zamba2 zaya
 """
 IMPLEMENTATION = {"sdpa": None, "eager": "eager"}  # None is what transformers takes by itself
 SWEEP = os.environ.get("AM_SWEEP")

@@ -26,6 +26,7 @@ from am_tp_plans import (
     translate_to_torch_parallel_style,
 )
 from am_tp_plans.proof.rehearsal import rehearse
+from am_tp_plans.sources.translate import without_half_ties
 
 # Styles of transformers' expert parallelism; am-moe has its own.
 OF_EXPERT_PARALLELISM = {"grouped_gemm", "ep_dispatch_experts", "ep_router", "megamoe_experts", "megamoe_router"}
@@ -173,3 +174,23 @@ def test_a_module_on_its_shards_sums_its_output_and_its_input_gradient():
     assert_same(hidden.grad, wanted[1], 1e-12)
     with pytest.raises(ValueError, match="sharded already"):
         apply_plan(model, init_device_mesh(device_type(), (2,)), {"0": style})
+
+
+class WithARowOfItsOwn(nn.Embedding):
+    """As T5Gemma 2's, which puts a parameter in the place of one id."""
+
+    def __init__(self):
+        super().__init__(16, 8)
+        self.row = nn.Parameter(torch.zeros(8))
+
+    def forward(self, input_ids):
+        embedded = super().forward(input_ids)
+        embedded[input_ids == 3] = self.row
+        return embedded
+
+
+def test_an_embedding_that_is_more_than_its_weight_is_left_whole_with_what_is_tied_to_it():
+    model = nn.ModuleDict({"embed": WithARowOfItsOwn(), "head": nn.Linear(8, 16), "plain": nn.Embedding(16, 8)})
+    model["head"].weight = model["embed"].weight
+    plan = {"embed": VocabParallelEmbedding(), "head": ColwiseParallel(), "plain": VocabParallelEmbedding()}
+    assert list(without_half_ties(model, plan)) == ["plain"]

@@ -23,7 +23,7 @@ from am_tp_plans.proof.check import check_seeds
 from am_tp_plans.proof.read_outputs import refuse_parts
 from am_tp_plans.proof.rehearsal import rehearse
 from am_tp_plans.sources.registry import is_family
-from am_tp_plans.styles.basic import VocabParallelEmbedding, each, is_open_colwise
+from am_tp_plans.styles.basic import VocabParallelEmbedding, each, is_open_colwise, shards_sequence
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.styles.heads import HeadsError, share_key_value_heads, shares_heads
@@ -72,11 +72,11 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
         parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(local_form(style)))
     _tie_again(model, tied)
     sum_gradients_together(model, MeshAxis(tp_mesh))
-    shards = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+    shards = any(map(shards_sequence, plan.values()))
     draw_for_shares(model, concrete, MeshAxis(tp_mesh), shards_sequence=shards)
     model.sequence_shards = tp_mesh.size() if shards else 1
     if tp_mesh.size() > 1:
-        refuse_parts(model, concrete, shards_sequence=shards)
+        refuse_parts(model, {**plan, **concrete})  # a pipeline part may lack the layer in which a plan splits
     if shards and tp_mesh.size() > 1 and hasattr(model, "generate"):
         cast(Any, model).generate = functools.partial(_refuse_to_generate, type(model).__name__)
     return model
@@ -201,10 +201,16 @@ def is_part(model: nn.Module) -> bool:
     """Whether a pipeline cut left layers out: some of a list have parameters, others have nothing."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
-            empty = [not any(True for _ in layer.parameters()) for layer in module]
+            empty = [_is_left_out(layer) for layer in module]
             if any(empty) and not all(empty):
                 return True
     return False
+
+
+def _is_left_out(layer: nn.Module) -> bool:
+    """Whether it stands where a layer was; an activation between two linears, in a list of the three, does not."""
+    library = type(layer).__module__.startswith(("torch.nn.", "transformers."))
+    return not any(True for _ in layer.parameters()) and (not library or isinstance(layer, nn.Identity))
 
 
 def _may_mean(key: str, absent: str) -> bool:

@@ -1,4 +1,4 @@
-"""Numbers from the config of a model's decoder."""
+"""What a model says of itself: numbers from the config of its decoder, and its embedding."""
 
 from __future__ import annotations
 
@@ -14,4 +14,12 @@ def config_value(model: nn.Module, name: str) -> Any:
     try:
         return getattr(config, name, None)
     except Exception:  # a value per layer is refused in the config's own way
+        return None
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """The embedding of a model's ids; None for one without, which transformers answers with an error (CLIP's tower)."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
         return None

@@ -11,15 +11,16 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from am_tp_plans.apply import check_plan
+from am_tp_plans.config import input_embeddings
 from am_tp_plans.proof.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.proof.rehearsal import Findings, rehearse
 from am_tp_plans.proof.watch import Collective
 from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
-from am_tp_plans.sources.sequence import sharded_stacks
 from am_tp_plans.sources.translate import matches, named_styles
-from am_tp_plans.styles.basic import each
+from am_tp_plans.stacks import stacks_of, stacks_with
+from am_tp_plans.styles.basic import each, shards_sequence
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis
-from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel
+from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.styles.heads import shares_heads
 from am_tp_plans.styles.local import LocalShards
 from am_tp_styles import KeyValueColwiseParallel
@@ -66,6 +67,7 @@ class PlanReport:
         numbers: what a run of a small twin with numbers showed.
         random: modules, by wildcard name, that draw random numbers for a rank's share in evaluation already.
         whole_sequence: stacks of layers that the plan shards, but not along the sequence, where it does so in others.
+        whole_stacks: stacks of layers of which every rank holds all, such as a tower that no plan is known for.
     """
 
     rows: tuple[Row, ...]
@@ -81,6 +83,7 @@ class PlanReport:
     numbers: NumericCheck
     random: tuple[str, ...] = ()
     whole_sequence: tuple[str, ...] = ()
+    whole_stacks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [("module", "", "style", "from", "parameters", "sends forward", "backward")]
@@ -111,6 +114,8 @@ class PlanReport:
             lines.append(f"random numbers are drawn for a rank's share in: {', '.join(self.random)}")
         if self.whole_sequence:
             lines.append(f"the sequence is whole between the layers of: {', '.join(self.whole_sequence)}")
+        if self.whole_stacks:
+            lines.append(f"every rank holds all layers of: {', '.join(self.whole_stacks)}")
         return "\n".join(lines)
 
 
@@ -182,6 +187,7 @@ def explain_plan(
         check_numbers(model, plan, ranks, example_inputs),
         tuple(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in found.random)),
         _whole_sequence(model, concrete),
+        _whole_stacks(model, {name for name, parameter in parameters.items() if held[name] < parameter.numel()}),
     )
 
 
@@ -234,7 +240,7 @@ def _label(style: ParallelStyle) -> str:
 def _source(model: nn.Module, key: str, plan: dict[str, ParallelStyle]) -> str:
     if type(model) in PARALLELIZE_FUNCTIONS:
         function = PARALLELIZE_FUNCTIONS[type(model)]
-        if plan.keys() <= function(model, any(getattr(s, "shards_sequence", False) for s in plan.values())).keys():
+        if plan.keys() <= function(model, any(map(shards_sequence, plan.values()))).keys():
             return f"family {function.__module__.rpartition('.')[2]}"
     if named_styles(model):
         said = any(matches(theirs, key) or theirs == key for theirs in named_styles(model))
@@ -243,19 +249,20 @@ def _source(model: nn.Module, key: str, plan: dict[str, ParallelStyle]) -> str:
 
 
 def _hidden_bytes(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> int:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    width = getattr(embedding, "embedding_dim", 0)
-    sharded = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
-    return width // ranks if sharded else width
+    width: Any = getattr(input_embeddings(model), "embedding_dim", 0)
+    return width // ranks if any(map(shards_sequence, plan.values())) else width
 
 
 def _whole_sequence(model: nn.Module, concrete: dict[str, ParallelStyle]) -> tuple[str, ...]:
-    shards = {
-        name for name, style in concrete.items() if any(getattr(s, "shards_sequence", False) for s in each(style))
-    }
-    stacks = sharded_stacks(model, concrete)
-    whole = [stack for stack in stacks if not any(name.startswith(f"{stack}.") for name in shards)]
+    shards = {name for name, style in concrete.items() if shards_sequence(style)}
+    whole = [stack for stack in stacks_with(model, concrete) if stack not in stacks_with(model, shards)]
     return tuple(whole) if shards else ()
+
+
+def _whole_stacks(model: nn.Module, sharded: set[str]) -> tuple[str, ...]:
+    """Of the stacks with projections, those without any of the sharded parameters."""
+    stacks = {name for name, layers in stacks_of(model).items() if any(map(features, layers.modules()))}
+    return tuple(sorted(stacks - set(stacks_with(model, sharded)))) if sharded else ()
 
 
 def _per_layer(model: nn.Module, found: Findings, sent) -> tuple[float, float]:

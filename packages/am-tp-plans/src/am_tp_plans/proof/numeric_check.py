@@ -21,8 +21,9 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans.apply import check_plan, local_form
+from am_tp_plans.config import input_embeddings
 from am_tp_plans.proof.twin import NoTwinError, Twin, describe, make_twin
-from am_tp_plans.styles.basic import each
+from am_tp_plans.styles.basic import shards_sequence
 from am_tp_styles.axis import part_of
 from am_tp_styles.edges import NeedsRealRanksError
 from am_tp_styles.simulated import (
@@ -227,7 +228,7 @@ def _runs(twin: Twin, ranks: int, example_inputs: dict[str, Any] | None) -> Iter
     _run(copy.deepcopy(model), first)  # a copy, because some models change in their first forward
     yield first
     run = first
-    sharded = any(getattr(part, "shards_sequence", False) for style in twin.plan.values() for part in each(style))
+    sharded = any(map(shards_sequence, twin.plan.values()))
     hidden = {} if sharded or not hasattr(model, "config") else {"output_hidden_states": True}
     labels = {} if "labels" in first.kwargs else _labels(takes, first.outputs, random)
     for parts in (("hidden states", "labels"), ("hidden states",), ("labels",), ()):
@@ -280,9 +281,7 @@ def _takes(model: nn.Module, run: _Run) -> bool:
 
 def _vocabulary(model: nn.Module) -> int:
     """How many ids there are."""
-    find = getattr(model, "get_input_embeddings", None)
-    embedding = find() if find is not None else None
-    embeddings = [embedding, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+    embeddings = [input_embeddings(model), *(module for module in model.modules() if isinstance(module, nn.Embedding))]
     return next((e.num_embeddings for e in embeddings if isinstance(e, nn.Embedding)), 2)
 
 

@@ -22,10 +22,11 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from am_tp_plans.proof.check import has_dropout
+from am_tp_plans.proof.read_outputs import refuse_parts
 from am_tp_plans.proof.shares import WrongError
 from am_tp_plans.proof.stand_ins import stand_in
 from am_tp_plans.proof.watch import Collective, ReadDirectlyError, Step, Watch, tensors
-from am_tp_plans.styles.basic import each
+from am_tp_plans.styles.basic import each, shards_sequence
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel
 from am_tp_plans.styles.heads import share_key_value_heads
@@ -33,6 +34,14 @@ from am_tp_plans.styles.local import MlaKvAProjection, ReplicatedWithGradAllRedu
 from am_tp_plans.styles.random_numbers import Draws, ends_of_shares
 
 _TOKENS = 8
+
+
+class NoFitError(ValueError):
+    """A plan does not fit; `module` is the name of the one in which its run ended, "" for none."""
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 @dataclass(frozen=True)
@@ -176,19 +185,21 @@ def _run_on_the_cpu(
     twin = _weightless(model).train(training)
     watch = Watch(dict(twin.named_parameters()), ranks, whole)
     if training:
-        sequence = any(getattr(part, "shards_sequence", False) for style in plan.values() for part in each(style))
+        sequence = any(map(shards_sequence, plan.values()))
         for name, draws in ends_of_shares(twin, plan, shards_sequence=sequence):
             _follow_draws(watch, twin.get_submodule(name), draws)
     for name, module in list(twin.named_modules()):
         _name_where(watch, name, module)
         stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
+    if whole is not None:
+        refuse_parts(twin, plan)
     modules = list(twin.modules())
     no_fit = f"the plan does not fit {type(model).__name__}"
     try:
         with torch.no_grad(), watch:
             output = twin(*_noted(watch, inputs.args), **_noted(watch, inputs.kwargs))
     except (WrongError, ReadDirectlyError) as why:
-        raise ValueError(f"{no_fit}: {why}") from why
+        raise NoFitError(f"{no_fit}: {why}", watch.modules[-1] if watch.modules else "") from why
     except Exception as error:  # whatever the model's own code raises on a rank's share
         of = "on one rank's share" if whole is not None else "whole"
         where = f" in {watch.modules[-1]}" if watch.modules and watch.modules[-1] else ""

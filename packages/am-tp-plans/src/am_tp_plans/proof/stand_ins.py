@@ -18,6 +18,7 @@ from am_tp_plans.styles.basic import (
     SequenceGatherInput,
     SequenceGatherOutput,
     SequenceParallelAllGatherActivation,
+    SequenceShardArgument,
     SequenceShardInput,
     SequenceShardOutput,
     SequenceWholeBlock,
@@ -95,6 +96,8 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
         _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
     elif isinstance(style, SequenceShardInput):
         _around(module, lambda hidden: _split(watch, name, hidden, ranks))
+    elif isinstance(style, SequenceShardArgument):
+        _around_argument(module, style, lambda value: _split(watch, name, value, ranks))
     elif isinstance(style, SequenceGatherInput):
         _around(module, lambda hidden: _gathered(watch, name, hidden, ranks))
     elif isinstance(style, SequenceGatherOutput):
@@ -102,11 +105,7 @@ def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int)
     elif isinstance(style, SequenceShardOutput):
         _around(module, None, lambda output: _split(watch, name, output, ranks))
     elif isinstance(style, SequenceWholeBlock):
-        _around(
-            module,
-            lambda hidden: _gathered(watch, name, hidden, ranks),
-            lambda output: _split(watch, name, output, ranks),
-        )
+        _whole_block(watch, name, module, ranks)
 
 
 def _own_head(watch: Watch, name: str, module: Any, style: KeyValueColwiseParallel, ranks: int) -> Callable:
@@ -231,6 +230,20 @@ def _around(module: Any, before: Callable | None, after: Callable | None = None)
     module.forward = around
 
 
+def _around_argument(module: Any, style: SequenceShardArgument, change: Callable) -> None:
+    forward = module.forward
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        given = args[style.position] if len(args) > style.position else kwargs.get(style.name)
+        if not isinstance(given, torch.Tensor):
+            raise WrongError(f"{type(module).__name__} is called without a tensor {style.name}")
+        if len(args) > style.position:
+            return forward(*args[: style.position], change(given), *args[style.position + 1 :], **kwargs)
+        return forward(*args, **(kwargs | {style.name: change(given)}))
+
+    module.forward = around
+
+
 def _gathered(watch: Watch, name: str, hidden: torch.Tensor, ranks: int, backward: str | None = None) -> torch.Tensor:
     watch.ran.add(name)
     dim = _sequence_dim(watch, name, hidden)
@@ -256,6 +269,27 @@ def _split(watch: Watch, name: str, hidden: torch.Tensor, ranks: int) -> torch.T
     length = hidden.shape[1]
     part = torch.ones(hidden.shape[0], length // ranks, *hidden.shape[2:], dtype=hidden.dtype)
     return watch.tokens(part, length)
+
+
+def _whole_block(watch: Watch, name: str, module: Any, ranks: int) -> None:
+    """A block that sees the whole sequence; its result is split, if it is flat, row by row of the batch."""
+    seen: list[int] = []
+
+    def before(hidden: torch.Tensor) -> torch.Tensor:
+        whole = _gathered(watch, name, hidden, ranks)
+        seen[:] = whole.shape[:2]
+        return whole
+
+    def after(output: torch.Tensor) -> torch.Tensor:
+        rows, length = seen
+        if output.dim() != 2 or output.shape[0] != rows * length or watch.share(output):
+            return _split(watch, name, output, ranks)
+        width = output.shape[1]
+        part = _split(watch, name, watch.activate(torch.ones(rows, length, width, dtype=output.dtype)), ranks)
+        flat = watch.activate(torch.ones(rows * part.shape[1], width, dtype=output.dtype))
+        return watch.note(flat, share=Share(0, TOKENS, (length,) * rows))
+
+    _around(module, before, after)
 
 
 def _share(watch: Watch, name: str, hidden: torch.Tensor, sums: bool = False) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans._torch_compat import hook_dicts
+from am_tp_plans.stacks import largest_stack, stacks_of
 from am_tp_plans.styles.fused import PackedColwiseParallel, features
 
 # Parameters of a model that is its own twin, and of the largest twin.
@@ -140,26 +141,13 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _stacks(model: nn.Module) -> tuple[list[str], int]:
-    """The list of layers with the most parameters and those as long as it, which a config counts alike; the length."""
-    sizes = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in _lists(model).items()
-        if len(module)
-    }
-    if not sizes:
+    """The stack with the most parameters and those as long as it, which a config counts alike; the length."""
+    largest = largest_stack(model)
+    if largest is None:
         raise NoTwinError(f"{type(model).__name__} is large and has no list of layers")
-    count = len(_lists(model)[max(sizes, key=lambda name: sizes[name])])
-    return [name for name in sizes if len(_lists(model)[name]) == count], count
-
-
-def _lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of modules that are in no other list."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return {
-        name: module
-        for name, module in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists if other != name)
-    }
+    stacks = stacks_of(model)
+    count = len(stacks[largest])
+    return [name for name, layers in stacks.items() if len(layers) == count], count
 
 
 def _kinds(model: nn.Module, stack: str, concrete: dict[str, ParallelStyle]) -> list[tuple]:

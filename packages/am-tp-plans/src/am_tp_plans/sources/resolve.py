@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from am_tp_plans.sources.infer import infer_plan
+from am_tp_plans.apply import expand_plan
+from am_tp_plans.sources.infer import extend_plan, infer_plan
 from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
-from am_tp_plans.sources.sequence import add_sequence_parallelism, unsharded_stack
+from am_tp_plans.sources.sequence import add_sequence_parallelism
 from am_tp_plans.sources.translate import get_hf_tp_shard_plan
+from am_tp_plans.stacks import largest_stack, stacks_with
 
 
 def resolve_plan(
@@ -28,7 +30,8 @@ def resolve_plan(
     In this order: `plan` itself if it is a dict; what the import path `plan` names, a dict or a function of
     `(model, sequence_parallel)`, of the model, or of nothing; the function that `PARALLELIZE_FUNCTIONS` has for the
     model's class; the plan that the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. With
-    `infer`, what `infer_plan` finds takes the place of a plan that there is none of, or that shards no layer.
+    `infer`, what `infer_plan` finds takes the place of a plan that there is none of, or that shards no stack of layers,
+    and what it finds in a stack that a plan leaves whole, such as a vision tower, is added.
     `example_inputs` are keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`.
 
     Raises:
@@ -42,7 +45,8 @@ def resolve_plan(
     if plan is not None:
         raise TypeError(f"plan must be a dict, an import path or None, got {type(plan).__name__}")
     if type(model) in PARALLELIZE_FUNCTIONS:
-        return PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
+        family = PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
+        return extend_plan(model, family, example_inputs=example_inputs) if infer else family
     derived = _derived(model, infer, example_inputs)
     if derived is None:
         kind = "sequence-parallel" if sequence_parallel else "tensor-parallel"
@@ -57,14 +61,17 @@ def resolve_plan(
 
 
 def _derived(model: nn.Module, infer: bool, example_inputs: dict[str, Any] | None) -> dict[str, ParallelStyle] | None:
-    """The plan that the model brings if it shards the layers, else the inferred one if that is asked for."""
+    """The plan that the model brings if it shards the largest stack, or if that is asked for, extended or inferred."""
     brought = get_hf_tp_shard_plan(model, example_inputs=example_inputs) if getattr(model, "_tp_plan", None) else None
-    if brought is not None and not (left := unsharded_stack(model, brought)):
-        return brought
-    if infer:
-        return infer_plan(model, example_inputs=example_inputs)
     if brought is None:
-        return None
+        return infer_plan(model, example_inputs=example_inputs) if infer else None
+    sharded, left = stacks_with(model, expand_plan(model, brought)), largest_stack(model)
+    if infer and not sharded:
+        return infer_plan(model, example_inputs=example_inputs)
+    if infer:
+        return extend_plan(model, brought, example_inputs=example_inputs)
+    if left is None or left in sharded:
+        return brought
     try:
         inner = sorted(key for key in infer_plan(model, example_inputs=example_inputs) if key.startswith(f"{left}."))
         found = f"infer_plan finds {inner}" if inner else "infer_plan finds nothing in it either"

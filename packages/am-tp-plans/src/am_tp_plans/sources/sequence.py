@@ -15,12 +15,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from am_tp_plans.apply import expand_plan
 from am_tp_plans.proof.numeric_check import check_numbers
-from am_tp_plans.proof.rehearsal import rehearse, rehearse_training
+from am_tp_plans.proof.rehearsal import NoFitError, rehearse, rehearse_training
 from am_tp_plans.sources.shared_inputs import with_style
-from am_tp_plans.sources.translate import complete
+from am_tp_plans.sources.translate import complete, matches
+from am_tp_plans.stacks import stacks_with
 from am_tp_plans.styles.basic import (
     SequenceGatherInput,
     SequenceGatherOutput,
+    SequenceShardArgument,
     SequenceShardInput,
     SequenceWholeBlock,
     Several,
@@ -64,7 +66,7 @@ def add_sequence_parallelism(
     """
     plan = {key: apart for key, style in plan.items() if (apart := _without_shared_input(style)) is not None}
     concrete, ranks = expand_plan(model, plan), fewest_ranks(model, ranks)
-    stacks = sharded_stacks(model, concrete)
+    stacks = stacks_with(model, concrete)
     if not stacks:
         raise ValueError("a sequence is sharded between the layers of a stack, but the plan shards nothing in any")
     sharded, errors = plan, {}
@@ -77,19 +79,18 @@ def add_sequence_parallelism(
         stack, error = next(iter(errors.items()))
         raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
     ways, plan = _ways_to_run(model, ranks, example_inputs), sharded
+    if example_inputs is not None and _runs_with_ids_alone(model, ranks):
+        ways.append(None)
     for inputs in ways:
-        plan = complete(model, plan, inputs)
+        try:
+            plan = complete(model, plan, inputs)
+        except ValueError as error:
+            what = "with ids alone, which it takes too: " if inputs is None and example_inputs is not None else ""
+            raise ValueError(f"the sequence cannot be sharded between the layers: {what}{error}") from error
     for inputs in ways:
         rehearse_training(model, expand_plan(model, plan), ranks, inputs)
         check_numbers(model, plan, ranks, inputs)
     return plan
-
-
-def sharded_stacks(model: nn.Module, concrete: Plan) -> list[str]:
-    """The names of the lists of layers, those that are in no other list, in which a plan shards something."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
-    return [stack for stack in outer if any(name.startswith(f"{stack}.") for name in concrete)]
 
 
 def _shard_between_layers(
@@ -100,13 +101,17 @@ def _shard_between_layers(
     Raises:
         ValueError: a rehearsal does not show it to be right.
     """
-    length = len(model.get_submodule(stack))  # type: ignore[arg-type]
-    entry: Plan = {f"{stack}.0": SequenceShardInput(), f"{stack}.{length - 1}": SequenceGatherOutput()}
-    if length == 1:
-        entry = {f"{stack}.0": Several(SequenceShardInput(), SequenceGatherOutput())}
+    layers = list(model.get_submodule(stack).children())
     blocks = _blocks(model, stack, plan)
-    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
-    _rehearse(model, stack, _merged(plan, entry, chosen), ranks, example_inputs)
+    entry = _entry(stack, len(layers), None)
+    try:
+        chosen = _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
+    except NoFitError as error:
+        in_layer = _starred(error.module) == f"{stack}.*"  # perhaps with an argument that is whole
+        found = _with_argument(model, stack, plan, blocks, ranks, example_inputs) if in_layer else None
+        if found is None:
+            raise
+        entry, chosen = found
     for block, inner in blocks.items():
         for placement in list(_placements(block, inner, plan))[:-1]:
             try:
@@ -118,30 +123,95 @@ def _shard_between_layers(
     return _merged(plan, entry, chosen)
 
 
-def unsharded_stack(model: nn.Module, plan: Plan) -> str | None:
-    """The name of the list of layers with the most parameters, if the plan shards nothing in it."""
-    sizes = {
-        name: sum(parameter.numel() for parameter in module.parameters())
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    }
-    largest = max(sizes, key=lambda name: (sizes[name], -name.count(".")), default=None)
-    if largest is None or any(name.startswith(f"{largest}.") for name in expand_plan(model, plan)):
-        return None
-    return largest
+def _entry(stack: str, length: int, argument: tuple[str, int] | None) -> Plan:
+    """The styles of the layers themselves: where the sequence and an argument are split, and the sequence gathered."""
+    entry: Plan = {f"{stack}.{index}": SequenceShardArgument(*argument) for index in range(length)} if argument else {}
+    for name, style in ((f"{stack}.0", SequenceShardInput()), (f"{stack}.{length - 1}", SequenceGatherOutput())):
+        entry[name] = with_style(entry.get(name), style)
+    return entry
+
+
+def _with_argument(
+    model: nn.Module,
+    stack: str,
+    plan: Plan,
+    blocks: dict[str, Plan],
+    ranks: int,
+    example_inputs: dict[str, Any] | None,
+) -> tuple[Plan, dict[str, Plan]] | None:
+    """The styles of the layers and blocks with the first argument after the hidden state that may be split with it."""
+    layers = list(model.get_submodule(stack).children())
+    for place, name in enumerate(inspect.signature(layers[0].forward).parameters):
+        if not place or _NO_TOKENS.search(name):
+            continue
+        entry = _entry(stack, len(layers), (name, place))
+        try:
+            return entry, _first_shown(model, stack, plan, entry, blocks, ranks, example_inputs)
+        except ValueError:
+            continue
+    return None
+
+
+def _first_shown(
+    model: nn.Module,
+    stack: str,
+    plan: Plan,
+    entry: Plan,
+    blocks: dict[str, Plan],
+    ranks: int,
+    example_inputs: dict[str, Any] | None,
+) -> dict[str, Plan]:
+    """For every block its last placement, but for those that only see inner features, such as an activation.
+
+    Raises:
+        ValueError: a rehearsal does not show it to be right.
+    """
+    chosen = {block: list(_placements(block, inner, plan))[-1] for block, inner in blocks.items()}
+    bare = {block for block, inner in blocks.items() if not inner and not _has_parameters(model, block)}
+    while True:
+        try:
+            _rehearse(model, stack, _merged(plan, entry, chosen), ranks, example_inputs)
+        except NoFitError as error:
+            block = _starred(error.module)
+            if block not in bare or not chosen[block]:
+                raise
+            chosen[block] = {}
+            continue
+        return chosen
+
+
+def _has_parameters(model: nn.Module, block: str) -> bool:
+    return any(True for name, module in model.named_modules() if matches(block, name) for _ in module.parameters())
 
 
 def _blocks(model: nn.Module, stack: str, plan: Plan) -> dict[str, Plan]:
-    """The modules directly in the layers, by wildcard name, and what the plan says of each and inside it."""
-    names: dict[str, None] = {}
-    for layer in model.get_submodule(stack):  # type: ignore[union-attr]
-        names |= {f"{stack}.*.{name}": None for name, _ in layer.named_children()}
-    inside: dict[str, Plan] = {name: {} for name in names}
+    """The modules that the layers call, by wildcard name, and what the plan says of each and inside it.
+
+    Left out are embeddings in a layer, such as biases by distance: they read no tokens of the sequence.
+    """
+    modules, inside = dict(model.named_modules()), {}
+    for layer in model.get_submodule(stack).children():
+        inside |= {f"{stack}.*.{_starred(name)}": {} for name in _called(layer)}
     for key, style in plan.items():
-        block = re.sub(r"\.\d+(?=\.|$)", ".*", ".".join(key.split(".")[: stack.count(".") + 3]))
-        if block in inside:
+        block = next((block for block in inside if f"{_starred(key)}.".startswith(f"{block}.")), None)
+        of_ids = any(isinstance(m, nn.Embedding) for name, m in modules.items() if matches(key, name))
+        if block is not None and not of_ids:
             inside[block][key] = style
     return inside
+
+
+def _called(module: nn.Module) -> Iterator[str]:
+    """The names of a module's children; a list is not called, but what the modules in it call is."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            for index, item in child.named_children():
+                yield from (f"{name}.{index}.{inner}" for inner in _called(item))
+        else:
+            yield name
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
 
 
 def _placements(block: str, inner: Plan, plan: Plan) -> Iterator[Plan]:
@@ -205,6 +275,14 @@ def _ways_to_run(model: Any, ranks: int, example_inputs: dict[str, Any] | None) 
     return [None, {"input_ids": ids, name: states if name == "encoder_hidden_states" else (states,)}]
 
 
+def _runs_with_ids_alone(model: nn.Module, ranks: int) -> bool:
+    try:
+        rehearse(model, {}, ranks)
+    except ValueError:
+        return False
+    return True
+
+
 def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
     merged = dict(plan)
     for placement in chosen.values():
@@ -212,6 +290,7 @@ def _merged(plan: Plan, entry: Plan, chosen: dict[str, Plan]) -> Plan:
     return merged | {key: with_style(merged.get(key), style) for key, style in entry.items()}
 
 
+_NO_TOKENS = re.compile("mask|position|cache|past|kwargs|output_|layer_idx")
 _CROSS = re.compile(r"\.(encoder_attn|crossattention|cross_attn|EncDecAttention)$")
 _COLWISE = (ColwiseParallel, PackedColwiseParallel)
 _ROWWISE = (RowwiseParallel, Conv1DRowwiseParallel)

@@ -219,6 +219,10 @@ def _lay_out(plan: dict[str, ParallelStyle], owner: str, layouts: dict[str, Plac
 
 
 def without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The plan without embeddings that cannot be sharded, and without a style for one of several tied weights only."""
+    # With more in it than its weight (a norm, a row of its own) it computes what no rank could on its rows alone.
+    more = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _has_more_than_a_weight(m)]
+    plan = {key: style for key, style in plan.items() if not any(matches(key, name) for name in more)}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -227,7 +231,8 @@ def without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[
         keys = {owner: [key for key in plan if matches(key, owner)] for owner in owners}
         if len(owners) > 1 and not all(keys.values()):
             dropped |= {key for matched in keys.values() for key in matched}
-    # An embedding with modules of its own in it (a norm) is left whole.
-    nested = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and any(True for _ in m.children())}
-    dropped |= {key for key in plan if any(matches(key, name) for name in nested)}
     return {key: style for key, style in plan.items() if key not in dropped}
+
+
+def _has_more_than_a_weight(embedding: nn.Module) -> bool:
+    return any(True for _ in embedding.children()) or any(name != "weight" for name, _ in embedding.named_parameters())

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, SequenceParallel
 
-from am_tp_plans.styles.around import change_input, change_output
+from am_tp_plans.styles.around import change_argument, change_input, change_output, change_output_like_input
 from am_tp_plans.styles.fused import PackedColwiseParallel
 from am_tp_styles import RowwiseParallelLora, SequenceParallelLora
 from am_tp_styles.axis import Axis, MeshAxis
@@ -126,6 +126,24 @@ class SequenceShardInput(LocalStyle):
         change_input(module, partial(split_sequence, axis))
 
 
+class SequenceShardArgument(LocalStyle):
+    """Split another argument of a layer, the same on every rank, along the sequence: Gemma 4's inputs per layer.
+
+    Args:
+        name: of the argument of the layer's forward, a tensor `(B, S, ...)` or None.
+        position: among its arguments; the hidden state has 0.
+
+    Collectives (the given axis): none forward, one all-gather backward.
+    """
+
+    def __init__(self, name: str, position: int) -> None:
+        super().__init__()
+        self.name, self.position = name, position
+
+    def attach(self, module: nn.Module, axis: Axis) -> None:
+        change_argument(module, self.name, self.position, partial(split_sequence, axis))
+
+
 class SequenceShardOutput(LocalStyle):
     """Split what a module returns, the same on every rank, along the sequence.
 
@@ -159,14 +177,21 @@ class SequenceGatherInput(LocalStyle):
 class SequenceWholeBlock(LocalStyle):
     """A block that sees the whole sequence, between layers that see a shard of it: gathered before, split after.
 
-    For what mixes tokens or routes them, and is the same on every rank.
+    For what mixes tokens or routes them, and is the same on every rank. It may return its rows one below the other,
+    `(B * S, D)`, as a mixture of experts does; a rank's part of them is `(B * S / n, D)`.
 
     Collectives (the given axis): one all-gather forward, one backward.
     """
 
     def attach(self, module: nn.Module, axis: Axis) -> None:
         change_input(module, partial(gather_sequence, axis))
-        change_output(module, partial(split_sequence, axis))
+        change_output_like_input(module, partial(_split_rows, axis))
+
+
+def _split_rows(axis: Axis, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    if output.dim() != 2:
+        return split_sequence(axis, output)
+    return split_sequence(axis, output.reshape(*hidden.shape[:2], -1)).flatten(0, 1)
 
 
 class SharedInput(LocalStyle):
@@ -222,6 +247,11 @@ def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
     if style is None:
         return ()
     return style.styles if isinstance(style, Several) else (style,)
+
+
+def shards_sequence(style: ParallelStyle | None) -> bool:
+    """Whether a stack's sequence is sharded from where this entry of a plan is."""
+    return any(getattr(part, "shards_sequence", False) for part in each(style))
 
 
 def is_open_colwise(style: ParallelStyle) -> bool:

@@ -11,7 +11,7 @@ from am_tp_plans.styles.basic import NormOnShard
 
 
 def _parallelize_gemma3(model: nn.Module, sequence_parallel: bool = False) -> dict[str, ParallelStyle]:
-    """The plan for a Gemma3 causal LM or its multimodal form, whose vision tower stays whole."""
+    """The plan for a Gemma3 causal LM or its multimodal form, whose vision tower stays whole (see `extend_plan`)."""
     names = {name for name, _ in model.named_modules()}
     decoder = "model.language_model" if "model.language_model" in names else "model"
     plan = outside_of_layers(sequence_parallel, decoder) | head_norms("*", decoder)
