@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -134,14 +136,35 @@ def stacks_of_units(model: nn.Module) -> list[list[nn.Module]]:
     """The layers of each stack that are units.
 
     Layers without parameters, which a pipeline leaves where another stage's were, are passed over; so are layers that
-    share parameters with what is outside of them, which stay with the root.
+    share parameters with what is outside of them, and those that are run by `layer.forward(...)`, past the hooks that
+    gather a unit (SqueezeBERT), which stay with the root.
     """
-    found, names = [], _names_of_parameters(model)
+    found, names, hidden = [], _names_of_parameters(model), _run_past_hooks(model)
     for stack in layer_stacks(model):
+        if id(stack) in hidden:
+            continue
         some = [layer for layer in stack if any(True for _ in layer.parameters())]
         alone = [layer for layer in some if _shares_nothing([layer], names)]
         found.append([layer for layer in alone if not isinstance(layer, nn.ModuleList)])
     return found
+
+
+def _run_past_hooks(model: nn.Module) -> set[int]:
+    """The stacks, by id, whose owner's forward calls that of something in it by name."""
+    hidden: set[int] = set()
+    for owner in model.modules():
+        stacks = [id(child) for child in owner.children() if isinstance(child, nn.ModuleList)]
+        try:
+            source = inspect.getsource(inspect.unwrap(type(owner).forward)) if stacks else ""
+        except (OSError, TypeError):  # it has no source, as in a shell
+            continue
+        if _CALLS_FORWARD.search(source):
+            hidden.update(stacks)
+    return hidden
+
+
+# Neither `super().forward(` nor `self.forward(`, nor that of a class.
+_CALLS_FORWARD = re.compile(r"(?<![\w.])(?!self\.forward)[a-z_][a-z0-9_.\[\]]*\.forward\(")
 
 
 def _names_of_parameters(*modules: nn.Module) -> Counter[int]:
