@@ -24,9 +24,12 @@ TASKS = {
 WITH_DECODER_IDS = ("translation", "speech")
 TOKENS, DECODER_TOKENS = 16, 10
 # What the defaults of a config leave contradictory once they are small.
+_CODEC = {"num_filters": 2, "depths": [2, 1, 1, 1, 1, 1, 1]}  # its width doubles from stage to stage
 _SETTINGS: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},  # the other one replaces itself when a text is short
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "vibevoice": {"audio_config": _CODEC, "semantic_model_config": _CODEC},
+    "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _CODEC, "semantic_tokenizer_encoder_config": _CODEC},
     "whisper": {"max_source_positions": 8},
     "xmod": {"default_language": "en_XX"},
 }

@@ -31,9 +31,17 @@ def units_of_another_dtype(
         Units, inner ones first; modules that share parameters are one.
 
     Raises:
-        ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it.
+        ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it; or a
+            parameter is a scalar, which FSDP2 does not shard.
     """
     left_out = {id(p) for p in besides}
+    scalar = next((n for n, p in model.named_parameters() if p.dim() == 0 and id(p) not in left_out), None)
+    if scalar is not None:
+        owner, _, own = scalar.rpartition(".")
+        raise ValueError(
+            f"{scalar} is a scalar, which FSDP2 does not shard; give it a dimension first: "
+            f"owner = model.get_submodule({owner!r}); owner.{own} = torch.nn.Parameter(owner.{own}.detach()[None])"
+        )
     trained = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in left_out}
     if mp_policy.param_dtype is None and len(trained) < 2:
         return []
