@@ -11,13 +11,18 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 OWNER, CARRIER = "am_fsdp.layout", "am_moe.data_parallel"
-FILES = ("evaluation.py", "late_parameters.py", "packed.py", "replicas.py", "same_towers.py", "units.py")
+FILES = ("after_layout.py", "evaluation.py", "packed.py", "replicas.py", "same_towers.py", "units.py")
 
 
 def folder_of(room: str) -> pathlib.Path:
     """Where the sources of a room such as `am_fsdp.layout` are."""
     package = room.partition(".")[0]
     return ROOT / "packages" / package.replace("_", "-") / "src" / pathlib.Path(*room.split("."))
+
+
+def is_copied(path: pathlib.Path) -> bool:
+    """Whether a file is there and holds its original."""
+    return path.exists() and path.read_text() == copy_of(path.name)
 
 
 def copy_of(file: str) -> str:
@@ -30,7 +35,7 @@ def copy_of(file: str) -> str:
 
 
 def main() -> int:
-    stale = [file for file in FILES if (folder_of(CARRIER) / file).read_text() != copy_of(file)]
+    stale = [file for file in FILES if not is_copied(folder_of(CARRIER) / file)]
     if "--check" in sys.argv:
         for file in stale:
             print(f"{folder_of(CARRIER) / file} is not the copy of {OWNER}'s; run nox -s copies", file=sys.stderr)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,9 +11,9 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
+from am_fsdp.layout.after_layout import refuse_after_layout
 from am_fsdp.layout.checkpointing import Mode, checkpoint_layers, recomputed_modules
 from am_fsdp.layout.evaluation import reshard_after_evaluation
-from am_fsdp.layout.late_parameters import refuse_late_parameters
 from am_fsdp.layout.packed import check_packed
 from am_fsdp.layout.recursive import apply_fsdp_sharding_recursively
 from am_fsdp.layout.replicas import check_replicas, check_replicas_at_first_forward
@@ -108,8 +106,7 @@ def fsdp2_strategy_parallelize(
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     run_towers_on_every_rank(model, dp_mesh, mixed)
     reshard_after_evaluation(model)
-    refuse_late_parameters(model)
-    _refuse_save_pretrained(model)
+    refuse_after_layout(model)
     if from_meta:
         check_replicas_at_first_forward(model, dp_mesh, tp_mesh)
     return model
@@ -187,19 +184,6 @@ def _check_model(model: nn.Module, dp_mesh: DeviceMesh, dp_name: str | tuple[str
                     f"{name} is already distributed over {len(shared)} ranks of the data axis {dp_name!r}, as experts "
                     "under expert parallelism are; shard such a model with am_moe.apply_fsdp"
                 )
-
-
-def _refuse_save_pretrained(model: Any) -> None:
-    """transformers would write this rank's shards, or wait for ranks that do not come."""
-    if hasattr(model, "save_pretrained"):
-
-        def save_pretrained(*_: Any, **__: Any) -> None:
-            raise RuntimeError(
-                f"save_pretrained cannot write {type(model).__name__}, whose parameters are sharded over ranks; call "
-                "am_fsdp.save_hf_weights(model, folder) on every rank"
-            )
-
-        model.save_pretrained = save_pretrained
 
 
 def refuse_unused_tensor_axis(mesh: DeviceMesh, tp_mesh: DeviceMesh | None, tp_name: str) -> None:

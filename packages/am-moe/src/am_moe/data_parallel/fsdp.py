@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import Shard
 
 from am_moe._torch_compat import reduce_unused
+from am_moe.data_parallel.after_layout import refuse_after_layout
 from am_moe.data_parallel.evaluation import reshard_after_evaluation
-from am_moe.data_parallel.late_parameters import refuse_late_parameters
 from am_moe.data_parallel.packed import check_packed
 from am_moe.data_parallel.same_towers import run_towers_on_every_rank
 from am_moe.data_parallel.units import edges, stacks_of_units, units_of_another_dtype
@@ -116,8 +116,7 @@ def apply_fsdp(
     _prefetch(stacks)
     run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
     reshard_after_evaluation(model)
-    refuse_late_parameters(model)
-    _refuse_save_pretrained(model)
+    refuse_after_layout(model)
 
 
 def _prefetch(stacks: list[list[nn.Module]]) -> None:
@@ -140,19 +139,6 @@ def _may_use_a_part(layer: nn.Module) -> bool:
             if any(number > 1 for number in kinds.values()):
                 return True
     return any(experts.identity for experts in describe_experts(layer))
-
-
-def _refuse_save_pretrained(model: Any) -> None:
-    """transformers would write this rank's shards, or wait for ranks that do not come."""
-    if hasattr(model, "save_pretrained"):
-
-        def save_pretrained(*_: Any, **__: Any) -> None:
-            raise RuntimeError(
-                f"save_pretrained cannot write {type(model).__name__}, whose parameters are sharded over ranks; call "
-                "save_hf_weights(model, folder) of am-fsdp[hf] on every rank"
-            )
-
-        model.save_pretrained = save_pretrained
 
 
 def check_units(

@@ -1,0 +1,49 @@
+"""What a model refuses once its parameters are sharded, because each rank would do it with its own part."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from am_fsdp.layout.evaluation import outside_graphs
+
+
+def refuse_after_layout(model: Any) -> None:
+    """Refuse `save_pretrained`, and parameters that come after the layout, such as peft's adapters.
+
+    Of those each rank would train its own; peft also takes their sizes from the weight that it finds, a shard then.
+
+    Args:
+        model: after the last `fully_shard`.
+
+    Raises, later and on every rank:
+        ValueError: from the first forward: names one of the parameters, and what to do.
+        RuntimeError: from `save_pretrained`, with what to call instead.
+    """
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = partial(_refuse_save_pretrained, type(model).__name__)
+    known = {name for name, _ in model.named_parameters()}
+
+    @outside_graphs
+    def check(_module: nn.Module, _arguments: Any) -> None:
+        late = [n for n, p in model.named_parameters() if n not in known and not isinstance(p, DTensor)]
+        if late:
+            raise ValueError(
+                f"{late[0]} and {len(late) - 1} more parameters were added to {type(model).__name__} after it was laid "
+                "out, so that each rank would train its own; add adapters first, as with peft.get_peft_model(model, "
+                "config), lay out what get_base_model() returns, and give a trainer that model without a peft_config"
+            )
+        handle.remove()
+
+    handle = model.register_forward_pre_hook(check, prepend=True)
+
+
+def _refuse_save_pretrained(name: str, *_: Any, **__: Any) -> None:
+    """transformers would write this rank's shards, or wait for ranks that do not come."""
+    raise RuntimeError(
+        f"save_pretrained cannot write {name}, whose parameters are sharded over ranks; call "
+        "am_fsdp.save_hf_weights(model, folder) on every rank (pip install am-fsdp[hf])"
+    )
