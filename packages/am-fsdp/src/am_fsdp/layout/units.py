@@ -32,16 +32,12 @@ def units_of_another_dtype(
 
     Raises:
         ValueError: one module holds parameters of two dtypes itself, or trains another dtype than modules in it; or a
-            parameter is a scalar, which FSDP2 does not shard.
+            parameter is a scalar or empty, which FSDP2 does not shard.
     """
     left_out = {id(p) for p in besides}
-    scalar = next((n for n, p in model.named_parameters() if p.dim() == 0 and id(p) not in left_out), None)
-    if scalar is not None:
-        owner, _, own = scalar.rpartition(".")
-        raise ValueError(
-            f"{scalar} is a scalar, which FSDP2 does not shard; give it a dimension first: "
-            f"owner = model.get_submodule({owner!r}); owner.{own} = torch.nn.Parameter(owner.{own}.detach()[None])"
-        )
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in left_out:
+            _check_shape(name, parameter)
     trained = {p.dtype for p in model.parameters() if p.requires_grad and id(p) not in left_out}
     if mp_policy.param_dtype is None and len(trained) < 2:
         return []
@@ -70,6 +66,21 @@ def units_of_another_dtype(
         owners.append(module)
         of_parameter |= {id(p): owners for p in own}
     return [(owners, _own_policy(owners, first, last, mp_policy.param_dtype or usual)) for owners in units]
+
+
+def _check_shape(name: str, parameter: nn.Parameter) -> None:
+    owner, _, own = name.rpartition(".")
+    held = f"owner = model.get_submodule({owner!r}); owner.{own}"
+    if parameter.dim() == 0:
+        raise ValueError(
+            f"{name} is a scalar, which FSDP2 does not shard; give it a dimension first: {held} = "
+            f"torch.nn.Parameter(owner.{own}.detach()[None])"
+        )
+    if parameter.requires_grad and not parameter.numel():
+        raise ValueError(
+            f"{name} of {tuple(parameter.shape)} is empty, and FSDP2 cannot reduce its gradient; freeze it first: "
+            f"{held}.requires_grad = False"
+        )
 
 
 def _own_policy(
