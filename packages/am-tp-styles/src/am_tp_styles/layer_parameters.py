@@ -71,10 +71,10 @@ def exchange(owners: list[Any], axis: Axis, *, summed_only: bool = False) -> Non
     """Put views in the place of the owners' noted parameters; the caller puts back what it held."""
     found: dict[int, tuple[torch.Tensor, bool]] = {}
     for owner in owners:
-        parameters = owner._parameters
-        for name, summed in vars(owner)[_NOTED].items():
-            parameter = parameters.get(name)
-            wanted = summed or (not summed_only and isinstance(parameter, DTensor))
+        notes = vars(owner)[_NOTED]
+        for name, parameter in owner._parameters.items():  # in the model's order, which every rank has alike
+            summed = notes.get(name, False)
+            wanted = summed or (name in notes and not summed_only and isinstance(parameter, DTensor))
             if wanted and isinstance(parameter, nn.Parameter):
                 found[id(parameter)] = (parameter, summed)
     if found:

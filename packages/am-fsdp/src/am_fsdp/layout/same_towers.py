@@ -115,7 +115,7 @@ class _Towers:
     def _check_inputs(self, model: Any, everyones: list[dict[str, Any]], tower_inputs: set[str]) -> None:
         """Refuse inputs of some ranks only that may decide what runs and that no method of the model takes."""
         run = {takes[0] for takes in self.takes.values()}
-        for name in set().union(*everyones) - set.intersection(*map(set, everyones)):
+        for name in sorted(set().union(*everyones) - set.intersection(*map(set, everyones))):
             kind = next(one[name][0] for one in everyones if name in one)
             if (name not in tower_inputs or not run & set().union(*everyones)) and kind != "integers":
                 self._refuse(model, f"{name} is given on some ranks only")

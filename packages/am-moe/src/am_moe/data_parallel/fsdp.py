@@ -179,7 +179,7 @@ def _check_apart(model: nn.Module) -> None:
 
 def _shard_experts(module: nn.Module, experts: Experts, settings: dict[str, Any], replicas: DeviceMesh) -> None:
     """The experts over the ranks that hold the same ones; what they share over the data axis, like everything else."""
-    for owner in {path.rpartition(".")[0] for path in experts.shared}:
+    for owner in dict.fromkeys(path.rpartition(".")[0] for path in experts.shared):
         fully_shard(module.get_submodule(owner), **settings)
     # Routing weights keep their dtype, as they do where experts are no unit.
     policy = dataclasses.replace(settings["mp_policy"], cast_forward_inputs=False)

@@ -181,7 +181,7 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
     if trace.stale:
         raise CannotCutError(f"{trace.stale[0]} reads what an earlier forward left, which another stage may have")
     for hook in trace.hooked:
-        if made := next((s for s in hook.sources if isinstance(s, (Value, Inner, Weight))), None):
+        if made := next((s for s in sorted(hook.sources, key=repr) if isinstance(s, (Value, Inner, Weight))), None):
             raise CannotCutError(f"{hook.place} puts a hook on the gradient of {made}, which every stage would do")
     for look in trace.looks:
         refuse_look(look.sources, look.place)
@@ -189,7 +189,7 @@ def needs_of(trace: Trace, units: Units, holders: Callable[[str], set[int]], las
             need(stage, look.sources, f"{look.place}, which looks at it,")
     for name, sources in trace.kept.items():
         if any(isinstance(s, (Value, Inner)) for s in sources):
-            made = next(s for s in sources if isinstance(s, (Value, Inner)))
+            made = next(s for s in sorted(sources, key=repr) if isinstance(s, (Value, Inner)))
             raise CannotCutError(f"its forward writes {made} into {name}, which is on every stage")
     for call in trace.calls:
         if call.keeps and len(holders(call.unit)) > 1:

@@ -104,7 +104,7 @@ class ReplicatedWithGradAllReduce(LocalStyle):
         summed = {}
         for name, owner in module.named_modules():
             dot = name + "." if name else ""
-            own = {leaf for leaf in owner._parameters if self.names is None or dot + leaf in self.names}
+            own = [leaf for leaf in owner._parameters if self.names is None or dot + leaf in self.names]
             if own:
                 note_local(owner, dict.fromkeys(own, True))
                 summed[name] = frozenset(own)
