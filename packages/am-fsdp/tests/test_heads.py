@@ -6,7 +6,6 @@ can be had small do, and leave there what they measured.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import os
@@ -23,6 +22,7 @@ from am_fsdp import clip_grad_norm_, fsdp2_strategy_parallelize
 from am_testkit.device import device_type
 from am_testkit.exact import relative_error, whole
 from am_testkit.heads import DECODER_TOKENS, TOKENS, inputs_for, small_for, types_for
+from am_testkit.zoo import small
 
 SWEEP = os.environ.get("AM_SWEEP")
 ALWAYS = {
@@ -71,7 +71,7 @@ def measure(task, model_type, layout, mesh, axes, attention):
         assert SWEEP, why
         return
     found = {"kind": type(one).__name__, "dtype": str(dtype).removeprefix("torch.")}
-    model = copy.deepcopy(one)
+    model = small_for(task, model_type, dtype, attention)  # the same weights, and no state of a forward (LeViT)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     try:
         fsdp2_strategy_parallelize(model, mesh, dtype, dp_mesh_name=axes)
@@ -151,7 +151,8 @@ def runnable(task, model_type, attention):
                 return None, None, "it is not small"
             if len({p.dtype for p in model.parameters()}) > 1:
                 continue  # FSDP2 shards one dtype in a unit: some keep float32 beside float64
-            mean_square(outputs_of(model, batch_of(model, task, 1))).backward()
+            for step in (1, 2):  # LeViT keeps the graph of its first step in evaluation mode
+                mean_square(outputs_of(model, batch_of(model, task, step))).backward()
             if all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
                 model.zero_grad()
                 return model, dtype, ""
@@ -198,3 +199,31 @@ def test_a_scalar_parameter_is_refused_before_anything_is_sharded_and_trains_wit
     owner.scale = torch.nn.Parameter(owner.scale.detach()[None])
     fsdp2_strategy_parallelize(model, mesh, dp_mesh_name="data_parallel")
     assert all(hasattr(p, "placements") for p in model.parameters())
+
+
+def a_new_head(model):
+    model.lm_head = torch.nn.Linear(32, 96, bias=False)
+
+
+def an_adapter(model):
+    model.lm_head.adapter = torch.nn.Linear(32, 4, bias=False)
+
+
+@pytest.mark.parametrize("change", [a_new_head, an_adapter])
+@pytest.mark.ranks(2)
+def test_what_is_added_after_the_layout_is_refused_also_when_an_evaluation_came_before(change):
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    for evaluated in (False, True):
+        model = fsdp2_strategy_parallelize(small("llama", layers=2, dtype=torch.float32), mesh)
+        for _ in range(2 * evaluated):
+            with torch.no_grad():
+                model(ids)
+        change(model)
+        with pytest.raises(ValueError, match=r"lm_head.*were added to .* after it was laid out"):
+            model(ids)
+    kept = fsdp2_strategy_parallelize(small("llama", layers=2, dtype=torch.float32), mesh)
+    for _ in range(2):
+        with torch.no_grad():
+            kept(ids)
+        kept(ids).logits.sum().backward()

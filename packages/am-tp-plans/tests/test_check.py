@@ -104,8 +104,13 @@ def test_functional_dropout_and_generators_that_ran_apart_are_found():
     if dist.get_rank():
         torch.rand(1)  # the same seed, but one draw further
     apply_plan(nn.Sequential(Dropped(0.0)), axis(), {"0.linear": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"the model has dropout, but .* different random states"):
+    with pytest.raises(ValueError, match=r"dropout or noise \(Dropped.drop_rate=0.1\), but .* different random states"):
         apply_plan(nn.Sequential(Dropped(0.1)), axis(), {"0.linear": ColwiseParallel()})
+    noisy = small("mixtral", layers=1, router_jitter_noise=0.1)
+    if dist.get_rank():
+        torch.rand(1)
+    with pytest.raises(ValueError, match=r"dropout or noise \(.*jitter_noise=0.1"):
+        apply_plan(noisy, axis(), resolve_plan(noisy))
 
 
 @given(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5))

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, relative_error, whole
+from am_testkit.heads import small_for
 from am_testkit.models import next_token_loss
 from am_testkit.zoo import small
 from am_tp_plans import (
@@ -188,12 +189,45 @@ class ListOfLinears(TwoStacks):
         self.tower[1].mlp = nn.ModuleList([nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)])
 
 
+class OwnActivation(nn.Module):
+    def forward(self, hidden):
+        return hidden.relu()
+
+
 def test_an_activation_in_a_list_is_no_layer_that_a_pipeline_left_out():
-    assert not is_part(ListOfLinears())
+    model = ListOfLinears()
+    assert not is_part(model)
+    model.tower[1].mlp[1] = OwnActivation()
+    assert not is_part(model)
     for absent in (nn.Identity(), type("Absent", (nn.Module,), {})()):
         model = TwoStacks()
         model.layers[1] = absent
         assert is_part(model)
+
+
+class OnlyInTraining(Layer):
+    """As a layer with noise or a balance of its own: in training it mixes the tokens, without any dropout."""
+
+    def forward(self, hidden):
+        return super().forward(hidden - hidden.mean(1, keepdim=True) if self.training else hidden)
+
+
+def test_what_a_model_does_in_training_only_is_seen_too():
+    model = TwoStacks()
+    del model.tower
+    model.layers[1] = OnlyInTraining()
+    with pytest.raises(ValueError, match=r"layers\.1.* That is in training mode"):
+        add_sequence_parallelism(model, {key: style for key, style in PLAN.items() if key.startswith("layers")})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_that_are_dropped_by_chance_are_planned_whatever_numbers_a_rank_has_drawn(seed):
+    model = small_for("translation", "m2m_100", torch.float32, encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    torch.manual_seed(seed)
+    before = torch.get_rng_state()
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+    assert resolve_plan(model, infer=True, example_inputs=inputs)
+    assert torch.get_rng_state().equal(before)
 
 
 class LastLayerIsSkipped(TwoStacks):
@@ -325,3 +359,17 @@ def test_a_decoder_that_may_attend_to_an_encoder_is_right_with_one_and_without(n
         largest = max(gradient.abs().max().item() for gradient in wanted.values())
         for name, gradient in wanted.items():
             assert relative_error(found[name], gradient, 1e-6 * largest) < 1e-5, name
+
+
+@pytest.mark.ranks(2)
+def test_layers_of_torch_are_exact_in_evaluation_too_where_it_would_take_a_fused_kernel():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2, enable_nested_tensor=False
+    )
+    hidden = torch.randn(2, 8, 16)
+    plan = {"layers.*.linear1": ColwiseParallel(), "layers.*.linear2": RowwiseParallel()}
+    with torch.no_grad():
+        expected = model.eval()(hidden)
+        sharded = apply_plan(copy.deepcopy(model), init_device_mesh(device_type(), (2,), mesh_dim_names=("tp",)), plan)
+        assert_same(sharded(hidden), expected, 1e-5)

@@ -75,11 +75,18 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     shards = any(map(shards_sequence, plan.values()))
     draw_for_shares(model, concrete, MeshAxis(tp_mesh), shards_sequence=shards)
     model.sequence_shards = tp_mesh.size() if shards else 1
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.register_forward_hook(_keep)
     if tp_mesh.size() > 1:
         refuse_parts(model, {**plan, **concrete})  # a pipeline part may lack the layer in which a plan splits
     if shards and tp_mesh.size() > 1 and hasattr(model, "generate"):
         cast(Any, model).generate = functools.partial(_refuse_to_generate, type(model).__name__)
     return model
+
+
+def _keep(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+    """Changes nothing; torch runs no fused kernel for inference, which takes whole weights, where a layer has hooks."""
 
 
 def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
@@ -200,7 +207,8 @@ def _is_placeholder(module: nn.Module) -> bool:
 def is_part(model: nn.Module) -> bool:
     """Whether a pipeline cut left layers out: some of a list have parameters, others have nothing."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList):
+        # layers have modules in them; an activation between two linears, in a list of the three, was always there
+        if isinstance(module, nn.ModuleList) and any(True for layer in module for _ in layer.children()):
             empty = [_is_left_out(layer) for layer in module]
             if any(empty) and not all(empty):
                 return True
@@ -208,9 +216,8 @@ def is_part(model: nn.Module) -> bool:
 
 
 def _is_left_out(layer: nn.Module) -> bool:
-    """Whether it stands where a layer was; an activation between two linears, in a list of the three, does not."""
-    library = type(layer).__module__.startswith(("torch.nn.", "transformers."))
-    return not any(True for _ in layer.parameters()) and (not library or isinstance(layer, nn.Identity))
+    """Whether it stands where a layer was, which has nothing in it."""
+    return not any(True for _ in layer.parameters()) and not any(True for _ in layer.children())
 
 
 def _may_mean(key: str, absent: str) -> bool:

@@ -107,7 +107,7 @@ def model_types() -> list[str]:
 
 
 def small_config(model_type: str, layers: int = 4, **overrides: Any):
-    """A config of the type with small sizes, no dropout and random-access sub-configs shrunk alike."""
+    """A config of the type with small sizes, no dropout, no noise and random-access sub-configs shrunk alike."""
     from transformers import CONFIG_MAPPING
 
     return _shrunk(CONFIG_MAPPING[model_type], layers, _SPECIAL.get(model_type, {}) | overrides)
@@ -209,7 +209,7 @@ def _shrunk(kind: type, layers: int, settings: dict[str, Any]):
             small_value = _small(name, value, layers)
             if small_value != value:
                 kwargs[name] = small_value
-        elif isinstance(value, float) and ("drop" in name or name.endswith("pdrop")):
+        elif isinstance(value, float) and ("drop" in name or "jitter" in name):
             kwargs[name] = 0.0
     if "qk_rope_head_dim" in kwargs:  # multi-head latent attention has as many key heads as query heads
         kwargs |= {name: 4 for name in ("num_key_value_heads", "head_dim") if name in kwargs}

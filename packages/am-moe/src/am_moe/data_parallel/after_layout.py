@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -21,23 +22,29 @@ def refuse_after_layout(model: Any) -> None:
         model: after the last `fully_shard`.
 
     Raises, later and on every rank:
-        ValueError: from the first forward: names one of the parameters, and what to do.
+        ValueError: from forwards up to the first that trains: names one of the parameters, and what to do.
         RuntimeError: from `save_pretrained`, with what to call instead.
     """
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = partial(_refuse_save_pretrained, type(model).__name__)
     known = {name for name, _ in model.named_parameters()}
+    owners = dict(model.named_modules())
 
     @outside_graphs
     def check(_module: nn.Module, _arguments: Any) -> None:
         late = [n for n, p in model.named_parameters() if n not in known and not isinstance(p, DTensor)]
+        for name, module in model.named_modules():  # a new head has the old one's names
+            new = owners.get(name, module) is not module
+            late += [f"{name}.{n}" for n, p in module._parameters.items() if new and not isinstance(p, DTensor)]
         if late:
             raise ValueError(
                 f"{late[0]} and {len(late) - 1} more parameters were added to {type(model).__name__} after it was laid "
-                "out, so that each rank would train its own; add adapters first, as with peft.get_peft_model(model, "
-                "config), lay out what get_base_model() returns, and give a trainer that model without a peft_config"
+                "out, so that each rank would train its own; add adapters and heads first, as with "
+                "peft.get_peft_model(model, config), lay out what get_base_model() returns, and give a trainer that "
+                "model without a peft_config"
             )
-        handle.remove()
+        if torch.is_grad_enabled():  # an evaluation may come before a trainer adds what it trains
+            handle.remove()
 
     handle = model.register_forward_pre_hook(check, prepend=True)
 

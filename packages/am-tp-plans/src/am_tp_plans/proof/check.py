@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 import torch.distributed as dist
@@ -66,14 +67,16 @@ def check_seeds(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     """Check that ranks with dropout draw the same random numbers: what is whole on every rank must be dropped alike.
 
     Compared are the states of the CPU's generator and of the axis's device. A model has dropout if a module is one, or
-    if a module or a config has a positive number with "drop" in its name, as functional dropout needs.
+    if a module or a config has a positive number with "drop", "jitter" or "noise" in its name, as functional dropout
+    and routers need.
 
     Collectives (the given axis): two all-reduces of one number, if the model has dropout.
 
     Raises:
         ValueError: they would draw others.
     """
-    if not has_dropout(model):
+    settings = random_settings(model)
+    if not settings:
         return
     states = [torch.get_rng_state()]
     if tp_mesh.device_type != "cpu":
@@ -85,24 +88,28 @@ def check_seeds(model: nn.Module, tp_mesh: DeviceMesh) -> None:
     dist.all_reduce(most, dist.ReduceOp.MAX, group=tp_mesh.get_group())
     if least.item() != most.item():
         raise ValueError(
-            "the model has dropout, but the ranks of the tensor-parallel axis have different random states (other "
-            "seeds, or one drew more numbers); call torch.manual_seed with the same seed on all ranks of the axis "
-            "right before apply_plan"
+            f"the model has dropout or noise ({', '.join(settings[:3])}), but the ranks of the tensor-parallel axis "
+            "have different random states (other seeds, or one drew more numbers); call torch.manual_seed with the "
+            "same seed on all ranks of the axis right before apply_plan"
         )
 
 
 def has_dropout(model: nn.Module) -> bool:
-    if any(isinstance(module, _DROPOUT) and module.p > 0 for module in model.modules()):
-        return True
-    owners = [vars(module) for module in model.modules()]
-    owners += [
-        vars(c) for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, "__dict__")
-    ]
-    return any(
-        isinstance(value, float) and value > 0 and "drop" in name for owner in owners for name, value in owner.items()
-    )
+    return bool(random_settings(model))
 
 
+def random_settings(model: nn.Module) -> list[str]:
+    """What lets a model draw random numbers in training, such as `config.layerdrop=0.05`."""
+    found = {f"{type(m).__name__}({m.p})": None for m in model.modules() if isinstance(m, _DROPOUT) and m.p > 0}
+    for module in model.modules():
+        for owner, held in ((type(module).__name__, module), ("config", getattr(module, "config", None))):
+            for name, value in getattr(held, "__dict__", {}).items():
+                if isinstance(value, float) and value > 0 and _RANDOM.search(name):
+                    found[f"{owner}.{name}={value}"] = None
+    return list(found)
+
+
+_RANDOM = re.compile("drop|jitter|noise")
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 

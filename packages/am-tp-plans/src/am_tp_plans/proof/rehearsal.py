@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
-from am_tp_plans.proof.check import has_dropout
+from am_tp_plans.proof.check import random_settings
 from am_tp_plans.proof.read_outputs import refuse_parts
 from am_tp_plans.proof.shares import WrongError
 from am_tp_plans.proof.stand_ins import stand_in
@@ -96,7 +97,9 @@ def rehearse(
 def rehearse_training(
     model: nn.Module, plan: dict[str, ParallelStyle], ranks: int, example_inputs: dict[str, Any] | None = None
 ) -> None:
-    """Show that a model with dropout draws its random numbers alike for whole values, and differently for shares.
+    """Show that a plan is right in training too, where a model may do more, and draw random numbers.
+
+    Those are to be drawn alike for whole values, and differently for shares.
 
     Args:
         model, plan, ranks, example_inputs: as for `rehearse`.
@@ -104,15 +107,29 @@ def rehearse_training(
     Raises:
         ValueError: it does not, or it cannot be shown in training mode; and where.
     """
-    if not has_dropout(model):
-        return
     inputs = _inputs(model, ranks, example_inputs)
-    with torch.random.fork_rng(devices=[]):
-        try:
+    try:
+        with _same_numbers():
             whole = _run(model, plan, ranks, inputs, None, training=True)
+        with _same_numbers():
             _run(model, plan, ranks, inputs, whole.steps, training=True)
-        except ValueError as why:
-            raise ValueError(f"{why}. That is in training mode; with all dropout 0 it may be another matter") from why
+    except ValueError as why:
+        settings = ", ".join(random_settings(model)[:3])
+        remedy = f", with {settings}; with those 0 it may be another matter" if settings else ""
+        raise ValueError(f"{why}. That is in training mode{remedy}") from why
+
+
+@contextmanager
+def _same_numbers() -> Iterator[None]:
+    """Random numbers that are the same in every run and on every rank, so that both skip the same layers."""
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def add_sequence_parallelism(
         except ValueError as error:
             errors[stack] = error
     if sharded is plan:
-        stack, error = next(iter(errors.items()))
-        raise ValueError(f"the sequence cannot be sharded between the blocks of {stack}: {error}") from error
+        reasons = "; between those of ".join(f"{stack}: {error}" for stack, error in errors.items())
+        raise ValueError(f"the sequence cannot be sharded between the blocks of {reasons}")
     ways, plan = _ways_to_run(model, ranks, example_inputs), sharded
     if example_inputs is not None and _runs_with_ids_alone(model, ranks):
         ways.append(None)
