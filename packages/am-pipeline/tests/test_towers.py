@@ -160,3 +160,60 @@ def shard(part, world_mesh, moe_mesh, **axes):
         if name.rpartition(".")[0].endswith(".layers") and any(True for _ in module.parameters()):
             fully_shard(module, mesh=world_mesh["dp"])
     fully_shard(part, mesh=world_mesh["dp"])
+
+
+@pytest.mark.ranks(2, timeout=180)
+def test_a_list_of_none_for_every_microbatch_is_text_alone():
+    model = small_with_images("llava", layers=2)
+    text = [{"input_ids": labels_of(batch)} for batch in batches_of(model)]
+    expected, wanted = one_process(model, text)
+    built = build(model, "1F1B", None)
+    assert_equals(built, call(built, [batch | {"pixel_values": None} for batch in text]), expected, wanted, "text")
+
+
+@pytest.mark.ranks(2, timeout=180)
+def test_a_tower_that_runs_on_images_and_on_videos_stays_whole_though_both_are_shown():
+    model = small_with_images("qwen2_5_vl", layers=2)
+    batches = [with_video(model, batch) for batch in batches_of(model)]
+    expected, wanted = one_process(model, batches)
+    built = build(model, "1F1B", batches[0])
+    assert built[4][0].plan.anatomy.stacks == ("model.language_model.layers",)
+    assert_equals(built, call(built, batches), expected, wanted, "images and videos")
+
+
+def with_video(model, batch):
+    """The image of the second row as a video of one frame."""
+    ids, kinds = batch["input_ids"].clone(), batch["mm_token_type_ids"].clone()
+    ids[1] = torch.where(ids[1] == model.config.image_token_id, model.config.video_token_id, ids[1])
+    kinds[1] *= 2
+    pixels, grids = batch["pixel_values"].chunk(2), batch["image_grid_thw"].chunk(2)
+    images = {"pixel_values": pixels[0], "image_grid_thw": grids[0]}
+    return {"input_ids": ids, "mm_token_type_ids": kinds, **images} | {
+        "pixel_values_videos": pixels[1],
+        "video_grid_thw": grids[1],
+    }
+
+
+@pytest.mark.ranks(2, timeout=180)
+def test_images_of_other_numbers_of_tiles_than_the_example_are_refused_with_what_to_do():
+    model = small_with_images("llava_next", layers=2, image_grid_pinpoints=[[56, 112], [112, 112], [112, 56]])
+    large, small = (tiled(model, size) for size in ([112, 112], [56, 112]))
+    built = build(model, "1F1B", large)
+    for batches in ([large, small], [small, small]):
+        with pytest.raises((RuntimeError, ValueError), match=r"as many tokens each as those of `example_inputs`"):
+            call(built, batches)
+    expected, wanted = one_process(model, [large, large])
+    assert_equals(built, call(built, [large, large]), expected, wanted, "after a failed step")
+
+
+def tiled(model, size):
+    """Two images of a size, padded to five tiles each, and as many tokens as they have."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(2, 5, 3, 56, 56, generator=generator, dtype=torch.float64)
+    sizes = torch.tensor([size, size])
+    with torch.no_grad():
+        features = model.model.get_image_features(pixels, sizes, return_dict=True).pooler_output
+    ids = torch.randint(3, 50, (2, 60), generator=generator)
+    for row, of_row in zip(ids, features, strict=True):
+        row[1 : 1 + len(of_row)] = model.config.image_token_id
+    return {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from am_pipeline._torch_compat import after_each_call, is_view
-from am_pipeline.cut.crossing import Crossed, Shape, Sizes
+from am_pipeline.cut.crossing import IMAGES, Crossed, Shape, Sizes
 from am_pipeline.cut.provenance import Argument, Tracer, Value, leaves_of
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.step.inputs import decoder_length, images_length
@@ -272,7 +272,9 @@ class Boundary:
             raise RuntimeError("no tensor between the stages tells the batch size")
         of_decoder = next(iter(decoder_length(kwargs)), of_decoder)
         if self.passage.of_images:
-            return batch, length or 1, of_decoder or 0, images_length(kwargs) or told(3) or 1
+            crossing = (*self.passage.receives, *self.passage.sends)
+            images = images_length(kwargs) if any(IMAGES.of[0] in c.shape.sizes for c in crossing) else None
+            return batch, length or 1, of_decoder or 0, images or told(3) or 1
         return batch, length or 1, *(() if of_decoder is None else (of_decoder,))
 
     @staticmethod
@@ -280,10 +282,19 @@ class Boundary:
         if tuple(sent.shape) != shape or torch.promote_types(sent.dtype, dtype) != dtype:
             raise RuntimeError(
                 f"this stage sends {crossed.value} of shape {tuple(sent.shape)}, {sent.dtype}, but the next stage "
-                f"expects {shape}, {dtype}; if a parallelize_fn shards the sequence between layers it must set "
-                "`sequence_shards` on the part"
+                f"expects {shape}, {dtype}; {_why(crossed)}"
             )
         return sent.to(dtype)
+
+
+def _why(crossed: Crossed) -> str:
+    if IMAGES.of[0] in crossed.shape.sizes:
+        return (
+            "the images of a step must give as many tokens each as those of `example_inputs` do, as what a tower that "
+            "is cut sends has them: pad or resize them alike, or leave the tower whole on the first stage (no "
+            "`example_inputs`)"
+        )
+    return "if a parallelize_fn shards the sequence between layers it must set `sequence_shards` on the part"
 
 
 class _Received(torch.autograd.Function):

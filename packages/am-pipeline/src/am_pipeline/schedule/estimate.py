@@ -110,8 +110,10 @@ def plan_pipeline(
         optimizer_bytes: per parameter: 8 for Adam in fp32.
 
     Raises:
-        ValueError: as `split_model_into_stages`.
+        ValueError: as `split_model_into_stages`; or a length below 1.
     """
+    if min(seq_len, 1 if decoder_seq_len is None else decoder_seq_len) < 1:
+        raise ValueError(f"a sequence has at least one token, got seq_len={seq_len}, decoder_seq_len={decoder_seq_len}")
     kind = schedule_class(None, schedule)
     lengths = seq_len, seq_len if decoder_seq_len is None else decoder_seq_len
     if module_names_per_stage is None:

@@ -161,7 +161,8 @@ def _pieces(value: Any, count: int, dim: int | None) -> list[Any]:
 
 
 def _is_list_of_tensors(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or all(v is None for v in value):
+    """Whether it is a list with a tensor, or None, for each microbatch; all of them may be None."""
+    if not isinstance(value, (list, tuple)) or not value:
         return False
     return all(v is None or isinstance(v, torch.Tensor) for v in value)
 
