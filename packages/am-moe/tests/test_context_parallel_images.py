@@ -191,6 +191,8 @@ def test_images_that_cannot_be_cut_are_refused_by_name():
     images = batch_of(small("llava"), 2, False)
     with pytest.raises(ValueError, match=r"has dropout in CLIPVisionConfig\.attention_dropout"):
         dropping(**shard_batch(images, mesh))
+    seconds = torch.tensor([1.0, 2.0, 0.5])  # of three videos in two rows
+    assert shard_batch(images | {"second_per_grid_ts": seconds}, mesh)["second_per_grid_ts"].equal(seconds)
     positions = torch.arange(images["input_ids"].shape[1])[None]
     with pytest.raises(ValueError, match="takes no position_ids"):
         shard_batch(images | {"position_ids": positions}, mesh)

@@ -111,6 +111,12 @@ def test_wrong_balances_are_refused():
     assert Anatomy(("layers",), (2,), (), ()).layer(1) == "layers.1"
 
 
+@pytest.mark.parametrize("lengths", [{"seq_len": 0}, {"seq_len": 8, "decoder_seq_len": -3}])
+def test_lengths_below_one_are_refused(lengths):
+    with pytest.raises(ValueError, match="at least one token"):
+        plan_pipeline(tiny("llama"), 2, "1F1B", microbatches=2, **lengths)
+
+
 def test_a_plan_is_a_table_before_anything_is_built():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny("qwen3", layers=8, tied=True).config)

@@ -16,7 +16,7 @@ from am_moe.context_parallel.plan import head_tail
 IGNORED = -100
 # The number of labels that belongs to each kind of them.
 # How the names of what images and videos are made of start; these are whole on every rank.
-_OF_IMAGES = ("pixel_", "image_", "video_")
+_OF_IMAGES = ("pixel_", "image_", "video_", "second_per_grid")
 COUNTS = {"shift_labels": "num_items_in_batch", "labels": "num_labels_in_batch"}
 
 
