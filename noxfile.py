@@ -192,6 +192,14 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", requires=["together"])
+def seeds(session: nox.Session) -> None:
+    """The first case of every test on two ranks, as torchrun starts them: processes that order sets differently."""
+    for package in PACKAGES:
+        arguments = (junit(f"seeds-{package}"), "-p", "no:xdist", "-m", "ranks", "--first-cases")
+        torchrun(session, 2, "-m", "pytest", *arguments, f"packages/{package}/tests", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["together"])
 def survival(session: nox.Session) -> None:
     """Every fault on two layouts of the main job, and a soak; writes `docs/reliability.md`."""
     folder = ROOT / "build" / "survival"
@@ -388,8 +396,9 @@ def pytest(session: nox.Session, name: str, *arguments: str) -> None:
 
 
 def torchrun(session: nox.Session, processes: int, *command: str) -> None:
-    launcher = ("python", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    run(session, *launcher, *command)
+    """Start ranks, each with a hash seed of its own as on a cluster, where the order of a set differs between them."""
+    launcher = ("python", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python")
+    run(session, *launcher, "bash", "-c", 'PYTHONHASHSEED=$((RANK + 1)) exec python "$@"', "rank", *command)
 
 
 def junit(name: str) -> str:

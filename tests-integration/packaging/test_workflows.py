@@ -38,7 +38,8 @@ def test_a_session_that_a_workflow_runs_exists(name):
 
 
 def test_the_declared_ranges_are_tried_on_a_schedule_with_all_tags():
-    assert matrix("weekly.yml") == ["floor", "latest", "compat", "sweep", "compositions", "garbled", "survival"]
+    names = ["floor", "latest", "compat", "sweep", "compositions", "garbled", "survival", "mutants", "seeds"]
+    assert matrix("weekly.yml") == names
     assert "schedule:" in WORKFLOWS["weekly.yml"]
     assert "fetch-depth: 0" in WORKFLOWS["weekly.yml"]
 

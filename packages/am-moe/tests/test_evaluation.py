@@ -66,7 +66,7 @@ def test_what_a_forward_with_a_graph_left_gathered_is_not_used_stale_and_not_edi
     one = copy.deepcopy(model)
     world, moe = build_meshes(device_type(), dp_shard=2)
     parallelize_model(model, world, moe, dp_axis_names=("dp_shard",))
-    with pytest.raises(RuntimeError, match=r"call save_hf_weights\(model, folder\) of am-fsdp"):
+    with pytest.raises(RuntimeError, match=r"call am_fsdp.save_hf_weights\(model, folder\)"):
         model.save_pretrained("anywhere")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, one)]
     for each in (model, one):

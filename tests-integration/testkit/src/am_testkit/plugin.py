@@ -23,6 +23,7 @@ from am_testkit.verdict import Outcome, Verdict
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--max-ranks", type=int, default=8, help="skip tests that ask for more ranks (plain pytest)")
     parser.addoption("--min-ranks", type=int, default=0, help="leave out tests that ask for fewer ranks, or for none")
+    parser.addoption("--first-cases", action="store_true", help="of a test with parameters, run the first ones only")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,6 +72,9 @@ def asked(item: pytest.Item) -> tuple[int, float] | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     least = config.getoption("--min-ranks")
     left_out = [item for item in items if (asked(item) or (0, 0))[0] < least]
+    if config.getoption("--first-cases"):
+        firsts: dict[str, pytest.Item] = {}
+        left_out += [item for item in items if firsts.setdefault(item.nodeid.partition("[")[0], item) is not item]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
