@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import pathlib
+from unittest import mock
 
 import pytest
 import torch
@@ -158,9 +159,21 @@ def test_a_head_that_does_something_else_with_ids_is_refused_with_images():
                 out.logits = out.logits - out.logits.mean(1, keepdim=True)
             return out
 
-    model.__class__ = Centred
+    usual, model.__class__ = model.config._attn_implementation, Centred
+    with pytest.raises(ValueError, match="in one way by their ids and in another by embeddings"):
+        apply_cp(model, mesh, example_inputs=batch_of(model, 2, False))  # before anything is done to the model
+    assert model.config._attn_implementation == usual
     with pytest.raises(ValueError, match="in one way by their ids and in another by embeddings"):
         apply_cp(model, mesh)(**shard)
+
+
+@pytest.mark.ranks(2)
+def test_calls_like_an_example_are_read_when_it_is_given_and_not_again():
+    mesh, one = context_mesh(), small("gemma3")
+    batch, model = batch_of(one, 2, True), copy.deepcopy(one)
+    fully_shard(apply_cp(model, mesh, example_inputs=batch), mesh=mesh)
+    with mock.patch("am_moe.context_parallel.apply.prove", side_effect=AssertionError("it is read again")):
+        assert check(model, one, mesh, batch) < TOLERANCE
 
 
 @pytest.mark.ranks(4)

@@ -7,7 +7,7 @@ import functools
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from am_moe.context_parallel.batch import COUNTS, IGNORED, is_of_images, unshard_sequence
+from am_moe.context_parallel.batch import COUNTS, IGNORED, is_of_images, shard_batch, unshard_sequence
 from am_moe.context_parallel.ends import cut_tokens, gather_tokens
 from am_moe.context_parallel.heads import gather_heads, repeated_for, spread_heads
 from am_moe.context_parallel.kernel import Scores
@@ -52,7 +52,13 @@ _OURS = frozenset({"num_labels_in_batch"})
 _numbers = itertools.count()
 
 
-def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: CommType = "p2p") -> nn.Module:
+def apply_cp(
+    model: nn.Module,
+    cp_mesh: DeviceMesh,
+    cp_comm_type: CommType = "p2p",
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Let a model's attention see the whole sequence while each rank of an axis holds a part of it, in place.
 
     The model's modules, names and parameters stay. Its config names an attention function of its own, registered with
@@ -67,6 +73,8 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: CommType = "p2
             spread over those of the last.
         cp_comm_type: how keys reach queries. `"p2p"`: rank to rank, step by step; `"all_gather"`: all at once;
             `"a2a"`: each rank gets the whole sequence for some of the heads; `"a2a+p2p"`: both.
+        example_inputs: a small batch as it is before `shard_batch`, with images and labels if there will be: calls like
+            it are then read, and perhaps refused, here. Others are read when they come.
 
     Returns:
         The model.
@@ -106,6 +114,9 @@ def apply_cp(model: nn.Module, cp_mesh: DeviceMesh, cp_comm_type: CommType = "p2
                 if all(config is not ours for ours in configs):
                     config._attn_implementation = implementation
             context.prove(model, context.tokens_alone())
+            if example_inputs is not None:
+                context.proven(model, (), shard_batch(example_inputs, cp_mesh))
+                context.images = None
         except ValueError:
             for config, implementation in before:
                 config._attn_implementation = implementation
@@ -164,6 +175,17 @@ class _Context:
 
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Check a call, and keep what its masks depend on."""
+        given, parts, proof = self.proven(model, args, kwargs)
+        shape = tuple(parts[0].shape)
+        by_tokens = self._call(given, shape, False).by_tokens
+        self.with_others = any(_has_axes(x) and n not in by_tokens and not is_of_images(n) for n, x in given.items())
+        self.parts, self.sequence, self.proof = parts, None, proof
+        return (), self._divided(given, shape, proof)
+
+    def proven(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], tuple[torch.Tensor, torch.Tensor | None], Proof | None]:
+        """What a call gives, the positions and padding `(B, n)` of this rank's part, and in which way it is exact."""
         given = dict(zip(self.parameters, args, strict=False)) | kwargs
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         tokens = given.get("input_ids")
@@ -205,11 +227,7 @@ class _Context:
                 )
             if _positions_of_images(model):
                 given["position_ids"] = None  # the model makes them of the whole batch
-        proof = self.prove(model, call)
-        by_tokens = self._call(given, shape, mask is not None).by_tokens
-        self.with_others = any(_has_axes(x) and n not in by_tokens and not is_of_images(n) for n, x in given.items())
-        self.parts, self.sequence, self.proof = (positions.expand(shape), mask), None, proof
-        return (), self._divided(given, shape, proof)
+        return given, (positions.expand(shape), mask), self.prove(model, call)
 
     def _call(self, given: dict[str, Any], shape: tuple[int, int], padded: bool) -> Call:
         by_tokens = {
