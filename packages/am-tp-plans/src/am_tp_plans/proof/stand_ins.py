@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
@@ -31,6 +33,16 @@ from am_tp_plans.styles.local import LocalShards, MlaKvAProjection, ReplicatedWi
 from am_tp_styles import KeyValueColwiseParallel, SequenceParallelLora
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a style is: a module of the weightless twin, its name, and over how many ranks; the whole's run has one."""
+
+    watch: Watch
+    name: str
+    module: Any
+    ranks: int
+
+
 def stand_in(watch: Watch, name: str, module: Any, style: ParallelStyle | None, ranks: int) -> None:
     """Make a module of the weightless twin behave as on one of `ranks` ranks under its style; no style has its own."""
     if style is None and _routes(module):
@@ -38,74 +50,142 @@ def stand_in(watch: Watch, name: str, module: Any, style: ParallelStyle | None, 
     elif style is None and features(module):
         _plain(watch, name, module)
     for part in each(style):
-        _one(watch, name, module, part, ranks)
+        if isinstance(part, (ColwiseParallel, RowwiseParallel, PackedColwiseParallel, Conv1DRowwiseParallel)):
+            watch.sharded |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+        act(part, _Place(watch, name, module, ranks))
 
 
-def _one(watch: Watch, name: str, module: Any, style: ParallelStyle, ranks: int) -> None:
-    if isinstance(style, (ColwiseParallel, RowwiseParallel, PackedColwiseParallel, Conv1DRowwiseParallel)):
-        watch.sharded |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
-    if isinstance(style, RowwiseParallel) and isinstance(module, nn.Embedding):
-        module.forward = _summed(watch, name, module.embedding_dim, None, style.output_layouts[0], ranks)
-    elif isinstance(style, RowwiseParallel):
-        splits = style.input_layouts[0] == Replicate()
-        wanted = module.in_features if splits else module.in_features // ranks
-        module.forward = _summed(watch, name, module.out_features, (wanted, splits), style.output_layouts[0], ranks)
-    elif isinstance(style, Conv1DRowwiseParallel):
-        in_features, out_features = features(module)  # type: ignore[misc]
-        module.forward = _summed(watch, name, out_features, (in_features // ranks, False), style.output_layouts, ranks)
-    elif isinstance(style, KeyValueColwiseParallel):
-        module.forward = _own_head(watch, name, module, style, ranks)
-    elif isinstance(style, ColwiseParallel):
-        whole = style.output_layouts[0] == Replicate()
-        width = module.embedding_dim if isinstance(module, nn.Embedding) else module.out_features
-        module.forward = _shares(watch, name, [width], style.input_layouts[0], ranks, whole)
-    elif isinstance(style, PackedColwiseParallel):
-        widths = style.widths(features(module)[1])  # type: ignore[index]
-        if len(widths) > 1:
-            sent = max(
-                len(order) - sends[r] for r in range(ranks) for order, sends, _ in [plan_exchange(widths, ranks, r)]
-            )
-            for parameter in module.parameters():
-                for phase in ("forward", "backward"):
-                    watch.sends(name, phase, "all-to-all", sent * parameter.numel() // sum(widths), of_tokens=False)
-        module.forward = _shares(watch, name, widths, style.input_layouts, ranks, whole=False)
-    elif isinstance(style, ExpertsOverTensorAxis):
-        _whole(watch, name, module, sums_inputs=True, sums_output=True)
-    elif isinstance(style, LocalShards):
-        _local(watch, name, module, style, ranks)
-    elif isinstance(style, (ReplicatedWithGradAllReduce, SequenceParallelLora)):
-        watch.summed |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters()}
-        only = getattr(style, "names", None)
-        for leaf, parameter in module.named_parameters():
-            if only is None or leaf in only:
-                watch.sends(name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
-        if isinstance(style, SequenceParallelAllGatherActivation):
-            _around(module, None, lambda output: _gathered_for_readers(watch, name, output, ranks))
-    elif isinstance(style, MlaKvAProjection):
-        _summed_in_backward(watch, name, module, style.rope_dim or 0)
-    elif isinstance(style, HeadsPerRank):
-        watch.ran.add(name)
-        style.divide(copy.copy(module), watch.ranks)  # the whole's run says as well what does not divide
-        style.divide(module, ranks)
-    elif isinstance(style, SharedInput):
-        if style.input_layouts == Shard(1):
-            _around(module, lambda h: _share(watch, name, _gathered(watch, name, h, ranks, "reduce-scatter")))
-        else:
-            _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
-    elif isinstance(style, PrepareModuleInput):
-        _around(module, lambda hidden: _share(watch, name, hidden * 1, sums=True))
-    elif isinstance(style, SequenceShardInput):
-        _around(module, lambda hidden: _split(watch, name, hidden, ranks))
-    elif isinstance(style, SequenceShardArgument):
-        _around_argument(module, style, lambda value: _split(watch, name, value, ranks))
-    elif isinstance(style, SequenceGatherInput):
-        _around(module, lambda hidden: _gathered(watch, name, hidden, ranks))
-    elif isinstance(style, SequenceGatherOutput):
-        _around(module, None, lambda output: _gathered(watch, name, output, ranks))
-    elif isinstance(style, SequenceShardOutput):
-        _around(module, None, lambda output: _split(watch, name, output, ranks))
-    elif isinstance(style, SequenceWholeBlock):
-        _whole_block(watch, name, module, ranks)
+@singledispatch
+def act(style: Any, at: _Place) -> None:
+    """Let a module take, return, hold and send what it does under a style; a style without an entry changes nothing."""
+
+
+@act.register
+def _(style: RowwiseParallel, at: _Place) -> None:
+    layout = style.output_layouts[0]
+    if isinstance(at.module, nn.Embedding):
+        at.module.forward = _summed(at.watch, at.name, at.module.embedding_dim, None, layout, at.ranks)
+        return
+    splits = style.input_layouts[0] == Replicate()
+    wanted = at.module.in_features if splits else at.module.in_features // at.ranks
+    at.module.forward = _summed(at.watch, at.name, at.module.out_features, (wanted, splits), layout, at.ranks)
+
+
+@act.register
+def _(style: Conv1DRowwiseParallel, at: _Place) -> None:
+    taken, returned = features(at.module)  # type: ignore[misc]
+    wanted = taken // at.ranks, False
+    at.module.forward = _summed(at.watch, at.name, returned, wanted, style.output_layouts, at.ranks)
+
+
+@act.register
+def _(style: ColwiseParallel, at: _Place) -> None:
+    whole = style.output_layouts[0] == Replicate()
+    width = at.module.embedding_dim if isinstance(at.module, nn.Embedding) else at.module.out_features
+    at.module.forward = _shares(at.watch, at.name, [width], style.input_layouts[0], at.ranks, whole)
+
+
+@act.register
+def _(style: KeyValueColwiseParallel, at: _Place) -> None:
+    at.module.forward = _own_head(at.watch, at.name, at.module, style, at.ranks)
+
+
+@act.register
+def _(style: PackedColwiseParallel, at: _Place) -> None:
+    widths = style.widths(features(at.module)[1])  # type: ignore[index]
+    if len(widths) > 1:
+        exchanges = [plan_exchange(widths, at.ranks, rank) for rank in range(at.ranks)]
+        sent = max(len(order) - sends[rank] for rank, (order, sends, _) in enumerate(exchanges))
+        for parameter in at.module.parameters():
+            for phase in ("forward", "backward"):
+                rows = sent * parameter.numel() // sum(widths)
+                at.watch.sends(at.name, phase, "all-to-all", rows, of_tokens=False)
+    at.module.forward = _shares(at.watch, at.name, widths, style.input_layouts, at.ranks, whole=False)
+
+
+@act.register
+def _(style: ExpertsOverTensorAxis, at: _Place) -> None:
+    _whole(at.watch, at.name, at.module, sums_inputs=True, sums_output=True)
+
+
+@act.register
+def _(style: LocalShards, at: _Place) -> None:
+    _local(at.watch, at.name, at.module, style, at.ranks)
+
+
+@act.register(ReplicatedWithGradAllReduce)
+@act.register(SequenceParallelLora)
+def _(style: Any, at: _Place) -> None:
+    at.watch.summed |= {f"{at.name}.{leaf}" for leaf, _ in at.module.named_parameters()}
+    only = getattr(style, "names", None)
+    for leaf, parameter in at.module.named_parameters():
+        if only is None or leaf in only:
+            at.watch.sends(at.name, "backward", "all-reduce", parameter.numel(), of_tokens=False)
+    if isinstance(style, SequenceParallelAllGatherActivation):
+        _around(at.module, None, lambda output: _gathered_for_readers(at.watch, at.name, output, at.ranks))
+
+
+@act.register
+def _(style: MlaKvAProjection, at: _Place) -> None:
+    _summed_in_backward(at.watch, at.name, at.module, style.rope_dim or 0)
+
+
+@act.register
+def _(style: HeadsPerRank, at: _Place) -> None:
+    at.watch.ran.add(at.name)
+    style.divide(copy.copy(at.module), at.watch.ranks)  # the whole's run says as well what does not divide
+    style.divide(at.module, at.ranks)
+
+
+@act.register
+def _(style: SharedInput, at: _Place) -> None:
+    if style.input_layouts == Shard(1):
+        _around(at.module, lambda h: _share(at.watch, at.name, _gather(at, h, "reduce-scatter")))
+    else:
+        _around(at.module, lambda hidden: _share(at.watch, at.name, hidden * 1, sums=True))
+
+
+@act.register
+def _(style: PrepareModuleInput, at: _Place) -> None:
+    _around(at.module, lambda hidden: _share(at.watch, at.name, hidden * 1, sums=True))
+
+
+@act.register
+def _(style: SequenceShardInput, at: _Place) -> None:
+    _around(at.module, partial(_part, at))
+
+
+@act.register
+def _(style: SequenceShardArgument, at: _Place) -> None:
+    _around_argument(at.module, style, partial(_part, at))
+
+
+@act.register
+def _(style: SequenceGatherInput, at: _Place) -> None:
+    _around(at.module, partial(_gather, at))
+
+
+@act.register
+def _(style: SequenceGatherOutput, at: _Place) -> None:
+    _around(at.module, None, partial(_gather, at))
+
+
+@act.register
+def _(style: SequenceShardOutput, at: _Place) -> None:
+    _around(at.module, None, partial(_part, at))
+
+
+@act.register
+def _(style: SequenceWholeBlock, at: _Place) -> None:
+    _whole_block(at.watch, at.name, at.module, at.ranks)
+
+
+def _gather(at: _Place, hidden: torch.Tensor, backward: str | None = None) -> torch.Tensor:
+    return _gathered(at.watch, at.name, hidden, at.ranks, backward)
+
+
+def _part(at: _Place, hidden: torch.Tensor) -> torch.Tensor:
+    return _split(at.watch, at.name, hidden, at.ranks)
 
 
 def _own_head(watch: Watch, name: str, module: Any, style: KeyValueColwiseParallel, ranks: int) -> Callable:
