@@ -70,14 +70,12 @@ def test_nothing_of_a_graph_outlives_it():
         lambda x: sum_gradients_in_order(over, x, x * 2),
         lambda x: once(x, over),
     ]
+    before = of_graphs()
     for each in exchanges:
-        counts = []
-        for _ in range(3):
-            out = each(torch.ones(4, requires_grad=True) * 2)
-            sum(tensor.sum() for tensor in (out if isinstance(out, tuple) else (out,))).backward()
-            del out
-            counts.append(of_graphs())
-        assert min(counts[1:]) <= counts[0]  # a work that is not quite over may hold one a little longer
+        out = each(torch.ones(4, requires_grad=True) * 2)
+        sum(tensor.sum() for tensor in (out if isinstance(out, tuple) else (out,))).backward()
+        del out
+        assert any(of_graphs() <= before for _ in range(5))  # a work that is not quite over holds one a little longer
 
 
 def of_graphs():
