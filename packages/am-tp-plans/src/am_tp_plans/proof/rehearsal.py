@@ -107,6 +107,7 @@ def rehearse_training(
     Raises:
         ValueError: it does not, or it cannot be shown in training mode; and where.
     """
+    plan = share_key_value_heads(model, plan, ranks)
     inputs = _inputs(model, ranks, example_inputs)
     try:
         with _same_numbers():
