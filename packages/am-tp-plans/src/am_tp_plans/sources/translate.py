@@ -130,7 +130,7 @@ def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | N
             owner = modules[name.rpartition(".")[0]]
             plan[name] = MlaKvAProjection(getattr(owner, "qk_rope_head_dim", config_value(model, "qk_rope_head_dim")))
     plan = share_inputs(model, complete(model, without_half_ties(model, plan), example_inputs), example_inputs)
-    rehearse_training(model, expand_plan(model, plan), 2, example_inputs)
+    rehearse_training(model, expand_plan(model, plan), fewest_ranks(model), example_inputs)
     check_numbers(model, plan, 2, example_inputs)
     return plan
 
