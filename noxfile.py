@@ -398,7 +398,8 @@ def pytest(session: nox.Session, name: str, *arguments: str) -> None:
 def torchrun(session: nox.Session, processes: int, *command: str) -> None:
     """Start ranks, each with a hash seed of its own as on a cluster, where the order of a set differs between them."""
     launcher = ("python", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python")
-    run(session, *launcher, "bash", "-c", 'PYTHONHASHSEED=$((RANK + 1)) exec python "$@"', "rank", *command)
+    python = str(TOGETHER / "python") if session.venv_backend == "none" else "python"
+    run(session, *launcher, "bash", "-c", 'PYTHONHASHSEED=$((RANK + 1)) exec "$@"', "rank", python, *command)
 
 
 def junit(name: str) -> str:
