@@ -39,6 +39,7 @@ from am_pipeline.nested import map_leaves
 from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
 
 Stages = tuple[tuple[str, ...], ...]
+_MOST_PROVED = 256  # forms of calls whose proofs are kept
 
 
 class Reading:
@@ -143,7 +144,10 @@ class Reading:
         pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
         if self.grows_by_images:
             pattern += tuple(_sizes_of_images(inputs.get(name)) for name in ENCODER_INPUTS)
+            pattern += tuple(_numbers(value) for name, value in sorted(inputs.items()) if name.endswith("sizes"))
         if pattern not in self._proved:
+            if len(self._proved) >= _MOST_PROVED:
+                del self._proved[next(iter(self._proved))]
             given = replace(given, sample=given.sample.cpu())
             form = replace(self.form, first=given, tensors={}, others={}, training=training, sizes=SIZES)
             if inputs:
@@ -538,6 +542,12 @@ def _sizes_of_images(value: Any) -> tuple[int, ...] | None:
     """All sizes of a tower's input but the first, which alone may change without a proof of its own."""
     value = value.tensor if isinstance(value, Piece) else value
     return tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
+
+
+def _numbers(value: Any) -> Any:
+    """What `image_sizes` says: how many tiles of an image are no padding, and so what a tower makes of it."""
+    value = value.tensor if isinstance(value, Piece) else value
+    return tuple(value.flatten().tolist()) if isinstance(value, torch.Tensor) else value
 
 
 def _pattern(inputs: Mapping[str, Any], sizes: Sizes, pieces: int) -> tuple:
