@@ -348,8 +348,8 @@ class PipelineSchedule(StepHooks, Schedule):
             if [p.sends for p in before] != [p.sends for p in after]:
                 raise ValueError(
                     "the microbatches of a step must send the same between stages, but their inputs differ in form: "
-                    f"{sorted(others)}; give all of them the same inputs, such as images to each or to none, and of as many "
-                    "tiles where a tower is cut (or leave it whole: no `example_inputs`)"
+                    f"{sorted(others)}; give all of them the same inputs, such as images to each or to none, and of "
+                    "as many tiles where a tower is cut (or leave it whole: no `example_inputs`)"
                 )
         later = [passage for of_stages in passages for passage in of_stages[1:]]
         needed = set().union(*(passage.needs - passage.withheld for passage in later))
