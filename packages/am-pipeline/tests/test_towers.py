@@ -221,3 +221,30 @@ def tiled(model, size):
     for row, of_row in zip(ids, features, strict=True):
         row[1 : 1 + len(of_row)] = model.config.image_token_id
     return {"input_ids": ids, "pixel_values": pixels, "image_sizes": sizes}
+
+
+@pytest.mark.ranks(2, timeout=240)
+def test_rows_of_other_numbers_of_images_are_exact_in_whatever_order_they_come():
+    """Rows with fewer are padded with images of zeros, which the model leaves out."""
+    model = small_with_images("idefics3", layers=2)
+    full, fewer = (images_in_rows(model, numbers) for numbers in ((2, 2), (2, 1)))
+    built = build(model, "1F1B", None)
+    for batches in ([fewer, fewer], [full, full], [fewer, full]):
+        expected, wanted = one_process(model, batches)
+        assert_equals(built, call(built, batches), expected, wanted, "rows of some images")
+        for part in built[1]:
+            part.zero_grad()
+
+
+def images_in_rows(model, numbers):
+    """Rows with so many images of the two that there is room for, and their tokens."""
+    one = natural_batch(model, rows=1)
+    tokens = int((one["input_ids"] == model.config.image_token_id).sum())
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(numbers), 2, *one["pixel_values"].shape[2:])
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+    ids = torch.randint(3, 50, (len(numbers), 2 * tokens + 6), generator=generator)
+    for row, (images, number) in enumerate(zip(pixels, numbers, strict=True)):
+        images[number:] = 0
+        ids[row, 1 : 1 + number * tokens] = model.config.image_token_id
+    return {"input_ids": ids, "pixel_values": pixels}

@@ -36,7 +36,7 @@ from am_pipeline.cut.skeleton import copy_without
 from am_pipeline.cut.units import Units
 from am_pipeline.cut.weightless import Weightless
 from am_pipeline.nested import map_leaves
-from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
+from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length, padding_images
 
 Stages = tuple[tuple[str, ...], ...]
 _MOST_PROVED = 256  # forms of calls whose proofs are kept
@@ -559,6 +559,7 @@ def _pattern(inputs: Mapping[str, Any], sizes: Sizes, pieces: int) -> tuple:
             return "piece", of(value.tensor, batch // pieces)
         if not isinstance(value, torch.Tensor):
             return "float" if isinstance(value, float) else repr(value)
-        return str(value.dtype), tuple((size == rows, *(size == n for n in lengths), size == 1) for size in value.shape)
+        sizes = tuple((size == rows, *(size == n for n in lengths), size == 1) for size in value.shape)
+        return str(value.dtype), sizes, tuple(padding_images(value))
 
     return tuple((name, of(value)) for name, value in sorted(inputs.items()))

@@ -170,12 +170,22 @@ def _is_list_of_tensors(value: Any) -> bool:
 def _describe(value: Any, tensors: list[torch.Tensor]) -> list:
     if isinstance(value, torch.Tensor) and value.dtype in _DTYPES:
         tensors.append(value)
-        return ["tensor", list(value.shape), _DTYPES.index(value.dtype)]
+        return ["tensor", list(value.shape), _DTYPES.index(value.dtype), padding_images(value)]
     if _is_list_of_tensors(value) and all(v is None or v.dtype in _DTYPES for v in value):
         return ["list", [_describe(v, tensors) for v in value]]
     if value is None or isinstance(value, (bool, int, float, str)):
         return ["value", value]
     return ["unknown", type(value).__name__]
+
+
+def padding_images(value: torch.Tensor) -> list[int]:
+    """Which images `(rows, images, channels, ...)` are all zeros, counted through: those that pad a row to as many as
+    another has, and that models leave out (Idefics)."""
+    if value.dim() < 5 or not value.is_floating_point():
+        return []
+    images = value[(slice(None), slice(None), *[0] * (value.dim() - 2))] if not any(value.stride()[2:]) else value
+    seen = images.reshape(value.shape[0] * value.shape[1], -1).any(1)
+    return (~seen).nonzero().flatten().tolist()
 
 
 def _receive(description: list, tensors: list[torch.Tensor], sends: bool, source: int, group, device) -> Any:
@@ -194,11 +204,18 @@ def _receive(description: list, tensors: list[torch.Tensor], sends: bool, source
 
 
 def _imagine(description: list, device: torch.device) -> Any:
-    """A tensor of that form without memory, where only the form of an input matters: ones, as zeros may be padding."""
-    kind, what, *dtype = description
+    """A tensor of that form without memory, where only the form of an input matters: ones, and zeros for padding."""
+    kind, what, *more = description
     if kind == "list":
         return [_imagine(each, device) for each in what]
-    return what if kind == "value" else torch.ones((), dtype=_DTYPES[dtype[0]], device=device).expand(what)
+    if kind == "value":
+        return what
+    dtype, padding = more
+    if not padding:
+        return torch.ones((), dtype=_DTYPES[dtype], device=device).expand(what)
+    images = torch.ones(what[0] * what[1], dtype=_DTYPES[dtype], device=device)
+    images[padding] = 0
+    return images.view(*what[:2], *[1] * (len(what) - 2)).expand(what)
 
 
 def _share_text(text: str, size: int, source: int, group: dist.ProcessGroup) -> str:
