@@ -55,6 +55,7 @@ TESTS = {
         "am-tp-plans/tests/test_shared_heads.py::test_an_axis_that_heads_do_not_fit_is_refused_with_those_that_fit",
         "am-tp-plans/tests/test_shared_heads.py::test_a_plan_that_would_be_wrong_is_refused_on_every_rank_and_changes_nothing",
         "am-tp-plans/tests/test_shared_heads.py::test_a_report_says_which_heads_are_shared",
+        "am-tp-plans/tests/test_shared_heads.py::test_the_smallest_axis_that_heads_fit",
         "am-tp-plans/tests/test_shared_heads.py::test_two_key_value_heads_on_four_ranks",
     ],
     "am_tp_plans.styles.fused": ["am-tp-plans/tests/test_strided_shards.py", "am-tp-plans/tests/test_local.py"],

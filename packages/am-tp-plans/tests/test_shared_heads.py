@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import types
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from am_tp_plans import (
 from am_tp_plans.apply import check_plan
 from am_tp_plans.proof.rehearsal import rehearse
 from am_tp_plans.sources.translate import complete
+from am_tp_plans.styles.heads import fewest_ranks
 from am_tp_styles import KeyValueColwiseParallel, use_tp_linear
 
 SEQUENCE = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sequence"])
@@ -490,3 +492,22 @@ def test_a_plan_that_would_be_wrong_is_refused_on_every_rank_and_changes_nothing
         apply_plan(model, axis(), plan_of_projections())
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert model.attn.num_key_value_groups == 4
+
+
+@pytest.mark.parametrize(
+    ("heads", "of_keys", "least", "ranks"),
+    [
+        (9, 3, 2, 3),
+        (8, 2, 2, 2),
+        (8, 2, 4, 4),
+        (8, 2, 3, 4),
+        (4, 4, 2, 2),
+        (6, 4, 4, 4),
+        (8, None, 3, 4),
+        (None, 2, 3, 3),
+    ],
+)
+def test_the_smallest_axis_that_heads_fit(heads, of_keys, least, ranks):
+    model = nn.Module()
+    model.config = types.SimpleNamespace(num_attention_heads=heads, num_key_value_heads=of_keys)
+    assert fewest_ranks(model, least) == ranks
