@@ -384,11 +384,16 @@ def installed(session: nox.Session) -> dict[str, importlib.metadata.Distribution
 
 def run(session: nox.Session, tool: str, *arguments: str) -> None:
     """Run a tool of the session's environment, or of the shared one where the session has none of its own."""
-    shared = session.venv_backend == "none"
     # One thread per rank: ranks share the cores. After Ctrl-C, ranks get the time that a checkpoint takes.
     patience = {"interrupt_timeout": 120.0, "terminate_timeout": 30.0}
     environment = {"OMP_NUM_THREADS": "1"}
-    session.run(str(TOGETHER / tool) if shared else tool, *arguments, env=environment, external=shared, **patience)
+    shared = session.venv_backend == "none"
+    session.run(tool_of(session, tool), *arguments, env=environment, external=shared, **patience)
+
+
+def tool_of(session: nox.Session, tool: str) -> str:
+    """What a tool is called: by its path in the shared environment, where the session has none of its own."""
+    return str(TOGETHER / tool) if session.venv_backend == "none" else tool
 
 
 def pytest(session: nox.Session, name: str, *arguments: str) -> None:
@@ -398,8 +403,8 @@ def pytest(session: nox.Session, name: str, *arguments: str) -> None:
 def torchrun(session: nox.Session, processes: int, *command: str) -> None:
     """Start ranks, each with a hash seed of its own as on a cluster, where the order of a set differs between them."""
     launcher = ("python", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--no-python")
-    python = str(TOGETHER / "python") if session.venv_backend == "none" else "python"
-    run(session, *launcher, "bash", "-c", 'PYTHONHASHSEED=$((RANK + 1)) exec "$@"', "rank", python, *command)
+    own_seed = ("bash", "-c", 'PYTHONHASHSEED=$((RANK + 1)) exec "$@"', "rank")
+    run(session, *launcher, *own_seed, tool_of(session, "python"), *command)
 
 
 def junit(name: str) -> str:

@@ -115,13 +115,8 @@ def measure(task, model_type, layout, mesh, axes, attention):
 
 def batch_of(model, task, seed):
     """A batch of a length of its own; all but the first padded on the right where the model takes ids and a mask."""
-    batch = inputs_for(model, task, ROWS, seed, TOKENS - 2 * (seed % 3), DECODER_TOKENS - seed % 3)
-    ids = batch.get("input_ids")
-    masked = seed or model.config.model_type in MASKED_EVERYWHERE
-    if masked and ids is not None and "attention_mask" in inspect.signature(model.forward).parameters:
-        batch["attention_mask"] = torch.ones_like(ids)
-        batch["attention_mask"][::2, -3:] = 0
-    return batch
+    padded = seed > 0 or model.config.model_type in MASKED_EVERYWHERE
+    return inputs_for(model, task, ROWS, seed, TOKENS - 2 * (seed % 3), DECODER_TOKENS - seed % 3, padded=padded)
 
 
 def outputs_of(model, batch):

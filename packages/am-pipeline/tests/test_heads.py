@@ -123,12 +123,7 @@ def errors_of(model, task, schedule_name, words):
 
 def batch_of(model, task, seed):
     """A batch of a length of its own; all but the first padded on the right where the model takes ids and a mask."""
-    batch = inputs_for(model, task, ROWS, seed, TOKENS - 4 * seed, DECODER_TOKENS - seed)
-    ids = batch.get("input_ids")
-    if seed and ids is not None and "attention_mask" in inspect.signature(model.forward).parameters:
-        batch["attention_mask"] = torch.ones_like(ids)
-        batch["attention_mask"][::2, -3:] = 0
-    return batch
+    return inputs_for(model, task, ROWS, seed, TOKENS - 4 * seed, DECODER_TOKENS - seed, padded=seed > 0)
 
 
 def whole(model, batch):

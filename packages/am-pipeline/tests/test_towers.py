@@ -155,6 +155,15 @@ def assert_equals(built, logits, expected, wanted, what):
     assert worst.item() < 1e-9, f"{what} is off by {worst.item():.1e}"
 
 
+def assert_steps_equal(model, built, steps):
+    """Steps one after the other, each from no gradients."""
+    for number, batches in enumerate(steps):
+        expected, wanted = one_process(model, batches)
+        assert_equals(built, call(built, batches), expected, wanted, f"step {number}")
+        for part in built[1]:
+            part.zero_grad()
+
+
 def shard(part, world_mesh, moe_mesh, **axes):
     for name, module in part.named_modules():
         if name.rpartition(".")[0].endswith(".layers") and any(True for _ in module.parameters()):
@@ -199,15 +208,10 @@ def test_images_of_other_numbers_of_tiles_have_messages_of_their_own_or_are_refu
     model = small_with_images("llava_next", layers=2, image_grid_pinpoints=[[56, 112], [112, 112], [112, 56]])
     large, small = (tiled(model, size) for size in ([112, 112], [56, 112]))
     built = build(model, "1F1B", large)
-    for batches in ([large, large], [small, small], [large, large]):
-        expected, wanted = one_process(model, batches)
-        assert_equals(built, call(built, batches), expected, wanted, "as many tiles in both microbatches")
-        for part in built[1]:
-            part.zero_grad()
+    assert_steps_equal(model, built, ([large, large], [small, small], [large, large]))
     with pytest.raises(ValueError, match="must send the same between stages"):
         call(built, [large, small])
-    expected, wanted = one_process(model, [large, large])
-    assert_equals(built, call(built, [large, large]), expected, wanted, "after a refused step")
+    assert_steps_equal(model, built, ([large, large],))
 
 
 def tiled(model, size):
@@ -229,11 +233,7 @@ def test_rows_of_other_numbers_of_images_are_exact_in_whatever_order_they_come()
     model = small_with_images("idefics3", layers=2)
     full, fewer = (images_in_rows(model, numbers) for numbers in ((2, 2), (2, 1)))
     built = build(model, "1F1B", None)
-    for batches in ([fewer, fewer], [full, full], [fewer, full]):
-        expected, wanted = one_process(model, batches)
-        assert_equals(built, call(built, batches), expected, wanted, "rows of some images")
-        for part in built[1]:
-            part.zero_grad()
+    assert_steps_equal(model, built, ([fewer, fewer], [full, full], [fewer, full]))
 
 
 def images_in_rows(model, numbers):

@@ -80,11 +80,19 @@ def small_for(
 
 
 def inputs_for(
-    model: nn.Module, task: str, rows: int, seed: int = 0, tokens: int = TOKENS, decoder: int = DECODER_TOKENS
+    model: nn.Module,
+    task: str,
+    rows: int,
+    seed: int = 0,
+    tokens: int = TOKENS,
+    decoder: int = DECODER_TOKENS,
+    *,
+    padded: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Keyword inputs of a model from `small_for`, its first argument first.
 
     With a head an encoder-decoder makes the ids of its decoder itself, from a text that ends with its last token.
+    `padded` ids have padding on the right of every other row, where the model takes a mask.
 
     Raises:
         NotImplementedError: its first argument is of a kind that is not known here.
@@ -103,6 +111,9 @@ def inputs_for(
         inputs[first][:, -1] = getattr(model.config.get_text_config(), "eos_token_id", None) or 2
     if "bbox" in names and first == "input_ids":
         inputs["bbox"] = torch.arange(4).expand(rows, tokens, 4) + ids(tokens)[..., None]
+    if padded and first == "input_ids" and "attention_mask" in names:
+        inputs["attention_mask"] = torch.ones_like(inputs[first])
+        inputs["attention_mask"][::2, -3:] = 0
     return inputs
 
 

@@ -26,15 +26,12 @@ def refuse_after_layout(model: Any) -> None:
     """
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = partial(_refuse_save_pretrained, type(model).__name__)
-    known = {name for name, _ in model.named_parameters()}
-    owners = dict(model.named_modules())
+    known = {name: _owner(model, name) for name, _ in model.named_parameters()}
 
     @outside_graphs
     def check(_module: nn.Module, _arguments: Any) -> None:
-        late = [n for n, p in model.named_parameters() if n not in known and not isinstance(p, DTensor)]
-        for name, module in model.named_modules():  # a new head has the old one's names
-            new = owners.get(name, module) is not module
-            late += [f"{name}.{n}" for n, p in module._parameters.items() if new and not isinstance(p, DTensor)]
+        plain = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+        late = [name for name in plain if known.get(name) is not _owner(model, name)]  # a new head has the old names
         if late:
             raise ValueError(
                 f"{late[0]} and {len(late) - 1} more parameters were added to {type(model).__name__} after it was laid "
@@ -46,6 +43,10 @@ def refuse_after_layout(model: Any) -> None:
             handle.remove()
 
     handle = model.register_forward_pre_hook(check, prepend=True)
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
 
 
 def _refuse_save_pretrained(name: str, *_: Any, **__: Any) -> None:

@@ -14,9 +14,9 @@ from am_moe._torch_compat import all_gather
 from am_moe.context_parallel.plan import head_tail
 
 IGNORED = -100
-# The number of labels that belongs to each kind of them.
 # How the names of what images and videos are made of start; these are whole on every rank.
 _OF_IMAGES = ("pixel_", "image_", "video_", "second_per_grid")
+# The number of labels that belongs to each kind of them.
 COUNTS = {"shift_labels": "num_items_in_batch", "labels": "num_labels_in_batch"}
 
 
