@@ -17,10 +17,8 @@ from am_moe._torch_compat import (
     axis,
     by_argument,
     end_forward,
-    fake_mode,
     group_of,
     in_backward,
-    is_fake,
     is_unsharded,
     needs_numbers,
     operator_name,
@@ -28,12 +26,12 @@ from am_moe._torch_compat import (
     reduce_scatter,
     reduce_unused,
     side_by_side,
-    storage_key,
     unit_key,
     unit_parameters,
     writes,
     written_arguments,
 )
+from am_moe._torch_compat_fakes import fake_mode, is_fake, storage_key
 from am_testkit.device import device_type
 
 

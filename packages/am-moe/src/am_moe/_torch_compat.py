@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,40 +115,11 @@ def axis(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
         return None
 
 
-def fake_mode() -> Any:
-    """A mode whose tensors have shapes, dtypes and strides on the CPU, and no memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
 def needs_numbers(error: Exception) -> bool:
     """Whether an operator failed because its result's shape, or a number read, depends on what is in tensors."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
-
-
-@contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Operators that do not fit tensors without memory raise, and are not logged as well."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """The identity of a tensor's memory, the same for all views of it as long as one of them lives."""
-    return tensor.untyped_storage()._cdata
 
 
 def operator_name(function: Any) -> str:

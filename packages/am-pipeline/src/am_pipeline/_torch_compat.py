@@ -1,11 +1,11 @@
-"""The one place that touches private names of torch: of its pipelining, of FSDP2 and of tensors without memory.
+"""The one place that touches private names of torch: of its pipelining and of FSDP2; `_torch_compat_fakes.py` those
+of tensors without memory.
 
 `tests/test_torch_compat.py` fails when torch changes them.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +24,6 @@ from torch.distributed.pipelining.schedules import (
     _PipelineScheduleRuntime,
     get_schedule_class,
 )
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 Schedule = _PipelineSchedule
@@ -381,93 +380,6 @@ def _dtype_of_most(*modules: nn.Module) -> torch.dtype | None:
         if parameter.is_floating_point():
             elements[parameter.dtype] += parameter.numel()
     return elements.most_common(1)[0][0] if elements else None
-
-
-def fake_mode() -> Any:
-    """A mode whose tensors have shapes, dtypes and strides on the CPU, and no memory."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    fake.known_shapes = {}  # of `run_without_memory`
-    return fake
-
-
-def run_without_memory(fake: Any, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What an operator returns for tensors of a mode: as the mode does it, in a third of the time.
-
-    Views are taken by the kernel for tensors without memory. What another operator returns depends on nothing but the
-    forms of its arguments, and is made of what it was for these the first time.
-    """
-    from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
-
-    cpu = torch.device("cpu")
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    if function._schema.is_mutable or not all(isinstance(t, FakeTensor) or t.dim() == 0 for t in tensors):
-        return function(*args, **kwargs)
-    if function.is_view:
-        with in_kernel_invocation_manager(fake):
-            seen = function(*args, **kwargs)
-        return tree_map(lambda meta: FakeTensor(fake, meta, cpu), seen)
-    form = _form((args, kwargs))
-    key = (function, torch.get_default_dtype(), form)
-    try:
-        known = fake.known_shapes.get(key)
-    except TypeError:  # an argument that has no hash
-        return function(*args, **kwargs)
-    if known is None:
-        result = function(*args, **kwargs)
-        fake.known_shapes[key] = _forms_made(result, tensors)
-        return result
-    if known is _OTHERWISE:
-        return function(*args, **kwargs)
-    kind, forms = known
-    made = [FakeTensor(fake, torch.empty_strided(*form[:2], dtype=form[2], device="meta"), cpu) for form in forms]
-    return made[0] if kind is torch.Tensor else kind(made)
-
-
-_OTHERWISE = object()
-
-
-def _form(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape), value.stride(), value.storage_offset(), value.dtype
-    if isinstance(value, dict):
-        return tuple((name, _form(each)) for name, each in value.items())
-    return (type(value), *map(_form, value)) if isinstance(value, (tuple, list)) else (type(value), value)
-
-
-def _forms_made(result: Any, given: list[torch.Tensor]) -> Any:
-    """The forms of fresh tensors, each with memory of its own; what else an operator returns is not remembered."""
-    made = [result] if isinstance(result, torch.Tensor) else result
-    if not isinstance(made, (tuple, list)) or not all(isinstance(t, torch.Tensor) and is_fake(t) for t in made):
-        return _OTHERWISE
-    memories = {storage_key(t) for t in made} - {storage_key(t) for t in given}
-    if len(memories) < len(made) or any(t.storage_offset() for t in made):
-        return _OTHERWISE
-    kind = torch.Tensor if isinstance(result, torch.Tensor) else type(result)
-    return kind, [(tuple(t.shape), t.stride(), t.dtype) for t in made]
-
-
-@contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Operators that do not fit tensors without memory raise, and are not logged as well."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """The identity of a tensor's memory, the same for all views of it as long as one of them lives."""
-    return tensor.untyped_storage()._cdata
 
 
 def written_arguments(function: Any, args: tuple, kwargs: dict[str, Any]) -> list[Any]:

@@ -14,6 +14,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in a nested value, in order."""
     if isinstance(value, torch.Tensor):
         yield value
+        return
     for item in _items(value):
         yield from tensors_in(item)
 

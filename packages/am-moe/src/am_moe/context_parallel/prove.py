@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_moe._torch_compat import fake_mode
+from am_moe._torch_compat_fakes import fake_mode
 from am_moe.context_parallel.nested import map_tensors, tensors_in
 from am_moe.context_parallel.picked import Picked
 from am_moe.context_parallel.plan import head_tail

@@ -24,15 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from am_moe._torch_compat import (
-    by_argument,
-    is_fake,
-    needs_numbers,
-    operator_name,
-    quiet_fakes,
-    storage_key,
-    written_arguments,
-)
+from am_moe._torch_compat import by_argument, needs_numbers, operator_name, written_arguments
+from am_moe._torch_compat_fakes import is_fake, quiet_fakes, run_without_memory, storage_key
 from am_moe.context_parallel.nested import map_tensors, tensors_in
 from am_moe.context_parallel.rules import DRAWS, IDENTITIES, Operation, Part, State, Wrong, states_after
 
@@ -143,6 +136,8 @@ class Reading(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return torch.device("cpu")
         if self.quiet or func.namespace == "prim":
             return self._compute(func, args, kwargs)
         name, given = operator_name(func), by_argument(func, args, kwargs)
@@ -249,13 +244,13 @@ class Reading(TorchDispatchMode):
         def twin_of(value: torch.Tensor) -> torch.Tensor:
             if is_fake(value) or value.dim() == 0:
                 return value
-            twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            with self.fake:
+                twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
             twins[id(twin)] = value
             return twin
 
-        with self.fake:
-            args, kwargs = map_tensors(args, twin_of), map_tensors(kwargs, twin_of)
-            result = func(*args, **kwargs)
+        args, kwargs = map_tensors(args, twin_of), map_tensors(kwargs, twin_of)
+        result = run_without_memory(self.fake, func, args, kwargs)
         if func._schema.is_mutable:
             self.unknown |= {storage_key(value) for value in twins.values()}
         return map_tensors(result, lambda value: twins.get(id(value), value))

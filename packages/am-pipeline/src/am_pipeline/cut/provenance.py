@@ -23,7 +23,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,17 +32,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_pipeline._torch_compat import (
-    flops_of,
-    is_fake,
-    is_random,
-    looks_at_values,
-    operator_name,
-    quiet_fakes,
-    run_without_memory,
-    storage_key,
-    written_arguments,
-)
+from am_pipeline._torch_compat import flops_of, is_random, looks_at_values, operator_name, written_arguments
+from am_pipeline._torch_compat_fakes import is_fake, quiet_fakes, run_without_memory, storage_key
 from am_pipeline.nested import map_leaves, tensors_in
 
 
@@ -251,7 +242,7 @@ class Tracer(TorchDispatchMode):
             handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leaving(name), with_kwargs=True))
         try:
-            with _generators_kept() as drawn, quiet_fakes(), torch.enable_grad(), torch.device("cpu"):
+            with _generators_kept() as drawn, quiet_fakes(), torch.enable_grad(), _on_the_cpu():
                 with _Lookers(self), self:
                     output = list(tensors_in(forward()))
                 self.trace.python_random = drawn()
@@ -327,9 +318,9 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if self.quiet:
             return func(*args, **(kwargs or {}))
-        name = operator_name(func)
-        if name == "prim.device.default":
+        if func is torch.ops.prim.device.default:  # most of all calls
             return torch.device("cpu")
+        name = operator_name(func)
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
@@ -562,11 +553,12 @@ class Tracer(TorchDispatchMode):
 def _generators_kept() -> Iterator[Callable[[], bool]]:
     """Generators of random numbers are afterwards as before; tells whether one that is not torch's was used."""
     numpy = sys.modules.get("numpy")
-    before, of_numpy = random.getstate(), numpy.random.get_state(legacy=False) if numpy else None
+    before, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
 
     def used() -> bool:
-        now = numpy.random.get_state(legacy=False) if numpy else None
-        return random.getstate() != before or str(now) != str(of_numpy)
+        if random.getstate() != before:
+            return True
+        return numpy is not None and not all(map(numpy.array_equal, numpy.random.get_state(), of_numpy))
 
     try:
         with torch.random.fork_rng([]):
@@ -575,6 +567,12 @@ def _generators_kept() -> Iterator[Callable[[], bool]]:
         random.setstate(before)
         if numpy:
             numpy.random.set_state(of_numpy)
+
+
+def _on_the_cpu() -> AbstractContextManager:
+    """With the CPU as the default device, which it mostly is: each function of torch asks a mode that sets another."""
+    cpu = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == cpu else cpu
 
 
 class _Lookers(TorchFunctionMode):

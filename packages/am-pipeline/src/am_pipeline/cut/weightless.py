@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from am_pipeline._torch_compat import backward_hooks_of, fake_mode, forward_hooks_of, hooks_of
+from am_pipeline._torch_compat import backward_hooks_of, forward_hooks_of, hooks_of
+from am_pipeline._torch_compat_fakes import fake_mode
 
 # By the name of a unit, the hooks that the model's own code puts on it while it runs.
 Recorders = dict[str, tuple[Callable, ...]]
