@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import select
 import socket
 import time
@@ -21,9 +22,11 @@ def run_forked(
     listener = socket.create_server(("127.0.0.1", 0), backlog=world * 4)
     address = listener.getsockname()[:2]
     deadline = time.monotonic() + timeout
+    gc.freeze()  # ranks need not look through what was there before them, which would copy its memory
     ranks = [
         fork_rank(body, render, rank, world, timeout, address, listener if rank == 0 else None) for rank in range(world)
     ]
+    gc.unfreeze()
     listener.close()
     try:
         _watch(ranks, deadline, timeout)
