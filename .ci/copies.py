@@ -15,7 +15,16 @@ COPIES = (
     (
         "am_fsdp.layout",
         "am_moe.data_parallel",
-        ("after_layout.py", "evaluation.py", "packed.py", "replicas.py", "same_towers.py", "units.py"),
+        (
+            "after_layout.py",
+            "batch_norm.py",
+            "evaluation.py",
+            "packed.py",
+            "replicas.py",
+            "same_towers.py",
+            "same_units.py",
+            "units.py",
+        ),
     ),
     ("am_pipeline", "am_moe", ("_torch_compat_fakes.py",)),
 )

@@ -16,10 +16,20 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread, as when an activation checkpoint recomputes."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def is_unsharded(module: FSDPModule) -> bool:
     """Whether an FSDP module holds its whole parameters right now; False for one that manages none."""
     groups = _groups(module._get_fsdp_state())
     return bool(groups) and all(group.is_unsharded for group in groups)
+
+
+def reduces_unused(module: FSDPModule) -> bool:
+    """Whether the parameters of a unit that a rank did not use take part in the reduction of gradients, as zeros."""
+    return any(getattr(group, "reduce_scatter_unused_params", False) for group in _groups(module._get_fsdp_state()))
 
 
 def unit_key(module: FSDPModule) -> int:
@@ -28,9 +38,15 @@ def unit_key(module: FSDPModule) -> int:
 
 
 def unit_parameters(module: FSDPModule) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """Name, shard and gathered form of each parameter of a unit; None where it was never gathered."""
+    """Name, shard and gathered form of each parameter of a unit; None where it was never gathered.
+
+    Names are those in the model once it has run.
+    """
     managed = [parameter for group in _groups(module._get_fsdp_state()) for parameter in group.fsdp_params]
-    return [(p._module_info.param_name, p.sharded_param, getattr(p, "_unsharded_param", None)) for p in managed]
+    return [
+        (p._param_fqn or p._module_info.param_name, p.sharded_param, getattr(p, "_unsharded_param", None))
+        for p in managed
+    ]
 
 
 def end_forward(module: FSDPModule) -> None:

@@ -59,15 +59,26 @@ def is_unsharded(module: FSDPModule) -> bool:
     return bool(groups) and all(group.is_unsharded for group in groups)
 
 
+def reduces_unused(module: FSDPModule) -> bool:
+    """Whether the parameters of a unit that a rank did not use take part in the reduction of gradients, as zeros."""
+    return any(getattr(group, "reduce_scatter_unused_params", False) for group in _groups(module._get_fsdp_state()))
+
+
 def unit_key(module: FSDPModule) -> int:
     """The same for modules that FSDP2 gathers together."""
     return id(module._get_fsdp_state())
 
 
 def unit_parameters(module: FSDPModule) -> list[tuple[str, torch.Tensor, torch.Tensor | None]]:
-    """Name, shard and gathered form of each parameter of a unit; None where it was never gathered."""
+    """Name, shard and gathered form of each parameter of a unit; None where it was never gathered.
+
+    Names are those in the model once it has run.
+    """
     managed = [parameter for group in _groups(module._get_fsdp_state()) for parameter in group.fsdp_params]
-    return [(p._module_info.param_name, p.sharded_param, getattr(p, "_unsharded_param", None)) for p in managed]
+    return [
+        (p._param_fqn or p._module_info.param_name, p.sharded_param, getattr(p, "_unsharded_param", None))
+        for p in managed
+    ]
 
 
 def end_forward(module: FSDPModule) -> None:
@@ -91,6 +102,11 @@ def reduce_as_asked(module: FSDPModule) -> None:
         frozen_at_first = getattr(group, "_orig_dtype", torch.float32) is None
         if frozen_at_first and any(p.sharded_param.requires_grad for p in group.fsdp_params):
             group._init_mp_dtypes()
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether hooks were registered on a leaf, which memory of its own would lose."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def writes(tensor: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from am_moe.data_parallel.units import stacks_of_units
+from am_moe.data_parallel.units import stacks_of_units, turn_off_caches
 from am_moe.expert_parallel.collectives import asked, asked_now
 from am_moe.expert_parallel.experts import describe_experts
 
@@ -60,8 +60,7 @@ def apply_ac(
     blocks = [layer for stack in stacks_of_units(model) for layer in stack]
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no ModuleList of blocks to recompute")
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        model.config.use_cache = False
+    turn_off_caches(model)
     for block in blocks:
         how = {"context_fn": _Kept(block, router).contexts} if router else {}
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **how)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from am_fsdp._torch_compat import has_gradient_hooks
 from am_fsdp.layout.evaluation import outside_graphs
 
 
@@ -43,6 +44,34 @@ def refuse_after_layout(model: Any) -> None:
             handle.remove()
 
     handle = model.register_forward_pre_hook(check, prepend=True)
+
+
+def refuse_before_layout(model: nn.Module) -> None:
+    """Refuse what a layout would leave behind with the parameters that it takes the place of; changes nothing.
+
+    Raises:
+        ValueError: names a parameter with a hook on its gradient, or one that a module holds beside its registered one.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if has_gradient_hooks(parameter):
+            raise ValueError(
+                f"{name} has a hook on its gradient, which would stay with the parameter that the sharded one takes "
+                "the place of; register_post_accumulate_grad_hook after the layout runs on the reduced gradient"
+            )
+    for where, module in model.named_modules():
+        for key, value in vars(module).items():
+            for held in value if isinstance(value, (list, tuple)) else value.values() if _is_plain(key, value) else ():
+                if isinstance(held, nn.Parameter) and id(held) in names:
+                    raise ValueError(
+                        f"{where or type(module).__name__}.{key} holds {names[id(held)]} where nobody finds it, and "
+                        "would keep the whole one; look it up in forward, or register it by nn.ParameterList"
+                    )
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an attribute is a dict of the module's own, not one in which `nn.Module` keeps things."""
+    return isinstance(value, dict) and key not in vars(nn.Module())
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from am_fsdp.layout.units import layer_stacks
+from am_fsdp.layout.units import layer_stacks, turn_off_caches
 
 Mode = Literal["full", "selective", "mlp"]
 MODES = get_args(Mode)
@@ -23,7 +23,8 @@ def checkpoint_layers(model: nn.Module, mode: bool | int | Mode = "full") -> Non
     """Recompute activations in backward instead of keeping them.
 
     The forward of each layer instance is replaced, inside the hooks that FSDP and tensor-parallel styles put on the
-    layer. A key-value cache would be filled twice, so `model.config.use_cache` is set to False.
+    layer. A key-value cache would be filled twice, so `use_cache` is set to False in the config of the model and of
+    every part of it.
 
     Args:
         model: layers in `ModuleList`s; changed in place.
@@ -38,9 +39,7 @@ def checkpoint_layers(model: nn.Module, mode: bool | int | Mode = "full") -> Non
     modules = recomputed_modules(model, mode)
     if not modules:
         return
-    config = getattr(model, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False
+    turn_off_caches(model)
     how: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)

@@ -6,8 +6,6 @@ the bits mean in the module's `quant_state`. FSDP2 shards the column like any ot
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -16,9 +14,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 def packed_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of linears, by name, whose shape is not `(out_features, in_features)`."""
     return {
-        f"{name}.weight".lstrip("."): module.weight
-        for name, module in _linears(model)
-        if tuple(module.weight.shape) != (module.out_features, module.in_features)
+        f"{name}.weight".lstrip("."): weight
+        for name, module, weight in _linears(model)
+        if tuple(weight.shape) != (module.out_features, module.in_features)
     }
 
 
@@ -43,8 +41,8 @@ def check_whole(model: nn.Module) -> None:
     Raises:
         ValueError: a weight of a class of its own, and no `quant_state` in the module to make it anew from.
     """
-    for name, module in _linears(model):
-        kind = type(module.weight)
+    for name, module, weight in _linears(model):
+        kind = type(weight)
         if nn.Parameter in kind.__mro__[1:] and getattr(module, "quant_state", None) is None:
             raise ValueError(
                 f"{name}.weight is a {kind.__name__}, which holds more than numbers: a plain parameter takes its "
@@ -53,6 +51,8 @@ def check_whole(model: nn.Module) -> None:
             )
 
 
-def _linears(model: nn.Module) -> list[tuple[str, Any]]:
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear, nn.Parameter]]:
+    """With the weight that is registered: one that is computed, as under a parametrisation, would be computed here."""
     linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [(name, module) for name, module in linears if getattr(module, "weight", None) is not None]
+    held = ((name, module, dict(module.named_parameters(recurse=False)).get("weight")) for name, module in linears)
+    return [(name, module, weight) for name, module, weight in held if weight is not None]

@@ -11,13 +11,15 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 import am_tp_plans
 from am_fsdp._torch_compat import axis, side_by_side
-from am_fsdp.layout.after_layout import refuse_after_layout
+from am_fsdp.layout.after_layout import refuse_after_layout, refuse_before_layout
+from am_fsdp.layout.batch_norm import batch_norms, normalise_over_ranks
 from am_fsdp.layout.checkpointing import Mode, checkpoint_layers, recomputed_modules
 from am_fsdp.layout.evaluation import reshard_after_evaluation
 from am_fsdp.layout.packed import check_packed
 from am_fsdp.layout.recursive import apply_fsdp_sharding_recursively
 from am_fsdp.layout.replicas import check_replicas, check_replicas_at_first_forward
 from am_fsdp.layout.same_towers import run_towers_on_every_rank
+from am_fsdp.layout.same_units import keep_units_in_step
 from am_fsdp.layout.units import edges, units_of_another_dtype
 
 
@@ -48,7 +50,8 @@ def fsdp2_strategy_parallelize(
         offload_policy: FSDP2's own; `cpu_offload=True` is short for `CPUOffloadPolicy`.
         sequence_parallel: shard the sequence between layers over the tensor axis; sets `model.sequence_shards`.
         activation_checkpointing: recompute in backward: True or "full" for each layer, n for every n-th, "selective" or
-            "mlp"; see `checkpoint_layers`. Sets `model.config.use_cache = False`.
+            "mlp"; see `checkpoint_layers`. Sets `use_cache = False` in the
+            configs of the model and its parts.
         tp_shard_plan: a plan, or the import path of a dict or of a function of `(model, sequence_parallel)`, of the
             model, or without arguments; else the family's, else the one that transformers brings
             (`am_tp_plans.resolve_plan`).
@@ -64,15 +67,17 @@ def fsdp2_strategy_parallelize(
     Collectives: those of FSDP2 over the data axis and of the plan's styles over the tensor axis; with real weights
         each sharded parameter is broadcast once over the tensor axis, after those of `check_replicas`. Models with
         several stacks of layers compare what they are given over the data axis in every forward (`same_towers`): a
-        tower that any rank runs is run by all, on made-up images where a rank has none.
+        tower that any rank runs is run by all, on made-up images where a rank has none. The first forward of each kind
+        compares which units run (`same_units`); batch norms in training sum over the data ranks (`batch_norm`).
 
     Raises:
         ValueError: the data axis is missing, a plan or sequence parallelism was asked for without a tensor axis, packed
             (quantised) weights would be cast or lost, experts are already spread over the data ranks, a unit is sharded
-            already, one module holds parameters of two dtypes, the recomputation or the plan does not fit, or real
-            weights differ between data or tensor ranks; on every rank alike, before the model is changed. From the
-            first forward: so do weights that a model from meta was given; parameters, such as adapters, were added
-            after the layout.
+            already, one module holds parameters of two dtypes, a parameter has hooks on its gradient or is held beside
+            its registered name, a batch norm has a forward of its own, the recomputation or the plan does not fit, or
+            real weights differ between data or tensor ranks; on every rank alike, before the model is changed. From
+            the first forward: so do weights that a model from meta was given; parameters, such as adapters, were added
+            after the layout; ranks would run other units than each other.
         TypeError: a dtype or a policy is something else.
     """
     dp_mesh = data_axes(device_mesh, dp_mesh_name, dp_cp_mesh_name)
@@ -80,6 +85,8 @@ def fsdp2_strategy_parallelize(
     _check_axes(device_mesh, dp_mesh, tp_mesh, dp_mesh_name, tp_mesh_name, sequence_parallel, tp_shard_plan)
     _check_settings(param_dtype, mp_policy, offload_policy)
     _check_model(model, dp_mesh, dp_mesh_name)
+    refuse_before_layout(model)
+    batch_norms(model)
     recomputed_modules(model, activation_checkpointing)
     offload = offload_policy or (offload_to_cpu() if cpu_offload else OffloadPolicy())
     mixed = mp_policy or default_mp_policy(model, param_dtype)
@@ -95,6 +102,7 @@ def fsdp2_strategy_parallelize(
 
     if tp_mesh is not None and plan is not None:
         am_tp_plans.apply_plan(model, tp_mesh, plan)
+    normalise_over_ranks(model, dp_mesh)
     checkpoint_layers(model, activation_checkpointing)
     apply_fsdp_sharding_recursively(model, dp_mesh, mixed, offload)
     for unit in edges(model):
@@ -104,7 +112,8 @@ def fsdp2_strategy_parallelize(
             fully_shard(whole, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
     # The root holds what is left; tied embeddings and head stay one parameter in it.
     fully_shard(model, mesh=dp_mesh, mp_policy=mixed, offload_policy=offload, reshard_after_forward=False)
-    run_towers_on_every_rank(model, dp_mesh, mixed)
+    towers = run_towers_on_every_rank(model, dp_mesh, mixed)
+    keep_units_in_step(model, dp_mesh, towers)
     reshard_after_evaluation(model)
     refuse_after_layout(model)
     if from_meta:

@@ -167,6 +167,17 @@ def stacks_of_units(model: nn.Module) -> list[list[nn.Module]]:
     return found
 
 
+def turn_off_caches(model: nn.Module) -> None:
+    """Set `use_cache` to False in the config of every module: a layer that is recomputed would fill a cache twice.
+
+    The stacks of an encoder-decoder hold copies of the model's config, the parts of a vision-language model their own.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
 def _run_past_hooks(model: nn.Module) -> set[int]:
     """The stacks, by id, whose owner's forward calls that of something in it by name."""
     hidden: set[int] = set()

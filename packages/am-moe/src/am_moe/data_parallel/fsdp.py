@@ -14,10 +14,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import Shard
 
 from am_moe._torch_compat import reduce_unused
-from am_moe.data_parallel.after_layout import refuse_after_layout
+from am_moe.data_parallel.after_layout import refuse_after_layout, refuse_before_layout
+from am_moe.data_parallel.batch_norm import batch_norms, normalise_over_ranks
 from am_moe.data_parallel.evaluation import reshard_after_evaluation
 from am_moe.data_parallel.packed import check_packed
 from am_moe.data_parallel.same_towers import run_towers_on_every_rank
+from am_moe.data_parallel.same_units import keep_units_in_step
 from am_moe.data_parallel.units import edges, stacks_of_units, units_of_another_dtype
 from am_moe.expert_parallel.apply import check_adapters
 from am_moe.expert_parallel.experts import Experts, describe_experts
@@ -87,6 +89,7 @@ def apply_fsdp(
         "offload_policy": offload_policy or OffloadPolicy(),
         "reshard_after_forward": reshard_after_forward,
     }
+    normalise_over_ranks(model, fsdp_mesh)
     expert_parameters = _spread_parameters(model, found) if ep_enabled else set()
     for owners, policy in units_of_another_dtype(model, settings["mp_policy"], expert_parameters):
         unit = [module for module in owners if module is not head]
@@ -114,7 +117,8 @@ def apply_fsdp(
         if _may_use_a_part(layer):
             reduce_unused(layer)
     _prefetch(stacks)
-    run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
+    towers = run_towers_on_every_rank(model, fsdp_mesh, settings["mp_policy"])
+    keep_units_in_step(model, fsdp_mesh, towers)
     reshard_after_evaluation(model)
     refuse_after_layout(model)
 
@@ -150,6 +154,8 @@ def check_units(
 ) -> None:
     """Refuse what `apply_fsdp` would, with its errors, as far as the model alone shows it; nothing is changed."""
     check_packed(model, mp_policy or MixedPrecisionPolicy())
+    refuse_before_layout(model)
+    batch_norms(model)
     _head(model, lm_head_precision)
     spread = _spread_parameters(model, describe_experts(model)) if ep_enabled else ()
     units_of_another_dtype(model, mp_policy or MixedPrecisionPolicy(), spread)

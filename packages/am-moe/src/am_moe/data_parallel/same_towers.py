@@ -34,7 +34,7 @@ from am_moe.data_parallel.units import stack_names
 _WAITS = "the embedding, to run towers"
 
 
-def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy) -> None:
+def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy) -> Towers | None:
     """From now on, a tower that any rank of a mesh runs in a forward is run by all of them, in place.
 
     Args:
@@ -51,14 +51,18 @@ def run_towers_on_every_rank(model: nn.Module, mesh: DeviceMesh, mp_policy: Mixe
             needs, or the ranks would run different layers or train different parameters.
     """
     stacks = stack_names(model)
-    if len(stacks) > 1 and mesh.size() > 1:
-        towers = _Towers(model, mesh, mp_policy, stacks)
-        model.register_forward_pre_hook(towers.before, prepend=True, with_kwargs=True)
-        model.register_forward_hook(towers.after)
-        model.__dict__["runs_towers_on_every_rank"] = True  # am-pipeline lets inputs of ranks differ where this is set
+    if len(stacks) < 2 or mesh.size() == 1:
+        return None
+    towers = Towers(model, mesh, mp_policy, stacks)
+    model.register_forward_pre_hook(towers.before, prepend=True, with_kwargs=True)
+    model.register_forward_hook(towers.after)
+    model.__dict__["runs_towers_on_every_rank"] = True  # am-pipeline lets inputs of ranks differ where this is set
+    return towers
 
 
-class _Towers:
+class Towers:
+    """Of one model: `given` are the names of what its forward was given, `mixed` whether ranks were given others."""
+
     def __init__(self, model: Any, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy, stacks: list[str]) -> None:
         self.mesh, self.mp_policy, self.stacks = mesh, mp_policy, stacks
         self.owner, names = _methods_of_towers(model)
@@ -67,17 +71,23 @@ class _Towers:
         self.hooks: list[Any] = []  # of this forward
         self.to_run: list[Callable[[], Any]] = []
         self.features: list[torch.Tensor] = []
+        self.given: tuple[str, ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        return bool(self.hooks)
 
     @outside_graphs
     def before(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._end()
         given = dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
         given = {name: value for name, value in sorted(given.items()) if _holds(value)}
+        self.given = tuple(given)
         if not self._differs(zlib.crc32(" ".join(given).encode())):
             return
         tower_inputs = {name for takes in self.takes.values() for name in takes}
         described = {n: _describe(v, n in tower_inputs) for n, v in given.items()}
-        everyones = _everyones(described, self.mesh)
+        everyones = on_every_rank(described, self.mesh)
         self._check_inputs(model, everyones, tower_inputs)
         known = {name: value for one in reversed(everyones) for name, value in one.items()}
         for method, takes in self.takes.items():
@@ -94,7 +104,7 @@ class _Towers:
             return
         if self.key not in self.proved:
             self._tell("the end")
-            reached = _everyones(_reached(model, output), self.mesh)
+            reached = on_every_rank(reached_parameters(model, output), self.mesh)
             if any(one != reached[0] for one in reached):
                 differ = sorted(set().union(*reached) - set.intersection(*reached))
                 self._refuse(model, f"gradients of {', '.join(differ[:4])} would come from some ranks only")
@@ -162,13 +172,13 @@ class _Towers:
         while self.to_run:
             found = self.to_run.pop(0)()
             used = [getattr(found, name, None) for name in ("pooler_output", "deepstack_features")]
-            self.features += [f for f in _tensors(found if used[0] is None else used) if f.requires_grad]
+            self.features += [f for f in tensors_in(found if used[0] is None else used) if f.requires_grad]
 
     @torch.compiler.disable
     def _join(self, _module: nn.Module, _args: Any, embedded: torch.Tensor) -> torch.Tensor:
         self._run()
         features, self.features = self.features, []
-        return _WithZeros.apply(embedded, *features) if features else embedded
+        return WithZeros.apply(embedded, *features) if features else embedded
 
     def _arrive(self, module: nn.Module, name: str) -> None:
         """Before a unit: every rank must be there, or wait at the embedding for the towers of this rank."""
@@ -184,14 +194,14 @@ class _Towers:
     def _tell(self, here: str, name: str | None = None) -> bool:
         """Whether some ranks wait at the embedding while the others are at a tower."""
         embedding = next(n for n, module in self.model.named_modules() if module is self.embedding)
-        everywhere = set(_everyones(here, self.mesh))
+        everywhere = set(on_every_rank(here, self.mesh))
         units = everywhere - {_WAITS}
         if len(units) > 1 or (_WAITS in everywhere and not units <= {embedding} and self.first):
             self._refuse(self.model, f"some ranks are at {' and others at '.join(sorted(everywhere))}")
         return _WAITS in everywhere and bool(units) and units != {embedding}
 
 
-class _WithZeros(torch.autograd.Function):
+class WithZeros(torch.autograd.Function):
     """The first tensor as it is; the others are part of its graph, and their gradients are zeros."""
 
     @staticmethod
@@ -229,7 +239,7 @@ def _describe(value: Any, with_content: bool) -> tuple:
     return "integers", value.dtype, value.tolist() if with_content else None
 
 
-def _everyones(mine: Any, mesh: DeviceMesh) -> list[Any]:
+def on_every_rank(mine: Any, mesh: DeviceMesh) -> list[Any]:
     """What each rank of a mesh says, in the same order on every rank."""
     known = [mine]
     for axis in range(mesh.ndim):
@@ -240,14 +250,13 @@ def _everyones(mine: Any, mesh: DeviceMesh) -> list[Any]:
     return known
 
 
-def _reached(model: nn.Module, output: Any) -> set[str]:
+def reached_parameters(model: nn.Module, output: Any) -> set[str]:
     """The names of the trained parameters that the graph of an output reaches."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for unit, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, FSDPModule):
-            for index, (name, _, whole) in enumerate(unit_parameters(module)):
-                names[id(whole)] = f"{unit}.{name} ({index})"
-    nodes = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+            names |= {id(whole): name for name, _, whole in unit_parameters(module)}
+    nodes = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
     seen, found = set(nodes), set()
     while nodes:
         node = nodes.pop()
@@ -259,11 +268,11 @@ def _reached(model: nn.Module, output: Any) -> set[str]:
     return found
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
