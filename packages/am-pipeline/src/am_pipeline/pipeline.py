@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -193,14 +193,22 @@ def pipeline_model(
     return schedule, parts, any(s.is_first for s in stages), any(s.is_last for s in stages), stages
 
 
-def set_sequence_shards(part: nn.Module, ranks: int) -> None:
+def set_sequence_shards(part: nn.Module, ranks: int, whole: Iterable[str] | None = None) -> None:
     """Say over how many ranks the sequence is sharded between the layers of a part: `part.sequence_shards`.
+
+    Args:
+        part: a part of the pipeline.
+        ranks: over which each layer's result is sharded.
+        whole: full names of layers whose results are gathered all the same, such as the last of an encoder without a
+            final norm: `part.whole_outputs`. None leaves what is there, as `am_tp_plans.apply_plan` sets it.
 
     Raises:
         ValueError: `ranks` is not positive.
     """
     if ranks < 1:
         raise ValueError(f"ranks must be positive, got {ranks}")
+    if whole is not None:
+        part.__dict__["whole_outputs"] = tuple(whole)
     part.__dict__["sequence_shards"] = ranks
 
 

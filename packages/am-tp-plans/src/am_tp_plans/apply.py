@@ -23,7 +23,13 @@ from am_tp_plans.proof.check import check_seeds
 from am_tp_plans.proof.read_outputs import refuse_parts
 from am_tp_plans.proof.rehearsal import rehearse
 from am_tp_plans.sources.registry import is_family
-from am_tp_plans.styles.basic import VocabParallelEmbedding, each, is_open_colwise, shards_sequence
+from am_tp_plans.styles.basic import (
+    SequenceGatherOutput,
+    VocabParallelEmbedding,
+    each,
+    is_open_colwise,
+    shards_sequence,
+)
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
 from am_tp_plans.styles.heads import HeadsError, share_key_value_heads, shares_heads
@@ -38,7 +44,7 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     """Shard a model over a tensor-parallel axis, in place; gradients are right when `backward()` returns.
 
     Tied weights stay one parameter. `model.sequence_shards` says over how many ranks the sequence is sharded between
-    layers.
+    layers, `model.whole_outputs` which layers return it whole all the same.
 
     Args:
         model: real, with the same weights on every rank, or on the meta device. It may be a pipeline part, whose absent
@@ -75,6 +81,7 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     shards = any(map(shards_sequence, plan.values()))
     draw_for_shares(model, concrete, MeshAxis(tp_mesh), shards_sequence=shards)
     model.sequence_shards = tp_mesh.size() if shards else 1
+    model.whole_outputs = tuple(name for name, style in plan.items() if isinstance(style, SequenceGatherOutput))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.register_forward_hook(_keep)

@@ -98,6 +98,7 @@ class Boundary:
     _to_send: dict[Value, torch.Tensor] = field(default_factory=dict)
     _sizes: Sizes = (0, 0)
     _shards: int = 1
+    _whole: tuple[str, ...] = ()
     _device: torch.device | str = "cpu"
 
     @property
@@ -146,7 +147,7 @@ class Boundary:
                 raise RuntimeError(_hidden(leaf.value))
             return self._received[leaf.value]
         batch, *lengths = self._sizes
-        shards = self._shards if leaf.of_layer else 1
+        shards = self._shards if is_sharded(leaf, self._whole) else 1
         tokens = [1 if call in self.passage.narrow else length // shards for length in lengths[:2]]
         shape = leaf.small if leaf.shape is None else leaf.shape.at((batch, *tokens, *lengths[2:]))
         if self.watch is not None:
@@ -162,7 +163,7 @@ class Boundary:
         self._names = names = self._names or tuple(inspect.signature(part.forward).parameters)
         if "use_cache" in names:
             kwargs.setdefault("use_cache", False)
-        self._shards = getattr(part, "sequence_shards", 1)
+        self._shards, self._whole = getattr(part, "sequence_shards", 1), getattr(part, "whole_outputs", ())
         self.passage = self.chosen or self.passage
         name = self.passage.first_input[0]
         count = 0 if self.is_first else len(self.passage.receives)
@@ -264,7 +265,7 @@ class Boundary:
             for crossed, tensor in zip(self.passage.receives, received, strict=True):
                 size = crossed.shape.size_in(place, tuple(tensor.shape))
                 if size is not None:
-                    return size * (self._shards if crossed.of_layer and place else 1)
+                    return size * (self._shards if is_sharded(crossed, self._whole) and place else 1)
             return None
 
         batch, length, of_decoder = map(told, range(3))
@@ -287,6 +288,11 @@ class Boundary:
         return sent.to(dtype)
 
 
+def is_sharded(value: Missing | Crossed, whole: tuple[str, ...]) -> bool:
+    """Whether the tokens of a value are sharded where layers shard theirs, but for those of some layers."""
+    return value.of_layer and value.value.unit not in whole
+
+
 def _why(crossed: Crossed) -> str:
     if IMAGES.of[0] in crossed.shape.sizes:
         return (
@@ -294,7 +300,10 @@ def _why(crossed: Crossed) -> str:
             "is cut sends has them: pad or resize them alike, or leave the tower whole on the first stage (no "
             "`example_inputs`)"
         )
-    return "if a parallelize_fn shards the sequence between layers it must set `sequence_shards` on the part"
+    return (
+        "if a parallelize_fn shards the sequence between layers it must set `sequence_shards` on the part, and "
+        "`whole_outputs` where it gathers what a layer returns"
+    )
 
 
 class _Received(torch.autograd.Function):

@@ -21,7 +21,7 @@ from am_pipeline.cut.forms import Form, example_forms, features_form, text_form
 from am_pipeline.cut.reading import Reading, Stages, holders_of, inputs_read
 from am_pipeline.cut.skeleton import copy_without
 from am_pipeline.cut.units import Units
-from am_pipeline.cut.weightless import Weightless, refuse_uncopied
+from am_pipeline.cut.weightless import Weightless, refuse_training, refuse_uncopied
 from am_pipeline.placement import MULTIMODAL_ENCODERS, split_layers
 from am_pipeline.schedule.balance import Costs, balanced, costs_of
 from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length
@@ -161,7 +161,8 @@ def plan_stages(
 
     `lengths` are the tokens of an encoder and a decoder, for stages of equal FLOPs; an example tells them, too.
     """
-    _refuse_layer_drop(model)
+    if model.training:
+        refuse_training(model)
     refuse_uncopied(model)
     by_hand = None
     if module_names_per_stage is not None:
@@ -466,17 +467,6 @@ def _check_runs(reading: Reading, stages: Stages) -> None:
                 f"on text alone its forward runs only the layers {sorted(set(reading.ran))}, none of them on "
                 f"stage {stage}"
             )
-
-
-def _refuse_layer_drop(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    rates = (getattr(config, name, 0.0) for name in ("layerdrop", "decoder_layerdrop"))
-    rate = max((rate for rate in rates if isinstance(rate, float)), default=0.0)
-    if model.training and rate:
-        raise ValueError(
-            f"{type(model).__name__} skips layers at random in training (layerdrop {rate}), on every stage others; "
-            "set it to 0 in its config"
-        )
 
 
 def _holders(units: Units, stages: Stages, parameter: str) -> set[int]:

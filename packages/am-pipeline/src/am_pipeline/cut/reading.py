@@ -34,7 +34,7 @@ from am_pipeline.cut.forms import ODD, SIZES, Form, Piece, resolve_form
 from am_pipeline.cut.provenance import Argument, Call, Inner, Input, Leaf, Trace, Tracer, Value, leaves_of, sent_key
 from am_pipeline.cut.skeleton import copy_without
 from am_pipeline.cut.units import Units
-from am_pipeline.cut.weightless import Weightless
+from am_pipeline.cut.weightless import Weightless, refuse_training
 from am_pipeline.nested import map_leaves
 from am_pipeline.step.inputs import DECODER_IDS, ENCODER_INPUTS, decoder_length, padding_images
 
@@ -68,6 +68,8 @@ class Reading:
             base: an earlier reading with another form, from which the sizes of tensors are known.
         """
         self.weightless, self.stacks, self.form, self.base = weightless, tuple(stacks), form, base
+        if form.training:
+            refuse_training(weightless.model)
         self.named = tuple(named)
         opened = {name.rsplit(".", n)[0] for name in named for n in range(1, name.count(".") + 1)}
         while True:

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline._torch_compat import Schedule, compute_dtype, forget_shapes, set_shapes
+from am_pipeline.cut.boundary import is_sharded
 from am_pipeline.cut.crossing import Crossed, Sizes
 from am_pipeline.step.stage import DecoderStage
 
@@ -114,12 +115,12 @@ def _crossing(stage: PipelineStage, config: Any, sizes: Sizes, shards: int) -> t
         hidden: Sent = [((*sharded[:2], get_hidden_and_vocab_size(config)[0]), dtype)]
         return hidden, hidden
     passage = stage.boundary.passage
-    cut_with = stage.plan.dtype
+    cut_with, whole = stage.plan.dtype, getattr(stage.submod, "whole_outputs", ())
 
     def form(crossed: Crossed) -> tuple[tuple[int, ...], torch.dtype]:
         # What had the layers' dtype when the model was cut has the one in which the part computes now.
         kind = dtype if crossed.dtype == cut_with else crossed.dtype
-        return crossed.shape.at(sharded if crossed.of_layer else sizes), kind
+        return crossed.shape.at(sharded if is_sharded(crossed, whole) else sizes), kind
 
     return [form(c) for c in passage.receives], [form(c) for c in passage.sends]
 
