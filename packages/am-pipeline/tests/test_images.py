@@ -65,6 +65,25 @@ def test_microbatches_have_two_images_one_and_none():
     assert error_of(*step(model, batches, labels), expected, wanted) < TOLERANCE[torch.float64]
 
 
+@pytest.mark.ranks(2, timeout=120)
+def test_rows_of_a_mask_and_of_kinds_of_tokens_go_to_their_microbatches():
+    """The model looks up a row of each for each of its sequences, and would find one in the whole batch's too."""
+    model = small_with_images("qwen2_5_vl")
+    batches = [natural_batch(model, rows=2, seed=seed) for seed in range(2)]
+    for place, batch in enumerate(batches):
+        padded = torch.nn.functional.pad(batch["input_ids"], (3, 0), value=5)
+        batch |= {"input_ids": padded, "attention_mask": torch.ones_like(padded)}
+        batch["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (3, 0))
+        batch["attention_mask"][place, : 1 + 2 * place] = 0
+    labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
+    expected = [model(**batch, use_cache=False).logits for batch in batches]
+    (sum(next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)) / 2).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    model.zero_grad()
+    together = {n: torch.cat([batch[n] for batch in batches]) for n in ("attention_mask", "mm_token_type_ids")}
+    assert error_of(*step(model, batches, labels, **together), expected, wanted) < TOLERANCE[torch.float64]
+
+
 def error_of(logits, parts, last, expected, wanted):
     """The largest relative error of the logits and of all gradients, on both ranks."""
     largest = max(gradient.abs().max().item() for gradient in wanted.values())
@@ -80,7 +99,7 @@ def error_of(logits, parts, last, expected, wanted):
     return total.item()
 
 
-def step(model, batches, labels):
+def step(model, batches, labels, **together):
     schedule, parts, first, last, _ = pipeline_model(
         model,
         init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",)),
@@ -96,7 +115,7 @@ def step(model, batches, labels):
         loss_fn=next_token_loss,
         scale_grads=True,
     )
-    further = {name: [batch.get(name) for batch in batches] for name in batches[0] if name != "input_ids"}
+    further = {name: [batch.get(name) for batch in batches] for name in batches[0] if name != "input_ids"} | together
     ids = torch.cat([batch["input_ids"] for batch in batches])
     logits = schedule.step(*((ids,) if first else ()), target=torch.cat(labels) if last else None, **further)
     return logits, parts, last

@@ -257,6 +257,8 @@ def resolve_form(
         for name in sorted(read & set(free) - set(given_pieces)) if splits else ():
             for other in free[name]:
                 changed = {**fixed, **choice, name: other}
+                if name in _A_ROW_EACH and _batch_of(choice[name]) == 0 and isinstance(other.dims[0], int):
+                    continue
                 if _batch_of(other) != _batch_of(choice[name]) and runs(again(changed)) is not None:
                     raise AmbiguousError(
                         f"the input {name!r} of shape {tuple(tensors[name].shape)} could be split along "
@@ -277,6 +279,11 @@ def resolve_form(
         f"the model does not run on inputs of shapes {shapes} beside {first.name} of {(batch, seq_len)}, "
         "however their dims are read; say which dim is the batch with batch_dims="
     )
+
+
+# Inputs that transformers documents as a row for each sequence. Code that looks up the rows of a microbatch in one of
+# these would also run on that of the whole batch, and read the first rows for every microbatch.
+_A_ROW_EACH = {"attention_mask", "decoder_attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
 def _first_that_runs(
