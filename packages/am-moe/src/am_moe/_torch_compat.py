@@ -93,6 +93,11 @@ def reduce_as_asked(module: FSDPModule) -> None:
             group._init_mp_dtypes()
 
 
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether somebody registered a hook that gets, or follows, the gradient of a parameter."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def writes(tensor: torch.Tensor) -> int:
     """How many operations have written to a tensor in place; 0 where inference mode does not count."""
     return 0 if tensor.is_inference() else tensor._version
