@@ -193,8 +193,9 @@ REFUSED = {
     BufferOfScales: "output", TensorOfScales: "output", TableOfExperts: "fails with IndexError",
     ActivationOfEach: "output", ModuleOfEach: "output", LastIsSpecial: "output", LessTheMeanWeight: "output",
     NormalisesWeights: "output", DetachesOtherChoices: "gradient of top_k_weights", SquaresTheSum: "output",
-    ClampsTheSum: "output", AddsTheToken: "output", DividesByChoices: "output", DividesByExperts: "output", Counts: "the buffer calls",
-    CountsTokens: "leaves tokens", BatchNorm: "the buffer norm", LossOfWeights: "leaves loss, which has gradients",
+    ClampsTheSum: "output", AddsTheToken: "output", DividesByChoices: "output", DividesByExperts: "output",
+    Counts: "the buffer calls", CountsTokens: "leaves tokens", BatchNorm: "the buffer norm",
+    LossOfWeights: "leaves loss, which has gradients",
     HiddenLossOfWeights: "gradient of weight", Noise: "another result every time", Raises: "where is the router",
 }  # fmt: skip
 
