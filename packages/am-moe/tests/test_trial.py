@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from am_moe import apply_ep, apply_fsdp, describe_experts, find_experts
 from am_moe.expert_parallel.common_form import has_common_form
+from am_moe.expert_parallel.experts import ships_with_transformers
 from am_moe.expert_parallel.trial import signature, try_with_numbers
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
+from am_testkit.zoo import small
 
 Shipped = transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts
 WIDTH = 12
@@ -368,6 +370,19 @@ def test_a_forward_with_a_kernel_that_transformers_does_not_ship_is_not_taken_fo
     assert has_common_form(experts, found)
     experts.config._experts_implementation = "mine"
     assert not has_common_form(experts, found)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("model_type", ["dbrx", "gpt_oss", "jetmoe", "llama4_text", "longcat_flash", "nemotron_h"])
+def test_what_derives_from_a_class_of_transformers_and_changes_nothing_passes(model_type, ranks):
+    model = small(model_type)
+    if not (found := describe_experts(model)):
+        pytest.skip("its experts are not stacked in this transformers")
+    module = model.get_submodule(found[0].name)
+    assert ships_with_transformers(module)
+    module.__class__ = type("Derived", (type(module),), {})
+    assert not ships_with_transformers(module)
+    try_with_numbers(found[0], module, ranks, "cpu")
 
 
 @pytest.mark.parametrize("shape", [(8, 32, 16), (64, 512, 128)])

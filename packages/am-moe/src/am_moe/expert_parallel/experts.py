@@ -162,7 +162,9 @@ def computes_as_transformers(module: Any) -> bool:
         return False
     functions = [type(module).forward, getattr(type(module), "_apply_gate", type(module).forward)]
     kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    return kernel in _KERNELS and all(function.__module__.startswith("transformers.") for function in functions)
+    return kernel in _KERNELS and all(
+        (getattr(function, "__module__", None) or "").startswith("transformers.") for function in functions
+    )
 
 
 def ships_with_transformers(module: Any) -> bool:

@@ -245,19 +245,18 @@ class _Trial:
 
     def find_width(self) -> None:
         """Make inputs of the width that the module takes, which its parameters and attributes are asked for."""
-        sizes = [size for p in self.parameters.values() for size in p.shape[-2:]]
+        of_each = self.experts.stacked
+        sizes = [size for path, p in self.parameters.items() for size in p.shape[1 if path in of_each else 0 :]]
+        said = [getattr(self.module, name, None) for name in ("hidden_size", "hidden_dim")]
         others = [v for v in vars(self.module).values() if isinstance(v, int) and not isinstance(v, bool)]
-        widths = sorted(dict.fromkeys(sizes), key=lambda size: -sizes.count(size)) + [
-            v for v in others if 0 < v < 65536
-        ]
+        widths = sorted(dict.fromkeys(sizes), key=lambda size: (size not in said, -sizes.count(size)))
+        widths += [value for value in others if 0 < value < 65536]
         failed: Exception | None = None
         for width in dict.fromkeys(widths):
             self._make_inputs(width)
             try:
                 with _unchanged(self.module), torch.no_grad():
                     out = self._forward()
-                if not isinstance(out, torch.Tensor) or out.shape[0] != len(self.inputs[0]):
-                    raise TypeError(f"it returns {getattr(out, 'shape', out)} for inputs {self.inputs[0].shape}")
                 if not torch.isfinite(out).all():
                     raise ValueError("it returns numbers that are not finite")
                 return
@@ -292,8 +291,12 @@ class _Trial:
             self.inputs = [numbers.make((sum(sizes), width), positive=False).requires_grad_(), sizes]
         self.named = dict(zip(self.experts.arguments, self.inputs, strict=True))
 
-    def _forward(self) -> Any:
-        return own_forward(self.module)(*self.inputs)
+    def _forward(self) -> torch.Tensor:
+        out, rows = own_forward(self.module)(*self.inputs), self.inputs[0]
+        alike = isinstance(out, torch.Tensor) and (self.experts.call == "linear" or out.numel() == rows.numel())
+        if not alike or len(out) != len(rows):
+            raise TypeError(f"it returns {getattr(out, 'shape', type(out))} for inputs {tuple(rows.shape)}")
+        return out.reshape(len(rows), -1)
 
     def compare(self) -> str:
         """What differs between the whole module and its ranks, in words; nothing if all agrees."""
