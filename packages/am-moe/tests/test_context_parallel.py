@@ -316,6 +316,71 @@ def test_labels_are_shifted_before_they_are_cut():
     assert (shard["num_items_in_batch"].item(), shard["num_labels_in_batch"].item()) == (3.5, 4.0)
 
 
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+@pytest.mark.ranks(2)
+def test_a_loss_divided_by_a_number_that_the_caller_gives_averages_to_that_of_one_process(kind):
+    """As under gradient accumulation: the labels of all batches that are added up."""
+    model = tiny("llama", layers=1)
+    one = copy.deepcopy(model)
+    apply_cp(model, mesh_for("p2p"))
+    batches = []
+    for seed in range(2):
+        ids, labels = token_batch(2, 16, seed=seed)
+        labels[0, : 3 + 5 * seed] = -100
+        batches.append({"input_ids": ids, "labels": labels})
+    items = kind(sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches))
+    for batch in batches:
+        batch["num_items_in_batch"] = items
+        shard = shard_batch(batch, mesh_for("p2p"))
+        loss = model(**shard).loss
+        loss.backward()
+        assert_same(shard_loss(model(**shard).logits, shard), loss, 1e-6, "shard_loss")
+        expected = one(**batch).loss
+        expected.backward()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        assert_same(total / 2, expected, 1e-6, "loss")
+    averaged = gradients(model)
+    for gradient in averaged.values():
+        dist.all_reduce(gradient)
+        gradient /= 2
+    assert_same(averaged, gradients(one), 1e-6, "gradients")
+
+
+@pytest.mark.ranks(4)
+def test_given_numbers_of_labels_of_data_ranks_are_added_up():
+    mesh = init_device_mesh(device_type(), (2, 2), mesh_dim_names=("dp", "cp"))
+    ids = torch.arange(8)[None]
+    batch = {"input_ids": ids, "labels": ids, "num_items_in_batch": [30, 50][mesh.get_local_rank("dp")]}
+    shard = shard_batch(batch, mesh["cp"], mesh["dp", "cp"]._flatten("dp_cp"))
+    assert shard["num_items_in_batch"].item() == 80 / 4
+    assert "num_labels_in_batch" not in shard
+
+
+@pytest.mark.ranks(2)
+def test_a_given_number_of_labels_and_given_shifted_labels_are_kept():
+    mesh, ids = mesh_for("p2p"), torch.arange(8)[None]
+    row = shard_batch({"input_ids": ids, "labels": torch.tensor([1]), "num_items_in_batch": torch.tensor(3)}, mesh)
+    assert row["num_items_in_batch"].item() == 3  # a loss of rows, which every rank computes whole
+    shifted = torch.tensor([[1, 2, 3, -100, 5, 6, 7, -100]])  # two documents
+    shard = shard_batch({"input_ids": ids, "labels": ids, "shift_labels": shifted}, mesh)
+    assert shard["shift_labels"].equal(shard_sequence(shifted, mesh))
+    assert shard["num_items_in_batch"].item() == 3
+
+
+@pytest.mark.ranks(2)
+def test_a_loss_over_labels_as_they_are_takes_no_given_number():
+    pytest.importorskip("transformers.models.bert.modeling_bert")
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = BertForMaskedLM(BertConfig(vocab_size=64, **sizes)).eval()
+    apply_cp(model, mesh_for("p2p"))
+    ids = torch.arange(16)[None]
+    with pytest.raises(ValueError, match="losses over labels; count them with shard_batch"):
+        model(**shard_batch({"input_ids": ids, "labels": ids, "num_items_in_batch": 60}, mesh_for("p2p")))
+
+
 @pytest.mark.ranks(2)
 def test_the_model_keeps_its_names_and_can_be_copied_and_other_models_keep_their_attention():
     model, other = tiny("llama", layers=1), tiny("llama", layers=1)

@@ -165,7 +165,7 @@ class Fails(nn.Module):
         self.num_experts = 4
         self.first = nn.Parameter(torch.randn(4, 3, 3))
         self.second = nn.Parameter(torch.randn(4, 3, 3))
-        self.broken = True
+        self.broken = False
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         if self.broken:
@@ -177,6 +177,7 @@ class Fails(nn.Module):
 @pytest.mark.ranks(2)
 def test_after_an_exception_the_module_is_whole(where, monkeypatch):
     module = apply_ep(nn.ModuleDict({"experts": Fails()}), experts_mesh())["experts"]
+    module.broken = True
     parameters = dict(module.named_parameters())
     inputs = torch.randn(3, 3), torch.tensor([[0], [1], [2]]), torch.ones(3, 1)
     with monkeypatch.context() as patch:

@@ -40,7 +40,10 @@ def shard_batch(
         batch: `input_ids` or `inputs_embeds`; `labels`, not shifted, -100 where ignored, as transformers takes them;
             `position_ids` `(B, S)` or `(1, S)`, which start anew where a packed document does; without them tokens are
             counted from 0. `attention_mask` `(B, S)`, 1 for tokens and 0 for padding; with one, documents are not kept
-            apart (so does transformers). What is not a tensor is passed on.
+            apart (so does transformers). `shift_labels`, if they are not the shifted `labels`. `num_items_in_batch`, a
+            number or 0-dim tensor, if the loss is to be divided by another number than that of the labels here, as
+            under gradient accumulation: of all batches that are added up, on this data rank. What is not a tensor is
+            passed on.
         cp_mesh: the context axis, or both axes of `a2a+p2p`, as given to `apply_cp`.
         average_mesh: the ranks over which gradients will be averaged where they hold other batches too (the flattened
             data and context axis): labels are then counted over all of it. Without it each batch counts the same,
@@ -49,9 +52,10 @@ def shard_batch(
     Returns:
         The batch with `position_ids` and, if there were labels of tokens, `labels` and `shift_labels` (this rank's)
         and how many of each that are not -100 there are, divided by the ranks: `num_labels_in_batch` and
-        `num_items_in_batch` (float tensors).
+        `num_items_in_batch` (float tensors). Where `num_items_in_batch` was given, that divided by the ranks, and no
+        `num_labels_in_batch`: losses over labels that are not shifted are then refused by the model's forward.
 
-    Collectives: one all-reduce of two numbers over `average_mesh`, if given.
+    Collectives: one all-reduce of one or two numbers over `average_mesh`, if given.
 
     Raises:
         ValueError: a length that does not divide by twice the ranks of the axis, tensors of other shapes, images with
@@ -66,11 +70,12 @@ def shard_batch(
     whole = {name: value for name, value in batch.items() if value is not None}
     if "position_ids" in whole and any(is_of_images(name) for name in whole):
         raise ValueError("a batch with images takes no position_ids: the model counts positions from its images")
+    items = whole.pop("num_items_in_batch", None)
     whole.setdefault("position_ids", torch.arange(seq_len, device=tokens.device)[None].expand(rows, -1))
     labels = whole.get("labels")
     labelled = labels is not None and labels.shape == (rows, seq_len) and not labels.is_floating_point()
     if labelled:
-        whole["shift_labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+        whole.setdefault("shift_labels", nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:])
     shard: dict[str, Any] = {}
     for name, value in whole.items():
         if is_of_images(name) or not isinstance(value, torch.Tensor) or _is_by_row(name, value, rows, labelled):
@@ -85,11 +90,16 @@ def shard_batch(
                 )
             shard[name] = shard_sequence(value, cp_mesh)
     if labelled:
-        counts = torch.stack([(whole[kind] != IGNORED).sum() for kind in COUNTS]).to(torch.float32) / cp_mesh.size()
+        numbers = [(whole[kind] != IGNORED).sum() for kind in COUNTS]
+        if items is not None:
+            numbers = [torch.as_tensor(items, device=tokens.device).reshape(())]
+        counts = torch.stack(numbers).to(torch.float32) / cp_mesh.size()
         if average_mesh is not None:
             dist.all_reduce(counts, group=_group_of(average_mesh))
             counts /= average_mesh.size()
-        shard |= dict(zip(COUNTS.values(), counts.unbind(), strict=True))
+        shard |= dict(zip(COUNTS.values(), counts.unbind(), strict=False))
+    elif items is not None:
+        shard["num_items_in_batch"] = items
     return shard
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from typing import Any
@@ -13,10 +14,19 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils.parametrize import is_parametrized
 
-from am_moe.expert_parallel.calls import CALLS, Spread
+from am_moe._torch_compat import has_gradient_hooks
+from am_moe.expert_parallel.calls import CALLS, Spread, through_ranks
 from am_moe.expert_parallel.dispatch import Dispatcher, DispatcherName
 from am_moe.expert_parallel.dispatchers import get_dispatcher
-from am_moe.expert_parallel.experts import Experts, describe, describe_experts, routes_itself
+from am_moe.expert_parallel.experts import (
+    Experts,
+    describe,
+    describe_experts,
+    given_forward,
+    routes_itself,
+    ships_with_transformers,
+)
+from am_moe.expert_parallel.trial import signature, try_with_numbers
 
 _HOW_TO_ADAPT = (
     "merge it into the weights before apply_ep, or adapt other modules (peft: target_modules, not target_parameters)"
@@ -59,8 +69,10 @@ def apply_ep(
 
     Raises:
         ValueError: no experts, experts that do not divide over the axis or are distributed already, experts with an
-            adapter on their parameters or with parameters that may be each expert's or everyone's, a mesh with several
-            axes, an unknown dispatcher; on every rank alike.
+            adapter or gradient hooks on their parameters, tied, or with parameters that may be each expert's or
+            everyone's, experts of which ranks would together compute something else than the module (`trial`; one of
+            transformers' own classes is not tried), a mesh with several axes, an unknown dispatcher; on every rank
+            alike.
     """
     _check_meshes(ep_mesh, moe_mesh, tp_mesh)
     style = ExpertParallel(dispatcher=dispatcher, tp_mesh=tp_mesh)
@@ -75,8 +87,10 @@ def check_spread(model: nn.Module, ep_mesh: DeviceMesh, style: ExpertParallel | 
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts to spread: {_why_none(model)}")
     check_adapters(found)
+    _check_ties(model, found)
+    style = style or ExpertParallel()
     for experts in found:
-        (style or ExpertParallel()).check(experts, model.get_submodule(experts.name), ep_mesh)
+        style.check(experts, model.get_submodule(experts.name), ep_mesh)
     return found
 
 
@@ -97,6 +111,7 @@ class ExpertParallel(ParallelStyle):
         super().__init__()
         self.dispatcher = dispatcher
         self.tp_mesh = tp_mesh
+        self._tried: set[tuple] = set()
 
     def check(self, experts: Experts, module: nn.Module, device_mesh: DeviceMesh) -> None:
         """Refuse a module that cannot be spread over the mesh, before anything is sent."""
@@ -121,6 +136,14 @@ class ExpertParallel(ParallelStyle):
             )
         if any(is_parametrized(part) for part in module.modules()):
             raise ValueError(f"{name} has parametrized weights, which cannot be spread; {_HOW_TO_ADAPT}")
+        if hooked := [path for path in experts.stacked if has_gradient_hooks(module.get_parameter(path))]:
+            raise ValueError(
+                f"{hooked} of {name} have gradient hooks, which would be lost: each rank gets parameters of its own; "
+                "register them after apply_ep"
+            )
+        if not ships_with_transformers(module) and (form := (signature(module), size)) not in self._tried:
+            try_with_numbers(experts, module, size, device_mesh.device_type)
+            self._tried.add(form)
 
     def _partition_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         source = getattr(self, "src_data_rank", 0)
@@ -131,7 +154,9 @@ class ExpertParallel(ParallelStyle):
             parameter = owner.get_parameter(leaf)
             used = parameter.detach()[: experts.num_experts * rows]
             local = distribute_tensor(used, device_mesh, [Shard(0)], src_data_rank=source)
-            owner.register_parameter(leaf, nn.Parameter(local, requires_grad=parameter.requires_grad))
+            spread = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            vars(spread).update(vars(parameter))  # such as marks that an optimizer goes by
+            owner.register_parameter(leaf, spread)
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         experts = _described(module)
@@ -143,6 +168,7 @@ class ExpertParallel(ParallelStyle):
             experts.num_experts // device_mesh.size(),
             get_dispatcher(self.dispatcher, device_mesh.size()),
             self.tp_mesh,
+            given_forward(module),
         )
         module.forward = types.MethodType(_forward, module)
         return module
@@ -158,7 +184,8 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise ValueError(f"an adapter was put on the parameters of {type(module).__name__}; {_HOW_TO_ADAPT}")
     spread: Spread = module.spread_experts
     names = spread.experts.arguments
-    return CALLS[spread.experts.call](module, spread, *args, *(kwargs[name] for name in names[len(args) :]))
+    through = functools.partial(through_ranks, module, spread)
+    return CALLS[spread.experts.call](through, spread.experts, *args, *(kwargs[name] for name in names[len(args) :]))
 
 
 def check_adapters(found: list[Experts]) -> None:
@@ -169,6 +196,23 @@ def check_adapters(found: list[Experts]) -> None:
     for experts in found:
         if "base_layer" in experts.name.split("."):
             raise ValueError(f"an adapter wraps the expert parameters of {experts.name}; {_HOW_TO_ADAPT}")
+
+
+def _check_ties(model: nn.Module, found: list[Experts]) -> None:
+    """Refuse expert parameters that are another parameter of the model, too: each rank's slice would be one of two."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(parameter, []).append(f"{prefix}.{leaf}".lstrip("."))
+    for experts in found:
+        for path in experts.stacked:
+            tied = names[model.get_parameter(f"{experts.name}.{path}".lstrip("."))]
+            if len(tied) > 1:
+                raise ValueError(
+                    f"the expert parameters {tied} are one and the same, which cannot be kept when experts are spread; "
+                    "share the experts module itself, or give each its own parameter"
+                )
 
 
 def _of_each_or_of_all(experts: Experts, module: nn.Module) -> list[str]:

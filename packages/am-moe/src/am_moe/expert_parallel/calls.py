@@ -5,6 +5,7 @@ T tokens      D model dim      K choices      E experts, L of them on this rank
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Spread:
         local: L, the experts of this rank.
         dispatcher: how tokens travel.
         tp_mesh: ranks that hold the same tokens, if the expert axis goes across those.
+        given_forward: the forward that the module had of its own, instead of its class's.
     """
 
     experts: Experts
@@ -34,6 +36,7 @@ class Spread:
     local: int
     dispatcher: Dispatcher
     tp_mesh: DeviceMesh | None
+    given_forward: Callable[..., Any] | None = None
 
     @property
     def gradient_scale(self) -> float:
@@ -41,40 +44,44 @@ class Spread:
         return (self.tp_mesh.size() if self.tp_mesh else 1) / self.mesh.size()
 
 
-def routed(module: Any, spread: Spread, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+# Takes `x_TD`, `ids_TK` and `weights_TK` to the experts' ranks, through their experts, and back.
+Through = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def routed(through: Through, experts: Experts, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """Tokens `(..., D)` with their choices `(T, K)`; ids beyond the experts return the token where it is."""
     x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-    y_TD = _through(module, spread, x_TD, top_k_index, top_k_weights)
-    if spread.experts.identity:
-        kept_TK = top_k_weights * (top_k_index >= spread.experts.num_experts)
+    y_TD = through(x_TD, top_k_index, top_k_weights)
+    if experts.identity:
+        kept_TK = top_k_weights * (top_k_index >= experts.num_experts)
         y_TD = y_TD + (x_TD * kept_TK.sum(-1, keepdim=True)).to(y_TD.dtype)
     return y_TD.reshape(hidden_states.shape)
 
 
-def rows(module: Any, spread: Spread, hidden_states) -> torch.Tensor:
+def rows(through: Through, experts: Experts, hidden_states) -> torch.Tensor:
     """`(E C, D)`: C rows for each expert, one expert after the other, zero where an expert is not wanted.
 
     A bias-free expert gives zeros, and gradients of zero, for a row of zeros, so only the others travel.
     """
-    each = hidden_states.shape[0] // spread.experts.num_experts
+    each = hidden_states.shape[0] // experts.num_experts
     index_N = (hidden_states.detach() != 0).any(-1).nonzero().squeeze(-1)
     ids_N1 = torch.div(index_N, max(each, 1), rounding_mode="floor")[:, None]
     x_ND = hidden_states.index_select(0, index_N)
-    y_ND = _through(module, spread, x_ND, ids_N1, x_ND.new_ones(ids_N1.shape))
+    y_ND = through(x_ND, ids_N1, x_ND.new_ones(ids_N1.shape))
     return torch.zeros_like(hidden_states).index_copy(0, index_N, y_ND)
 
 
-def linear(module: Any, spread: Spread, inputs, expert_size) -> torch.Tensor:
+def linear(through: Through, experts: Experts, inputs, expert_size) -> torch.Tensor:
     """`(N, in)` sorted by expert, and how many rows are each expert's."""
     sizes_E = torch.as_tensor(expert_size, device=inputs.device)
     ids_N1 = torch.arange(len(sizes_E), device=inputs.device).repeat_interleave(sizes_E)[:, None]
-    return _through(module, spread, inputs, ids_N1, inputs.new_ones(ids_N1.shape))
+    return through(inputs, ids_N1, inputs.new_ones(ids_N1.shape))
 
 
 CALLS = {"routed": routed, "rows": rows, "linear": linear}
 
 
-def _through(module: Any, spread: Spread, x_TD, ids_TK, weights_TK) -> torch.Tensor:
+def through_ranks(module: Any, spread: Spread, x_TD, ids_TK, weights_TK) -> torch.Tensor:
     """To the experts' ranks, through their experts, and back: `(T, F)` in the dtype of the tokens."""
     group = spread.mesh.get_group()
     whole_T = x_TD.shape[0]

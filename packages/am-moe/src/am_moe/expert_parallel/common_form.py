@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from am_moe.expert_parallel import kernels
-from am_moe.expert_parallel.experts import Experts
+from am_moe.expert_parallel.experts import Experts, computes_as_transformers
 from am_moe.expert_parallel.ordering import ByExpert, Rows
 
 _GATES: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, bool]] = weakref.WeakKeyDictionary()
@@ -33,13 +33,15 @@ _SAYS = ("has_gate", "has_bias", "is_transposed")
 
 
 def has_common_form(module: Any, experts: Experts) -> bool:
-    """Whether a module says what transformers' grouped kernels go by, and has no more than that.
+    """Whether a module says what transformers' grouped kernels go by, has no more than that, and computes as they do.
 
     Under autocast it has not: what is then computed in which dtype is the business of its own forward.
     """
     if not all(isinstance(getattr(module, name, None), bool) for name in _SAYS):
         return False
     if getattr(module, "has_post_expert_norm", False):  # of transformers since 5.20
+        return False
+    if not computes_as_transformers(module):
         return False
     device = next(module.parameters()).device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import types
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +22,9 @@ _CALLS = {
     ("hidden_states",): "rows",
     ("inputs", "expert_size"): "linear",
 }
+# The names by which transformers knows the kernels that it ships for experts.
+_KERNELS = (None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _COUNTS = ("num_experts", "num_routed_experts")
 
 
@@ -133,6 +138,47 @@ def describe(name: str, module: Any) -> Experts | None:
     shared = tuple(path for path in everything if path not in stacked)
     kind = type(module).__name__.removeprefix("FSDP")
     return Experts(name, kind, experts, call, arguments, stacked, shared, _has_identity(module), counter)
+
+
+def own_forward(module: Any) -> Callable[..., Any]:
+    """What a module computes by itself, spread or not: the forward that it was given, or else that of its class."""
+    given = given_forward(module)
+    return given if given is not None else types.MethodType(type(module).forward, module)
+
+
+def given_forward(module: Any) -> Callable[..., Any] | None:
+    """The forward that was set at a module itself, as wrappers do, before it was spread."""
+    spread = vars(module).get("spread_experts")
+    return vars(module).get("forward") if spread is None else spread.given_forward
+
+
+def computes_as_transformers(module: Any) -> bool:
+    """Whether forward and gate are those that transformers ships, with a kernel of its own.
+
+    A class derived from one of transformers has them unless it overrides them. What its flags say of a module with
+    another forward is not what it computes.
+    """
+    if given_forward(module) is not None or "_apply_gate" in vars(module):
+        return False
+    functions = [type(module).forward, getattr(type(module), "_apply_gate", type(module).forward)]
+    kernel = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return kernel in _KERNELS and all(
+        (getattr(function, "__module__", None) or "").startswith("transformers.") for function in functions
+    )
+
+
+def ships_with_transformers(module: Any) -> bool:
+    """Whether a module is one of transformers' own, as it is: what those compute is known and measured."""
+    parts = [type(part).__module__.partition(".")[0] for part in module.modules()]
+    functions = [f for name, f in vars(module).items() if name != "config" and isinstance(f, _FUNCTIONS)]
+    return (
+        type(module).__module__.startswith("transformers.")
+        and computes_as_transformers(module)
+        and set(parts) <= {"torch", "transformers"}
+        and all((f.__module__ or "").partition(".")[0] in ("torch", "transformers") for f in functions)
+        and not any(True for _ in module.buffers())
+        and all(p.is_floating_point() and p.dtype.itemsize > 1 for p in module.parameters())
+    )
 
 
 def routes_itself(module: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from am_moe.expert_parallel.common_form import has_common_form, run_common_form
 from am_moe.expert_parallel.dispatch import Received
-from am_moe.expert_parallel.experts import Experts
+from am_moe.expert_parallel.experts import Experts, own_forward
 from am_moe.expert_parallel.ordering import by_expert
 
 
@@ -27,7 +27,7 @@ def run_local_experts(module: Any, experts: Experts, local: int, scale: float, r
     others are computed and the module sees no id that means "none".
 
     Args:
-        module: of the common form, or whose class's forward computes.
+        module: of the common form, or whose own forward computes.
         experts: what the module is.
         local: L.
         scale: what the gradients of stacked parameters are multiplied by.
@@ -61,17 +61,17 @@ def _nothing(experts: Experts, x_ND, weights_N, parameters: list[torch.Tensor]) 
 
 
 def _run_routed(module, x_ND, ids_N, weights_N, counts_L):
-    return type(module).forward(module, x_ND, ids_N[:, None], weights_N[:, None]).reshape(len(x_ND), -1)
+    return own_forward(module)(x_ND, ids_N[:, None], weights_N[:, None]).reshape(len(x_ND), -1)
 
 
 def _run_with_identity(module, x_ND, ids_N, weights_N, counts_L):
     """LongCat Flash counts on two choices or more: the second is the identity, with a weight of zero."""
     ids_N2 = torch.stack([ids_N, torch.full_like(ids_N, len(counts_L))], dim=1)
-    return type(module).forward(module, x_ND, ids_N2, torch.stack([weights_N, torch.zeros_like(weights_N)], dim=1))
+    return own_forward(module)(x_ND, ids_N2, torch.stack([weights_N, torch.zeros_like(weights_N)], dim=1))
 
 
 def _run_linear(module, x_ND, ids_N, weights_N, counts_L):
-    return type(module).forward(module, x_ND, counts_L.tolist())
+    return own_forward(module)(x_ND, counts_L.tolist())
 
 
 def _run_rows(module, x_ND, ids_N, weights_N, counts_L):
@@ -80,7 +80,7 @@ def _run_rows(module, x_ND, ids_N, weights_N, counts_L):
     first_L = counts_L.cumsum(0) - counts_L
     place_N = torch.arange(len(ids_N), device=ids_N.device) - first_L[ids_N] + ids_N * most
     padded = x_ND.new_zeros(len(counts_L) * most, x_ND.shape[1]).index_copy(0, place_N, x_ND)
-    return type(module).forward(module, padded)[place_N]
+    return own_forward(module)(padded)[place_N]
 
 
 _RUN = {"routed": _run_routed, "linear": _run_linear, "rows": _run_rows}
