@@ -366,6 +366,15 @@ def test_a_style_for_linears_on_a_whole_block_and_a_second_application_are_refus
 
 
 @pytest.mark.ranks(2)
+def test_hooks_on_gradients_from_before_are_refused_before_anything_is_sharded():
+    model = tiny("llama", layers=2)
+    model.model.layers[1].mlp.down_proj.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight of .* has a hook on its gradient"):
+        sharded(model, False)
+    assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@pytest.mark.ranks(2)
 def test_a_plan_that_leaves_attention_whole_does_not_ask_heads_to_divide_and_is_not_changed():
     model = tiny("llama", layers=1, num_key_value_heads=1)
     style = ColwiseParallel(output_layouts=Replicate())

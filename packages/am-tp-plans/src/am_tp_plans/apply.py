@@ -37,6 +37,7 @@ from am_tp_plans.styles.random_numbers import check_dropout, draw_for_shares
 from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
 from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
+from am_tp_styles.parameters import refuse_hooks
 from am_tp_styles.summed_together import sum_gradients_together
 
 
@@ -62,12 +63,14 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
     Raises:
         ValueError: a key matches nothing, heads or features do not divide over the axis, ranks would share key/value
             heads in an attention that no rehearsal shows to be right, tied weights would be sharded differently, a
-            module is sharded already, the model has dropout and the ranks have different seeds, or dropout of a whole
-            sequence between parts of it; on every rank alike, before anything is sharded.
+            module is sharded already, a parameter has a hook on its gradient, the model has dropout and the ranks have
+            different seeds, or dropout of a whole sequence between parts of it; on every rank alike, before anything is
+            sharded.
         TypeError: a colwise or rowwise style is given to a module that is no linear and no embedding.
     """
     if tp_mesh.ndim != 1:
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
+    refuse_hooks(model, [name for name, _ in model.named_parameters()])
     concrete = fit_plan(model, plan, tp_mesh.size())
     if tp_mesh.size() > 1:
         check_dropout(model, concrete)

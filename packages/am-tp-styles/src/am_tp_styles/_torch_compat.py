@@ -82,6 +82,11 @@ def with_spec(local: torch.Tensor, spec: Any) -> DTensor:
     return DTensor.__new__(DTensor, local, copy.copy(spec), requires_grad=local.requires_grad)
 
 
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether somebody registered a hook that gets, or follows, the gradient of a parameter."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` was called."""
     return module._compiled_call_impl is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+
+from am_tp_styles._torch_compat import has_gradient_hooks
 
 _SHARDED_AS = "_am_tp_styles_sharded_as"
 
@@ -17,10 +19,12 @@ def distribute(module: nn.Module, layout: Mapping[str, Placement], device_mesh: 
     Two layers that share a parameter share it afterwards, when both are sharded in the same way.
 
     Raises:
-        ValueError: a parameter is shared with a layer that is sharded already, in another way.
+        ValueError: a parameter is shared with a layer that is sharded already, in another way, or has a hook on its
+            gradient.
 
     Collectives (the given axis): a scatter or broadcast per parameter unless `source` is None.
     """
+    refuse_hooks(module, layout)
     for name, placement in layout.items():
         shared = getattr(module.get_parameter(name), _SHARDED_AS, None)
         if shared is not None and (shared.device_mesh, shared.placements) != (device_mesh, (placement,)):
@@ -31,6 +35,17 @@ def distribute(module: nn.Module, layout: Mapping[str, Placement], device_mesh: 
     for name, placement in layout.items():
         owner, _, leaf = name.rpartition(".")
         _distribute_param(module.get_submodule(owner), leaf, device_mesh, source, [placement])
+
+
+def refuse_hooks(module: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError where a parameter that a sharded one would take the place of has a hook on its gradient."""
+    for name in names:
+        parameter = module.get_parameter(name)
+        if not isinstance(parameter, DTensor) and has_gradient_hooks(parameter):
+            raise ValueError(
+                f"{name} of {type(module).__name__} has a hook on its gradient, which would stay with the parameter "
+                "that the sharded one takes the place of; register it after the plan is applied"
+            )
 
 
 def _distribute_param(

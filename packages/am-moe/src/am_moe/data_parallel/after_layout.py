@@ -55,7 +55,7 @@ def refuse_before_layout(model: nn.Module) -> None:
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        if has_gradient_hooks(parameter):
+        if not isinstance(parameter, DTensor) and has_gradient_hooks(parameter):  # those of a tensor plan come back
             raise ValueError(
                 f"{name} has a hook on its gradient, which would stay with the parameter that the sharded one takes "
                 "the place of; register_post_accumulate_grad_hook after the layout runs on the reduced gradient"
