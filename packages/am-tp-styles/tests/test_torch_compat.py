@@ -70,13 +70,6 @@ def test_the_gradient_of_an_uneven_shard_stays_a_shard_whatever_its_strides_are(
 
 
 @pytest.mark.ranks(2)
-def test_hooks_on_the_gradient_of_a_parameter_are_seen():
-    one, two, three = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    one.register_hook(lambda gradient: gradient)
-    two.register_post_accumulate_grad_hook(lambda parameter: None)
-    assert [has_gradient_hooks(p) for p in (one, two, three)] == [True, True, False]
-
-
 def test_whether_a_linear_flattens_a_sharded_sequence_is_known():
     mesh = init_device_mesh(device_type(), (2,))
     weight = DTensor.from_local(torch.ones(3, 3), mesh, [Replicate()])
@@ -124,3 +117,10 @@ def test_a_module_tells_whether_it_was_compiled():
     assert not is_compiled(layer)
     layer.compile(backend="eager")
     assert is_compiled(layer)
+
+
+def test_hooks_on_the_gradient_of_a_parameter_are_seen():
+    one, two, three = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    one.register_hook(lambda gradient: gradient)
+    two.register_post_accumulate_grad_hook(lambda parameter: None)
+    assert [has_gradient_hooks(p) for p in (one, two, three)] == [True, True, False]
