@@ -15,7 +15,7 @@ import random
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,11 +36,12 @@ class UnprovenError(Exception):
 
 @dataclass
 class _Recorded:
-    """A call of an operator in the run on whole sequences."""
+    """A call of an operator in the run on whole sequences; `numbers` are those no operator made, by place."""
 
     function: Any
     static: dict[str, Any]
     shapes: list[tuple[int, ...]]
+    numbers: dict[int, torch.Tensor]
 
 
 class Reading(TorchDispatchMode):
@@ -60,6 +61,7 @@ class Reading(TorchDispatchMode):
         self.sharing: dict[int, list[weakref.ref]] = {}  # tensors of the same memory
         self.held: list[Any] = []  # their memory, so that its identity is no other's
         self.unknown: set[int] = set()  # real memory with numbers that nobody knows
+        self.foreign: set[int] = set()  # real memory that Python fills, as that of torch.tensor(...) and numpy's
         self.counted: set[str] = set()
         self.path: list[str] = []
         self.quiet = False
@@ -120,7 +122,9 @@ class Reading(TorchDispatchMode):
             return tensor
         if (name := self.inputs.get(tensor)) in known and tensor.shape == (self.rows, self.tokens):
             with self.unseen():
-                return known[name].to(tensor.dtype)
+                same = known[name].to(tensor.dtype)
+            self._label(same, None)
+            return same
         shape = list(tensor.shape)
         shape[part.dim] = shape[part.dim] // self.tokens * self.seq_len
         return self.new(tuple(shape), tensor.dtype, None)
@@ -144,6 +148,7 @@ class Reading(TorchDispatchMode):
         inputs = list(tensors_in((args, kwargs)))
         if name in _LOOKS:
             self._look(name, inputs)
+        numbers = self._foreign_numbers(inputs)
         try:
             result = self._compute(func, args, kwargs)
         except Exception as error:
@@ -154,7 +159,7 @@ class Reading(TorchDispatchMode):
         static = {key: _static(value) for key, value in given.items()}
         shapes = [tuple(t.shape) for t in outputs]
         if self.recorded is None:
-            self.record.append(_Recorded(func, static, shapes))
+            self.record.append(_Recorded(func, static, shapes, numbers))
         else:
             self._follow(func, name, given, inputs, outputs, static, shapes)
         if origins := frozenset[str]().union(*(self.origins.get(t, frozenset()) for t in inputs)):
@@ -168,7 +173,7 @@ class Reading(TorchDispatchMode):
     def _follow(
         self, func: Any, name: str, given: dict, inputs: list, outputs: list, static: dict, shapes: list
     ) -> None:
-        whole = self.recorded[self.at] if self.recorded is not None and self.at < len(self.recorded) else None
+        whole = self._in_whole_run()
         self.at += 1
         same = whole is not None and whole.function is func and list(map(len, whole.shapes)) == list(map(len, shapes))
         if whole is None or not same:
@@ -183,7 +188,7 @@ class Reading(TorchDispatchMode):
             return  # no random number is below zero, on any rank
         op = Operation(
             name, given, self.state, lambda t: self.inputs.get(t, ""), outputs, varying, changed, self.tokens,
-            torch.Tag.pointwise in func.tags,
+            torch.Tag.pointwise in func.tags, torch.Tag.nondeterministic_seeded in func.tags,
         )  # fmt: skip
         if name.startswith("nll_loss") and given["reduction"] == 2:
             self.counted |= {n for n in self.origins.get(given["target"], ()) if "labels" in n}
@@ -191,8 +196,8 @@ class Reading(TorchDispatchMode):
         states = [self._placed(state) for state in states]
         written = written_arguments(func, given) if func._schema.is_mutable else []
         for tensor in written:
-            index = next((i for i, output in enumerate(outputs) if output is tensor), 0)
-            self._write(tensor, states[index] if states else Wrong(f"writes ({name}) in {self._where()}"))
+            returned = [state for output, state in zip(outputs, states, strict=True) if output is tensor]
+            self._write(tensor, returned[0] if returned else Wrong(f"writes ({name}) in {self._where()}"))
         for tensor, state in zip(outputs, states, strict=True):
             if not any(tensor is target for target in written):
                 self._label(tensor, state)
@@ -213,23 +218,49 @@ class Reading(TorchDispatchMode):
             self.held.append(tensor.untyped_storage())
         self.sharing.setdefault(key, []).append(weakref.ref(tensor))
 
+    def know(self, tensor: torch.Tensor) -> None:
+        """A parameter or buffer, the same in both runs until it is written."""
+        self._label(tensor, None)
+
+    def _in_whole_run(self) -> _Recorded | None:
+        """The call that the next one is compared with."""
+        return self.recorded[self.at] if self.recorded is not None and self.at < len(self.recorded) else None
+
+    def _foreign_numbers(self, inputs: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Numbers that no operator made, by their place: Python may have made them of how many tokens there are."""
+        found: dict[int, torch.Tensor] = {}
+        for place, tensor in enumerate(inputs):
+            if is_fake(tensor) or tensor.is_meta or self.state(tensor) is not None:
+                continue
+            if (key := storage_key(tensor)) not in self.sharing:
+                self._label(tensor, None)
+                self.foreign.add(key)
+            if key in self.foreign and key not in self.unknown:
+                found[place] = tensor.detach().clone()
+        whole = self._in_whole_run()
+        for place, number in found.items() if self.recorded is not None else ():
+            other = whole.numbers.get(place) if whole is not None else None
+            if other is None or not _same_numbers(number, other):
+                self._label(inputs[place], Wrong(f"makes a tensor of how many tokens there are in {self._where()}"))
+        return found
+
+    def expose(self, tensor: torch.Tensor) -> None:
+        """Python may write into a tensor from now on."""
+        self.foreign.add(storage_key(tensor))
+
     def _write(self, tensor: torch.Tensor, state: State) -> None:
         """A write changes what shares the memory."""
         before = self.state(tensor)
         sharing = [other for ref in self.sharing.get(storage_key(tensor), []) if (other := ref()) is not None]
         self._label(tensor, state)
         for other in sharing:
-            if other is tensor or state == before:
-                continue
             was = self.state(other)
-            if isinstance(was, Part) and was.uniform and isinstance(state, Part):
-                same = other.shape[was.dim] == tensor.shape[state.dim]
-                now: State = Part(was.dim, state.outer, state.inner, state.uniform) if same else None
-            else:
-                now = None
-            self.states[other] = now or (
-                state if isinstance(state, Wrong) else Wrong(f"writes into a part of a tensor in {self._where()}")
-            )
+            if other is tensor or isinstance(was, Wrong):
+                continue
+            if isinstance(state, Wrong):
+                self.states[other] = state
+            elif (now := _beside_a_write(tensor, before, state, other, was)) is not None:
+                self.states[other] = self._placed(now)
 
     def _compute(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if operator_name(func) in ("index", "index_put", "index_put_"):
@@ -280,6 +311,29 @@ class Reading(TorchDispatchMode):
         return self.path[-1] if self.path and self.path[-1] else "its own forward"
 
 
+def _beside_a_write(tensor: torch.Tensor, before: State, state: State, other: torch.Tensor, was: State) -> State:
+    """The state of a tensor after a write of `state` into one of the same memory.
+
+    All tensors of a memory agree on which token is where, except those that are the same along theirs (`uniform`): such
+    a one learns it from what is written, if both have the same elements along the dim.
+    """
+    if not isinstance(was, Part) or not isinstance(state, Part):
+        return was if state == before and (state is None or was == state) else _LOST
+    if state == before and not state.uniform and not was.uniform:
+        return was
+    alike = other.shape[was.dim] == tensor.shape[state.dim] and other.stride(was.dim) == tensor.stride(state.dim)
+    if alike and was.uniform and not state.uniform:
+        return replace(state, dim=was.dim)
+    return was if alike and (state.uniform or replace(state, dim=was.dim) == was) else _LOST
+
+
+def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal; what is no number equals itself."""
+    if one.shape != other.shape or one.dtype is not other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 class _Lookers(TorchFunctionMode):
     """Notices methods that read a tensor into Python without an operator."""
 
@@ -291,9 +345,11 @@ class _Lookers(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("tolist", "numpy", "__array__") and isinstance(args[0], torch.Tensor) and not self.reading.quiet:
             self.reading._look(name, [args[0]])
+            self.reading.expose(args[0])
         return func(*args, **(kwargs or {}))
 
 
+_LOST = Wrong("writes into a part of a tensor")
 _LOOKS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "allclose", "bincount"}
 _LOOKS |= {"_unique2", "unique_dim", "unique_consecutive", "_is_all_true", "_is_any_true"}
 
@@ -309,6 +365,8 @@ def _static(value: Any) -> Any:
 def running(reading: Reading, skeleton: nn.Module) -> Iterator[None]:
     """Run a skeleton under a reading; generators of random numbers are afterwards as before."""
     state = random.getstate()
+    for tensor in (*skeleton.parameters(), *skeleton.buffers()):
+        reading.know(tensor)
     hooks = []
     for name, module in skeleton.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: reading.path.append(name)))
