@@ -122,7 +122,7 @@ WRITES = {
     "diagonal": written(lambda y, _: y.diagonal(0, 0, 1).zero_()),
     "detached": written(lambda y, _: y.detach()[:, 0].zero_()),
     "data": written(lambda y, _: y.data[:, 0].zero_()),
-    "chain of views": written(lambda y, _: y.view(-1, y.shape[2]).view(y.shape).narrow(1, 0, 2).swapaxes(0, 1)[0].zero_()),
+    "chain of views": written(lambda y, _: y.flatten(0, 1).view(y.shape).narrow(1, 0, 2).swapaxes(0, 1)[0].zero_()),
     "view made before": written(lambda y, _: y[:, 0].zero_(), lambda y: y.transpose(0, 1), lambda y: y.transpose(0, 1)),
     "flat view": written(lambda y, h: y.flatten(0, 1)[1:].add_(h.flatten(0, 1)[:-1])),
     "buffer": kept_in_a_buffer,
@@ -221,3 +221,86 @@ def test_random_numbers_that_all_tokens_share_are_refused():
     }
     for change in draws.values():
         assert_refused(change, r"draws a random number, another on each rank.*layers\.1")
+
+
+class Centred(torch.autograd.Function):
+    """The same numbers, with a gradient that mixes tokens."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient - gradient.mean(1, keepdim=True)
+
+
+centred = Centred.apply  # as models keep them
+
+
+def hooked(_, h):
+    h = h * 1.0
+    if h.requires_grad:
+        h.register_hook(lambda gradient: gradient.roll(1, 1))
+    return h
+
+
+def hooked_in_the_graph(_, h):
+    h = h * 1.0
+    if h.grad_fn is not None:
+        h.grad_fn.register_prehook(lambda gradients: tuple(gradient.roll(1, 1) for gradient in gradients))
+    return h
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_gradients_that_the_models_code_makes_by_itself_are_refused():
+    assert_refused(lambda _, h: h + centred(h), r"autograd function, .*\.Centred, whose backward is not read")
+    assert_refused(hooked, r"puts hooks on gradients, which are not read, in model\.layers\.1")
+    assert_refused(hooked_in_the_graph, r"puts hooks on gradients, which are not read, in model\.layers\.1")
+    for place in ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.norm", "lm_head"):
+        model = small("llama", 2)
+        parent, _, name = place.rpartition(".")
+        inner = nn.Sequential(model.get_submodule(place), Changing(lambda h: h + centred(h)))
+        inner.weight = None if name != "lm_head" else model.lm_head.weight
+        setattr(model.get_submodule(parent), name, inner)
+        with pytest.raises(ValueError, match=r"Centred, whose backward is not read"):
+            apply_cp(model, cp_mesh())
+
+
+class Changing(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.ranks(2, timeout=120)
+def test_layers_that_are_recomputed_have_exact_gradients(reentrant):
+    one, mesh = small("llama", 2).train(), cp_mesh()
+    model = apply_cp(copy.deepcopy(one), mesh)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    one(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+    model(**shard_batch({"input_ids": ids(), "labels": ids()}, mesh)).loss.backward()
+    for (name, wanted), found in zip(one.named_parameters(), model.parameters(), strict=True):
+        dist.all_reduce(found.grad)
+        assert relative_error(found.grad / 2, wanted.grad, 1e-6) < 1e-5, name
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_what_a_model_does_with_gradients_alone_is_read_with_gradients():
+    model = changed(lambda _, h: h.roll(1, 1) if torch.is_grad_enabled() else h)
+    one, mesh, batch = copy.deepcopy(model), cp_mesh(), {"input_ids": ids()}
+    with torch.no_grad():
+        apply_cp(model, mesh)
+        out = model(**shard_batch(batch, mesh)).logits
+        assert relative_error(unshard_sequence(out, mesh), one(**batch, use_cache=False).logits, 0.0) < 1e-6
+    with torch.inference_mode():
+        model = apply_cp(copy.deepcopy(one), mesh)
+        out = model(**shard_batch(batch, mesh)).logits
+        assert relative_error(unshard_sequence(out, mesh), one(**batch, use_cache=False).logits, 0.0) < 1e-6
+    with pytest.raises(ValueError, match=r"roll along the sequence .*layers\.1"):
+        model(**shard_batch(batch, mesh))

@@ -262,9 +262,12 @@ class _Context:
         """In which way a call is exact, found once for each form of calls; None for a part of a pipeline."""
         if is_part_of_pipeline(model):
             return None
-        form = (call.form(), model.training)
+        gradients = torch.is_grad_enabled()
+        form = (call.form(), model.training, gradients)
         if form not in self.proofs:
-            self.proofs[form] = prove(model, self.known, call, self._watched)
+            # In inference mode torch hands operators on as they are called, for which there are no rules.
+            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                self.proofs[form] = prove(model, self.known, call, self._watched)
         return self.proofs[form]
 
     def _watched(self, reading: Reading | None) -> None:

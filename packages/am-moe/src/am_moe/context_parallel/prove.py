@@ -210,6 +210,7 @@ class _Runs:
             self.watched(None)
 
     def _judge(self, reading: Reading, output: Any) -> None:
+        reading.check_backward(tensors_in(output))
         if len(reading.counted) > 1:
             raise UnprovenError(f"sums losses of {' and '.join(sorted(reading.counted))}")
         self.proof_.counted = next(iter(reading.counted), "")
@@ -251,6 +252,8 @@ class _Runs:
     def _argument(self, name: str, value: Any, way: Way) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if value.is_floating_point() and name in self.call.by_tokens and torch.is_grad_enabled():
+            value = value.requires_grad_().clone()  # embeddings are trained, and no leaf
         whole = way.whole_labels if name in LABELS else way.whole_inputs
         if self.reading.recorded is None or whole or name not in self.call.by_tokens:
             return self.reading.give(name, value, None)
@@ -270,7 +273,7 @@ class _Runs:
             result = forward(**given)
 
         def label(tensor: torch.Tensor) -> torch.Tensor:
-            return self.reading.new(tuple(tensor.shape), tensor.dtype, state)
+            return self.reading.new(tuple(tensor.shape), tensor.dtype, state, [])
 
         return map_tensors(result, label)
 
@@ -298,6 +301,7 @@ class _Runs:
         def cut(tensor: torch.Tensor) -> torch.Tensor:
             dim = next((dim for dim in (1, 2) if tuple(tensor.shape[dim - 1 : dim + 1]) in by_tokens), 0)
             self.proof_.cuts.append(dim if self.reading.state(tensor) is None else 0)
+            self.reading.check_backward([tensor])  # this rank has the gradient of its tokens alone
             return self.reading.part(tensor, dim) if self.proof_.cuts[-1] else tensor
 
         self.proof_.entering = entering(args, kwargs)
@@ -316,7 +320,7 @@ class _Runs:
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             state = Part(0, of=picked.mask) if mine else None
-            return self.reading.new((self.rows * sum(marks), *x.shape[1:]), x.dtype, state)
+            return self.reading.new((self.rows * sum(marks), *x.shape[1:]), x.dtype, state, [x])
 
         given = {name: map_tensors(value, rows) for name, value in picked.given.items() if name != picked.mask}
         return given | {picked.mask: self.reading.give(picked.mask, mask, Part(1) if mine else None)}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from am_moe._torch_compat import by_argument, needs_numbers, operator_name, written_arguments
+from am_moe._torch_compat import (
+    by_argument,
+    is_getter,
+    needs_numbers,
+    operator_name,
+    python_functions,
+    written_arguments,
+)
 from am_moe._torch_compat_fakes import is_fake, quiet_fakes, run_without_memory, storage_key
 from am_moe.context_parallel.nested import map_tensors, tensors_in
 from am_moe.context_parallel.rules import DRAWS, IDENTITIES, Operation, Part, State, Wrong, states_after
@@ -62,6 +69,7 @@ class Reading(TorchDispatchMode):
         self.held: list[Any] = []  # their memory, so that its identity is no other's
         self.unknown: set[int] = set()  # real memory with numbers that nobody knows
         self.foreign: set[int] = set()  # real memory that Python fills, as that of torch.tensor(...) and numpy's
+        self.backwards: set[Any] = set()  # nodes of the graph of gradients that were looked at
         self.counted: set[str] = set()
         self.path: list[str] = []
         self.quiet = False
@@ -86,25 +94,31 @@ class Reading(TorchDispatchMode):
     def state(self, tensor: torch.Tensor) -> State:
         return self.states.get(tensor)
 
-    def new(self, shape: tuple[int, ...], dtype: torch.dtype, state: State) -> torch.Tensor:
-        """A tensor without numbers."""
+    def new(
+        self, shape: tuple[int, ...], dtype: torch.dtype, state: State, made_of: Iterable[torch.Tensor]
+    ) -> torch.Tensor:
+        """A tensor without numbers, which has a gradient if one of those that it is made of has."""
         with self.unseen(), self.fake:
             tensor = torch.empty(shape, dtype=dtype)
+            if tensor.is_floating_point() and torch.is_grad_enabled() and any(x.requires_grad for x in made_of):
+                tensor = tensor.requires_grad_().clone()  # no leaf, into which nobody might write
         self._label(tensor, state)
         return tensor
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """What attention over the whole sequence returns for this run's queries, `(B, S, H, E)`."""
         state: State = None
+        self.check_backward([q, k, v] if sinks is None else [q, k, v, sinks])
         if self.recorded is not None:
             states = [self.state(x) for x in (q, k, v)]
             wrong = next((s for s in states if isinstance(s, Wrong)), None)
             right = all(s == Part(2) for s in states) and (sinks is None or self.state(sinks) is None)
             state = wrong or (Part(1) if right else Wrong(f"attends to other tokens than its own in {self._where()}"))
-        return self.new((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), q.dtype, state)
+        return self.new((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), q.dtype, state, [q, k, v])
 
     def experts(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """What stacked experts return: a row for each token of the first of the tensors, which the others route."""
+        self.check_backward(tensors)
         states = [self.state(t) for t in tensors]
         wrong = next((s for s in states if isinstance(s, Wrong)), None)
         # Rows and tokens may be one dim in some of them and two in others.
@@ -113,13 +127,14 @@ class Reading(TorchDispatchMode):
             for t, s in zip(tensors, states, strict=True)
         }
         state = wrong or (states[0] if len(order) == 1 else Wrong(f"routes others' tokens in {self._where()}"))
-        return self.new(tuple(tensors[0].shape), tensors[0].dtype, state)
+        return self.new(tuple(tensors[0].shape), tensors[0].dtype, state, tensors)
 
     def whole(self, tensor: torch.Tensor, known: dict[str, Any]) -> torch.Tensor:
         """A rank's tokens, made whole."""
         part = self.state(tensor)
         if not isinstance(part, Part):
             return tensor
+        self.check_backward([tensor])
         if (name := self.inputs.get(tensor)) in known and tensor.shape == (self.rows, self.tokens):
             with self.unseen():
                 same = known[name].to(tensor.dtype)
@@ -127,14 +142,28 @@ class Reading(TorchDispatchMode):
             return same
         shape = list(tensor.shape)
         shape[part.dim] = shape[part.dim] // self.tokens * self.seq_len
-        return self.new(tuple(shape), tensor.dtype, None)
+        return self.new(tuple(shape), tensor.dtype, None, [tensor])
 
     def part(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """A rank's tokens of what is whole, along a dim."""
         if self.state(tensor) is not None:
             return tensor
         shape = (*tensor.shape[:dim], self.tokens, *tensor.shape[dim + 1 :])
-        return self.new(shape, tensor.dtype, Part(dim))
+        return self.new(shape, tensor.dtype, Part(dim), [tensor])
+
+    def check_backward(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Refuse autograd functions that a gradient of a rank's tokens would come through; only forwards are read.
+
+        Raises:
+            UnprovenError: names the function.
+        """
+        with self.unseen():
+            functions = python_functions(tensors, self.backwards)
+        for function in functions if self.recorded is not None else ():
+            package = function.__module__.partition(".")[0]
+            if package not in ("torch", "transformers") and not package.startswith("am_"):
+                name = f"{function.__module__}.{function.__qualname__}"
+                raise UnprovenError(f"has an autograd function, {name}, whose backward is not read")
 
     # Operators.
 
@@ -148,7 +177,7 @@ class Reading(TorchDispatchMode):
         inputs = list(tensors_in((args, kwargs)))
         if name in _LOOKS:
             self._look(name, inputs)
-        numbers = self._foreign_numbers(inputs)
+        numbers = self._foreign_numbers(inputs) if name != "detach" else {}
         try:
             result = self._compute(func, args, kwargs)
         except Exception as error:
@@ -158,7 +187,9 @@ class Reading(TorchDispatchMode):
         outputs = list(tensors_in(result))
         static = {key: _static(value) for key, value in given.items()}
         shapes = [tuple(t.shape) for t in outputs]
-        if self.recorded is None:
+        if name == "detach":  # also autograd's own, of what it saves
+            self._label(outputs[0], self.state(inputs[0]))
+        elif self.recorded is None:
             self.record.append(_Recorded(func, static, shapes, numbers))
         else:
             self._follow(func, name, given, inputs, outputs, static, shapes)
@@ -335,7 +366,7 @@ def _same_numbers(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class _Lookers(TorchFunctionMode):
-    """Notices methods that read a tensor into Python without an operator."""
+    """Notices methods that read a tensor into Python without an operator, or change its gradient."""
 
     def __init__(self, reading: Reading) -> None:
         super().__init__()
@@ -343,12 +374,15 @@ class _Lookers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(func, "__name__", "")
+        if (name in _HOOKS or is_getter(func, "grad_fn")) and not self.reading.quiet:
+            raise UnprovenError(f"puts hooks on gradients, which are not read, in {self.reading._where()}")
         if name in ("tolist", "numpy", "__array__") and isinstance(args[0], torch.Tensor) and not self.reading.quiet:
             self.reading._look(name, [args[0]])
             self.reading.expose(args[0])
         return func(*args, **(kwargs or {}))
 
 
+_HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
 _LOST = Wrong("writes into a part of a tensor")
 _LOOKS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "allclose", "bincount"}
 _LOOKS |= {"_unique2", "unique_dim", "unique_consecutive", "_is_all_true", "_is_any_true"}
@@ -363,7 +397,10 @@ def _static(value: Any) -> Any:
 
 @contextmanager
 def running(reading: Reading, skeleton: nn.Module) -> Iterator[None]:
-    """Run a skeleton under a reading; generators of random numbers are afterwards as before."""
+    """Run a skeleton under a reading, with gradients enabled or not as they are for the call that is read.
+
+    Generators of random numbers are afterwards as before.
+    """
     state = random.getstate()
     for tensor in (*skeleton.parameters(), *skeleton.buffers()):
         reading.know(tensor)
@@ -373,7 +410,7 @@ def running(reading: Reading, skeleton: nn.Module) -> Iterator[None]:
         hooks.append(module.register_forward_hook(lambda *_: _nothing(reading.path.pop()), always_call=True))
     try:
         with (
-            torch.no_grad(), torch.random.fork_rng([]), torch.autocast("cpu", enabled=False), quiet_fakes(),
+            torch.random.fork_rng([]), torch.autocast("cpu", enabled=False), quiet_fakes(),
             _Lookers(reading), reading,
         ):  # fmt: skip
             yield

@@ -16,6 +16,8 @@ _OWN_CLASS = "_am_tp_styles_exchanged_from"
 def skeleton_of(model: nn.Module, fake: Any) -> nn.Module:
     """A copy of the module tree with parameters of the same (global) shapes without memory, of a mode of such tensors.
 
+    All of them are trained where gradients are enabled, for whatever is frozen now may be trained later.
+
     Buffers and tensors that are attributes are copied where they can be read. All other attributes, configs among them,
     are shared.
     """
@@ -53,8 +55,9 @@ def _own_class(kind: type) -> type:
 
 
 def _empty(tensor: torch.Tensor, fake: Any) -> Any:
+    trained = torch.is_grad_enabled() and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     with fake:
-        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=trained)
 
 
 def _content(buffer: torch.Tensor, fake: Any) -> Any:
