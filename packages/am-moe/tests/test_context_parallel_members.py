@@ -304,3 +304,38 @@ def test_what_a_model_does_with_gradients_alone_is_read_with_gradients():
         assert relative_error(unshard_sequence(out, mesh), one(**batch, use_cache=False).logits, 0.0) < 1e-6
     with pytest.raises(ValueError, match=r"roll along the sequence .*layers\.1"):
         model(**shard_batch(batch, mesh))
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_what_a_model_does_for_more_tokens_is_read_when_they_come():
+    decisions = {
+        "shape": lambda _, h: h * (2.0 if h.shape[1] > 10 else 1.0),
+        "size": lambda _, h: h.roll(1, 1) if h.size(1) < 10 else h,
+        "sizes": lambda _, h: h * 2 if h.size()[1] * 2 + 1 >= 21 else h,
+        "negative dim": lambda _, h: h * 2 if h.size(-2) >= 10.5 else h,
+        "flat": lambda _, h: h if h.flatten(0, 1).shape[0] > 20 else h.roll(1, 1),
+        "numel": lambda _, h: h if h.numel() // h.shape[-1] > 20 else h.roll(1, 1),
+        "equal": lambda _, h: h * (2.0 if h.shape[1] == 8 else 1.0),
+    }
+    for change in decisions.values():
+        assert_refused(change)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_decisions_that_are_the_same_for_a_part_and_the_whole_are_exact():
+    def change(_, h):
+        assert h.shape[1] == h.flatten(0, 1).shape[0] // h.shape[0]
+        if h.shape[1] > 2048:
+            raise ValueError("too long")
+        return h * 2 if h.shape[1] < 10 and h.shape[1] * 2 < 10 else h
+
+    assert_exact(change)
+    assert_exact(lambda _, h: h * (2.0 if h.shape[1] > 4 else 1.0))
+    assert_exact(lambda _, h: h * 1.0 if h.shape[1] > 10 else 1.0 * h)  # read at the length that comes
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_more_tokens_than_can_be_read_are_refused_where_their_number_decides():
+    model = apply_cp(changed(lambda _, h: h * (2.0 if h.shape[1] > 10000 else 1.0)), cp_mesh())
+    with pytest.raises(ValueError, match="decides by how many tokens there are, and 20480 are too many"):
+        model(**shard_batch({"input_ids": torch.ones(1, 20480, dtype=torch.int64)}, cp_mesh()))

@@ -10,10 +10,11 @@ rotary tables that are shown the length, and stacked experts, whose rows are ind
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ from am_moe._torch_compat import (
     written_arguments,
 )
 from am_moe._torch_compat_fakes import is_fake, quiet_fakes, run_without_memory, storage_key
+from am_moe.context_parallel.lengths import Decision, Length
 from am_moe.context_parallel.nested import map_tensors, tensors_in
 from am_moe.context_parallel.rules import DRAWS, IDENTITIES, Operation, Part, State, Wrong, states_after
 
@@ -49,6 +51,17 @@ class _Recorded:
     static: dict[str, Any]
     shapes: list[tuple[int, ...]]
     numbers: dict[int, torch.Tensor]
+
+
+def _apart(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """What is no code of the model's decides nothing."""
+
+    @functools.wraps(answer)
+    def answered(self: Reading, *args: Any) -> Any:
+        with self.unseen():
+            return answer(self, *args)
+
+    return answered
 
 
 class Reading(TorchDispatchMode):
@@ -69,6 +82,7 @@ class Reading(TorchDispatchMode):
         self.held: list[Any] = []  # their memory, so that its identity is no other's
         self.unknown: set[int] = set()  # real memory with numbers that nobody knows
         self.foreign: set[int] = set()  # real memory that Python fills, as that of torch.tensor(...) and numpy's
+        self.decisions: list[Decision] = []  # by how many tokens there are
         self.backwards: set[Any] = set()  # nodes of the graph of gradients that were looked at
         self.counted: set[str] = set()
         self.path: list[str] = []
@@ -105,6 +119,7 @@ class Reading(TorchDispatchMode):
         self._label(tensor, state)
         return tensor
 
+    @_apart
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
         """What attention over the whole sequence returns for this run's queries, `(B, S, H, E)`."""
         state: State = None
@@ -116,6 +131,7 @@ class Reading(TorchDispatchMode):
             state = wrong or (Part(1) if right else Wrong(f"attends to other tokens than its own in {self._where()}"))
         return self.new((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), q.dtype, state, [q, k, v])
 
+    @_apart
     def experts(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """What stacked experts return: a row for each token of the first of the tensors, which the others route."""
         self.check_backward(tensors)
@@ -129,6 +145,7 @@ class Reading(TorchDispatchMode):
         state = wrong or (states[0] if len(order) == 1 else Wrong(f"routes others' tokens in {self._where()}"))
         return self.new(tuple(tensors[0].shape), tensors[0].dtype, state, tensors)
 
+    @_apart
     def whole(self, tensor: torch.Tensor, known: dict[str, Any]) -> torch.Tensor:
         """A rank's tokens, made whole."""
         part = self.state(tensor)
@@ -144,6 +161,7 @@ class Reading(TorchDispatchMode):
         shape[part.dim] = shape[part.dim] // self.tokens * self.seq_len
         return self.new(tuple(shape), tensor.dtype, None, [tensor])
 
+    @_apart
     def part(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """A rank's tokens of what is whole, along a dim."""
         if self.state(tensor) is not None:
@@ -151,15 +169,35 @@ class Reading(TorchDispatchMode):
         shape = (*tensor.shape[:dim], self.tokens, *tensor.shape[dim + 1 :])
         return self.new(shape, tensor.dtype, Part(dim), [tensor])
 
+    def sizes(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Size:
+        """A tensor's shape, in which a rank's tokens are a number that knows what it would be for more."""
+        part = self.state(tensor)
+        if not isinstance(part, Part) or part.of or self.quiet:
+            return shape
+        return torch.Size([*shape[: part.dim], self._length(shape[part.dim], part.dim == 0), *shape[part.dim + 1 :]])
+
+    def elements(self, tensor: torch.Tensor, count: int) -> int:
+        """How many elements a tensor has, such a number where it holds a rank's tokens."""
+        part = self.state(tensor)
+        return self._length(count, True) if isinstance(part, Part) and not part.of and not self.quiet else count
+
+    def _length(self, value: int, with_rows: bool) -> Length:
+        times, by_rows = value // self.tokens, with_rows and value // self.tokens % self.rows == 0
+        each = times // self.rows
+        at = (lambda tokens, rows: each * rows * tokens) if by_rows else (lambda tokens, rows: times * tokens)
+        return Length.of(value, at, self.decisions)
+
     def check_backward(self, tensors: Iterable[torch.Tensor]) -> None:
         """Refuse autograd functions that a gradient of a rank's tokens would come through; only forwards are read.
 
         Raises:
             UnprovenError: names the function.
         """
+        if self.recorded is None:
+            return
         with self.unseen():
             functions = python_functions(tensors, self.backwards)
-        for function in functions if self.recorded is not None else ():
+        for function in functions:
             package = function.__module__.partition(".")[0]
             if package not in ("torch", "transformers") and not package.startswith("am_"):
                 name = f"{function.__module__}.{function.__qualname__}"
@@ -374,12 +412,24 @@ class _Lookers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(func, "__name__", "")
-        if (name in _HOOKS or is_getter(func, "grad_fn")) and not self.reading.quiet:
+        if self.reading.quiet:
+            return func(*args, **(kwargs or {}))
+        if name in _HOOKS or (name == "__get__" and is_getter(func, "grad_fn")):
             raise UnprovenError(f"puts hooks on gradients, which are not read, in {self.reading._where()}")
-        if name in ("tolist", "numpy", "__array__") and isinstance(args[0], torch.Tensor) and not self.reading.quiet:
+        if name in ("tolist", "numpy", "__array__") and isinstance(args[0], torch.Tensor):
             self.reading._look(name, [args[0]])
             self.reading.expose(args[0])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if name == "__get__" and is_getter(func, "shape"):
+            return self.reading.sizes(args[0], result)
+        if name == "size" and isinstance(args[0], torch.Tensor):
+            if isinstance(result, torch.Size):
+                return self.reading.sizes(args[0], result)
+            dim = args[1] if len(args) > 1 else (kwargs or {})["dim"]
+            return self.reading.sizes(args[0], torch.Tensor.size(args[0]))[dim]
+        if name in ("numel", "nelement") and isinstance(args[0], torch.Tensor):
+            return self.reading.elements(args[0], result)
+        return result
 
 
 _HOOKS = ("register_hook", "register_post_accumulate_grad_hook")
