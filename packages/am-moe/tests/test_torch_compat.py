@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 
 from am_moe._torch_compat import (
     all_gather,
@@ -19,9 +20,11 @@ from am_moe._torch_compat import (
     end_forward,
     group_of,
     in_backward,
+    is_getter,
     is_unsharded,
     needs_numbers,
     operator_name,
+    python_functions,
     reduce_as_asked,
     reduce_scatter,
     reduce_unused,
@@ -195,3 +198,34 @@ def test_an_operator_says_what_it_is_given_and_what_it_writes_into():
     assert written_arguments(add, given) == [one]
     assert operator_name(add) == "add_"
     assert written_arguments(torch.ops.aten.add.Tensor, given) == []
+
+
+def test_functions_in_python_are_found_behind_a_tensor():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    x = torch.ones(2, requires_grad=True)
+    y, seen = Twice.apply(x * 3).exp(), set()
+    assert python_functions([y.sum(), x], seen) == [Twice]
+    assert python_functions([y], seen) == []
+    assert python_functions([(x * 3).exp(), torch.ones(1)], set()) == []
+
+
+def test_a_look_at_an_attribute_of_a_tensor_is_seen():
+    class See(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append((is_getter(func, "grad_fn"), is_getter(func, "shape"), func.__name__))
+            return func(*args, **(kwargs or {}))
+
+    seen, x = [], torch.ones(1, requires_grad=True) * 2
+    with See():
+        _ = x.grad_fn, x.shape
+        x.register_hook(print)
+    assert seen[:2] == [(True, False, "__get__"), (False, True, "__get__")]
+    assert seen[2] == (False, False, "register_hook")

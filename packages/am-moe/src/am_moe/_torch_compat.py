@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import BackwardCFunction
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp import FSDPModule
@@ -129,6 +131,25 @@ def axis(mesh: DeviceMesh | None, name: str) -> DeviceMesh | None:
         return mesh[name]
     except (KeyError, RuntimeError, ValueError):
         return None
+
+
+def python_functions(tensors: Iterable[torch.Tensor], seen: set[Any]) -> list[type]:
+    """The autograd functions in Python that backwards from tensors come through; `seen` keeps the nodes looked at."""
+    found: list[type] = []
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while nodes:
+        if (node := nodes.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.append(node._forward_cls)  # type: ignore[attr-defined]
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+def is_getter(function: Any, name: str) -> bool:
+    """Whether what a torch function mode sees is the look at an attribute of a tensor, such as `grad_fn`."""
+    return getattr(function, "__self__", None) is getattr(torch.Tensor, name)
 
 
 def needs_numbers(error: Exception) -> bool:

@@ -49,6 +49,8 @@ COMM_TYPES = get_args(CommType)
 _PREFIX = "am_moe_context_parallel"
 # What shard_batch adds, of which a forward may know nothing.
 _OURS = frozenset({"num_labels_in_batch"})
+# A forward is read with at most so many tokens, as masks that a model makes by itself are real.
+_READABLE = 2**14
 _numbers = itertools.count()
 
 
@@ -262,9 +264,23 @@ class _Context:
         """In which way a call is exact, found once for each form of calls; None for a part of a pipeline."""
         if is_part_of_pipeline(model):
             return None
-        form = (call.form(), model.training)
+        proof = self._read(model, call)
+        if proof.holds_for(call):
+            return proof
+        if call.tokens * call.ranks > _READABLE:
+            raise ValueError(
+                f"context parallelism is not right for {self.name}: it decides by how many tokens there are, and "
+                f"{call.tokens * call.ranks} are too many to read what it does with them"
+            )
+        return self._read(model, dataclasses.replace(call, at_length=True))
+
+    def _read(self, model: nn.Module, call: Call) -> Proof:
+        gradients = torch.is_grad_enabled()
+        form = (call.form(), model.training, gradients)
         if form not in self.proofs:
-            self.proofs[form] = prove(model, self.known, call, self._watched)
+            # In inference mode torch hands operators on as they are called, for which there are no rules.
+            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+                self.proofs[form] = prove(model, self.known, call, self._watched)
         return self.proofs[form]
 
     def _watched(self, reading: Reading | None) -> None:

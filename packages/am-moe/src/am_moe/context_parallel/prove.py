@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from am_moe._torch_compat_fakes import fake_mode
+from am_moe.context_parallel.lengths import Decision
 from am_moe.context_parallel.nested import map_tensors, tensors_in
 from am_moe.context_parallel.picked import Picked
 from am_moe.context_parallel.plan import head_tail
@@ -59,6 +60,7 @@ class Proof:
         gathers: for each tensor that leaves the stack, in order, where its tokens are if it is made whole.
         means: the places, among what the model returns, of means over this rank's labels.
         counted: the name of the labels that a sum or mean goes over, "" for none.
+        decisions: comparisons with how many tokens there are, which have to be answered as they were.
     """
 
     way: Way
@@ -67,6 +69,12 @@ class Proof:
     gathers: list[Part | None] = field(default_factory=list)
     means: list[int] = field(default_factory=list)
     counted: str = ""
+    decisions: list[Decision] = field(default_factory=list, compare=False)
+
+    def holds_for(self, call: Call) -> bool:
+        """Whether the model decides by a call's number of tokens, a rank's and all, as it did when it was read."""
+        lengths = (call.tokens, call.tokens * call.ranks)
+        return all(decision.same_for(tokens, call.rows) for decision in self.decisions for tokens in lengths)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Call:
         padded: whether an attention mask may have zeros.
         with_images: whether the embeddings are those of a call with images: they are then made of whole ids.
         picked: what enters the stack for some tokens of these images only.
+        at_length: whether it is read with as many tokens as it has.
     """
 
     given: dict[str, Any]
@@ -100,16 +109,19 @@ class Call:
     padded: bool
     with_images: bool = False
     picked: Picked | None = None
+    at_length: bool = False
 
     def form(self) -> tuple:
         """What a proof depends on."""
         values = [(n, _form(x, n in self.by_tokens, self.rows)) for n, x in sorted(self.given.items())]
-        by_length = self.tokens * self.ranks if self._counts() else 0
+        by_length = self.tokens * self.ranks if self._counts() or self.at_length else 0
         picked = self.picked and self.picked.form()
         return tuple(values), self.padded, self.rows == 1, by_length, self.with_images, picked
 
     def sizes(self) -> tuple[int, int, int]:
         """Rows, tokens and ranks to read with: small ones, where no argument is a number of tokens."""
+        if self.at_length:
+            return self.rows, self.tokens, max(self.ranks, 2)
         rows = min(self.rows, 2)
         return (rows, self.tokens, max(self.ranks, 2)) if self._counts() else (rows, 12, 2)
 
@@ -174,6 +186,7 @@ class _Runs:
         Raises:
             UnprovenError: it is not shown to be.
         """
+        decisions: list[Decision] = []
         for padded in {False, self.call.padded}:
             if padded not in self.recorded:
                 self.recorded[padded] = self._run(Way(), padded, None)[0].record
@@ -181,6 +194,8 @@ class _Runs:
             if reading.at != len(self.recorded[padded]):
                 raise UnprovenError("computes less for fewer tokens")
             self._judge(reading, output)
+            decisions += reading.decisions
+        self.proof_.decisions = decisions
         return self.proof_
 
     def _run(self, way: Way, padded: bool, recorded: Any) -> tuple[Reading, Any]:
@@ -210,6 +225,7 @@ class _Runs:
             self.watched(None)
 
     def _judge(self, reading: Reading, output: Any) -> None:
+        reading.check_backward(tensors_in(output))
         if len(reading.counted) > 1:
             raise UnprovenError(f"sums losses of {' and '.join(sorted(reading.counted))}")
         self.proof_.counted = next(iter(reading.counted), "")
@@ -251,6 +267,8 @@ class _Runs:
     def _argument(self, name: str, value: Any, way: Way) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
+        if value.is_floating_point() and name in self.call.by_tokens and torch.is_grad_enabled():
+            value = value.requires_grad_().clone()  # embeddings are trained, and no leaf
         whole = way.whole_labels if name in LABELS else way.whole_inputs
         if self.reading.recorded is None or whole or name not in self.call.by_tokens:
             return self.reading.give(name, value, None)
@@ -270,7 +288,7 @@ class _Runs:
             result = forward(**given)
 
         def label(tensor: torch.Tensor) -> torch.Tensor:
-            return self.reading.new(tuple(tensor.shape), tensor.dtype, state)
+            return self.reading.new(tuple(tensor.shape), tensor.dtype, state, [])
 
         return map_tensors(result, label)
 
@@ -296,8 +314,10 @@ class _Runs:
         by_tokens = ((self.rows, self.seq_len), (1, self.seq_len))
 
         def cut(tensor: torch.Tensor) -> torch.Tensor:
-            dim = next((dim for dim in (1, 2) if tuple(tensor.shape[dim - 1 : dim + 1]) in by_tokens), 0)
+            with self.reading.unseen():
+                dim = next((dim for dim in (1, 2) if tuple(tensor.shape[dim - 1 : dim + 1]) in by_tokens), 0)
             self.proof_.cuts.append(dim if self.reading.state(tensor) is None else 0)
+            self.reading.check_backward([tensor])  # this rank has the gradient of its tokens alone
             return self.reading.part(tensor, dim) if self.proof_.cuts[-1] else tensor
 
         self.proof_.entering = entering(args, kwargs)
@@ -316,7 +336,7 @@ class _Runs:
 
         def rows(x: torch.Tensor) -> torch.Tensor:
             state = Part(0, of=picked.mask) if mine else None
-            return self.reading.new((self.rows * sum(marks), *x.shape[1:]), x.dtype, state)
+            return self.reading.new((self.rows * sum(marks), *x.shape[1:]), x.dtype, state, [x])
 
         given = {name: map_tensors(value, rows) for name, value in picked.given.items() if name != picked.mask}
         return given | {picked.mask: self.reading.give(picked.mask, mask, Part(1) if mine else None)}

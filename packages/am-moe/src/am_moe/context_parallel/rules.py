@@ -80,6 +80,7 @@ class Operation:
         changed: names of arguments, sizes among them, that are other numbers than in the whole run.
         tokens: how many the rank has.
         pointwise: whether torch says that it treats every element alike.
+        draws: whether torch says that it draws random numbers.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Operation:
     changed: set[str]
     tokens: int
     pointwise: bool
+    draws: bool
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for value in self.given.values() for t in _flat(value)]
@@ -155,6 +157,8 @@ def _constant_along(output: torch.Tensor, dim: int, tokens: int) -> Part:
 
 def _made_of_the_same(op: Operation, place: int) -> State:
     varying = op.varying[place]
+    if op.draws and op.name != "native_dropout":  # which is as random on tokens
+        return Wrong(f"{DRAWS} ({op.name})")
     if not varying and not op.changed:
         return None
     if op.name == "expand" and len(varying) == 1:
@@ -202,7 +206,7 @@ def _agreed(op: Operation, one: Part | None, other: Part) -> Part:
         return other
     if one.dim == other.dim and (one.uniform or other.uniform or one == other):
         return other if one.uniform else one
-    raise NoRuleError(f"{op.name} of tokens in two places")
+    raise NoRuleError(f"{op.name} of tokens at two places")
 
 
 def _along(op: Operation) -> State:
@@ -282,6 +286,10 @@ def _part_of_shape(op: Operation, tensor: torch.Tensor, part: Part, output: torc
         raise NoRuleError(f"{op.name} to {tuple(output.shape)}")
     dim = varying[0]
     if part.uniform:
+        # What runs along the new dim must run along the old one alone: others need not be the same.
+        step, within = math.prod(tensor.shape[part.dim + 1 :]), math.prod(output.shape[dim + 1 :])
+        if within % step or step * tensor.shape[part.dim] % (within * output.shape[dim]):
+            raise NoRuleError(f"{op.name} from {tuple(tensor.shape)} to {tuple(output.shape)}, which mixes dims,")
         return replace(part, dim=dim)
     if part.of:
         raise NoRuleError(f"{op.name} of some tokens")

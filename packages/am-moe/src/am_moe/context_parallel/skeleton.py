@@ -16,7 +16,10 @@ _OWN_CLASS = "_am_tp_styles_exchanged_from"
 def skeleton_of(model: nn.Module, fake: Any) -> nn.Module:
     """A copy of the module tree with parameters of the same (global) shapes without memory, of a mode of such tensors.
 
-    Buffers that can be read are copied. All other attributes, configs among them, are shared.
+    All of them are trained where gradients are enabled, for whatever is frozen now may be trained later.
+
+    Buffers and tensors that are attributes are copied where they can be read. All other attributes, configs among them,
+    are shared.
     """
     return _copied(model, fake, {})
 
@@ -27,7 +30,10 @@ def _copied(module: nn.Module, fake: Any, memo: dict[int, Any]) -> nn.Module:
     copy = object.__new__(_own_class(type(module)))
     nn.Module.__init__(copy)
     own = set(vars(copy)) - {"training"} | _LEFT
-    vars(copy).update({key: value for key, value in vars(module).items() if key not in own})
+    for key, value in vars(module).items():
+        if key not in own:
+            plain = type(value) is torch.Tensor
+            vars(copy)[key] = memo.setdefault(id(value), _content(value, fake)) if plain else value
     if "gradient_checkpointing" in vars(copy):
         vars(copy)["gradient_checkpointing"] = False
     memo[id(module)] = copy
@@ -49,8 +55,9 @@ def _own_class(kind: type) -> type:
 
 
 def _empty(tensor: torch.Tensor, fake: Any) -> Any:
+    trained = torch.is_grad_enabled() and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     with fake:
-        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+        return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=trained)
 
 
 def _content(buffer: torch.Tensor, fake: Any) -> Any:
