@@ -89,3 +89,14 @@ def test_images_on_one_rank_train_as_in_one_process(model_type):
             one.zero_grad()
     if SWEEP and dist.get_rank() == 0:
         pathlib.Path(SWEEP, f"some_ranks-{model_type}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.ranks(2)
+def test_images_on_one_rank_are_refused_where_batch_norms_would_count_those_that_are_made_up():
+    model = small_with_images("llava", layers=2)
+    model.model.multi_modal_projector.norm = torch.nn.BatchNorm1d(4, dtype=torch.float64)
+    images, text = natural_batch(model, rows=2), text_only(model)
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    model = fsdp2_strategy_parallelize(model.train(), mesh, torch.float64)
+    with pytest.raises(ValueError, match="its batch norms would count what is made up"):
+        model(**(text if dist.get_rank() else images))

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from am_moe._torch_compat import unit_parameters
 from am_moe.data_parallel.evaluation import outside_graphs
@@ -89,6 +90,8 @@ class Towers:
         described = {n: _describe(v, n in tower_inputs) for n, v in given.items()}
         everyones = on_every_rank(described, self.mesh)
         self._check_inputs(model, everyones, tower_inputs)
+        if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+            self._refuse(model, "its batch norms would count what is made up; freeze them with .eval()")
         known = {name: value for one in reversed(everyones) for name, value in one.items()}
         for method, takes in self.takes.items():
             if takes[0] in known and takes[0] not in given:
