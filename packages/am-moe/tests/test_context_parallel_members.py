@@ -180,6 +180,8 @@ NUMBERS = {
     "asarray": lambda _, h: h * torch.asarray([h.shape[1]]),
     "new_tensor": lambda _, h: h * h.new_tensor(h.shape[1]),
     "from_numpy": lambda _, h: h * torch.from_numpy(np.array(float(h.shape[1]))),
+    "from_numpy, detached": lambda _, h: h * torch.from_numpy(np.array(float(h.shape[1]))).detach(),
+    "from_numpy, data": lambda _, h: h * torch.from_numpy(np.array(float(h.shape[1]))).data,
     "one of each token": lambda _, h: (h.mT * torch.from_numpy(np.ones(h.shape[1]) / h.shape[1])).mT,
     "frombuffer": lambda _, h: torch.frombuffer(bytearray(np.float64(h.shape[1])), dtype=torch.float64) * h,
     "from_numpy, filled later": from_numpy_later,

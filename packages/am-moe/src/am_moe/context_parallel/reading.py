@@ -215,7 +215,7 @@ class Reading(TorchDispatchMode):
         inputs = list(tensors_in((args, kwargs)))
         if name in _LOOKS:
             self._look(name, inputs)
-        numbers = self._foreign_numbers(inputs) if name != "detach" else {}
+        numbers = self._foreign_numbers(name, inputs)
         try:
             result = self._compute(func, args, kwargs)
         except Exception as error:
@@ -229,6 +229,8 @@ class Reading(TorchDispatchMode):
             self._label(outputs[0], self.state(inputs[0]))
         elif self.recorded is None:
             self.record.append(_Recorded(func, static, shapes, numbers))
+            for tensor in outputs:
+                self._label(tensor, None)
         else:
             self._follow(func, name, given, inputs, outputs, static, shapes)
         if origins := frozenset[str]().union(*(self.origins.get(t, frozenset()) for t in inputs)):
@@ -254,6 +256,7 @@ class Reading(TorchDispatchMode):
         changed = {key for key, value in static.items() if value != whole.static[key]}
         drawn = any(isinstance(s := self.state(t), Wrong) and DRAWS in s.reason for t in inputs)
         if name == "lt" and drawn and isinstance(given["other"], (int, float)) and given["other"] <= 0:
+            self._label(outputs[0], None)
             return  # no random number is below zero, on any rank
         op = Operation(
             name, given, self.state, lambda t: self.inputs.get(t, ""), outputs, varying, changed, self.tokens,
@@ -295,7 +298,7 @@ class Reading(TorchDispatchMode):
         """The call that the next one is compared with."""
         return self.recorded[self.at] if self.recorded is not None and self.at < len(self.recorded) else None
 
-    def _foreign_numbers(self, inputs: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    def _foreign_numbers(self, name: str, inputs: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         """Numbers that no operator made, by their place: Python may have made them of how many tokens there are."""
         found: dict[int, torch.Tensor] = {}
         for place, tensor in enumerate(inputs):
@@ -304,7 +307,7 @@ class Reading(TorchDispatchMode):
             if (key := storage_key(tensor)) not in self.sharing:
                 self._label(tensor, None)
                 self.foreign.add(key)
-            if key in self.foreign and key not in self.unknown:
+            if key in self.foreign and key not in self.unknown and name != "detach":  # which is not recorded
                 found[place] = tensor.detach().clone()
         whole = self._in_whole_run()
         for place, number in found.items() if self.recorded is not None else ():
