@@ -300,3 +300,31 @@ def test_inputs_that_take_many_words_to_describe_are_shared():
         logits = run(built, ids, labels, **(more | {"attention_mask": mask} if built[2] else {}))
         if built[3]:
             assert_same(logits, expected, 1e-12, "logits")
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, inner, width):
+        super().__init__()
+        self.inner, self.norm = inner, torch.nn.BatchNorm1d(width, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.norm(self.inner(x).mT).mT
+
+
+@pytest.mark.ranks(2)
+def test_batch_norms_of_microbatches_are_refused_on_every_rank_unless_they_are_frozen():
+    model = tiny("llama", layers=2, dtype=torch.float64)
+    model.model.layers[1].mlp = Normed(model.model.layers[1].mlp, model.config.hidden_size)
+    ids, labels = token_batch(COUNT, 8, vocab_size=60)
+    built = build(model.train())
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.norm is a batch norm, which in training normalises over"):
+        run(built, ids, labels)
+    for part in built[1]:
+        part.eval()
+    run(built, ids, labels, "eval")
+    for part in built[1]:
+        part.train()
+        for module in part.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                module.eval()
+    run(built, ids, labels)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from am_pipeline._torch_compat import backward_hooks_of, forward_hooks_of, hooks_of
 from am_pipeline._torch_compat_fakes import fake_mode
@@ -127,10 +126,7 @@ def refuse_uncopied(model: nn.Module) -> None:
 
 
 def refuse_training(model: nn.Module) -> None:
-    """What would train otherwise than in one process when a model is cut and its batches too; in evaluation it runs.
-
-    Args:
-        model: in training mode, or in evaluation mode as a whole, to be trained later.
+    """What would train otherwise than in one process when a model is cut; in evaluation it runs.
 
     Raises:
         ValueError: names it.
@@ -143,12 +139,6 @@ def refuse_training(model: nn.Module) -> None:
             f"{kind} skips layers at random in training (layerdrop {rate}), on every stage others; set "
             f"{' and '.join(rates)} to 0 in its config"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or not model.training):
-            raise ValueError(
-                f"{name} of {kind} is a {type(module).__name__}, which in training normalises over the rows of a "
-                "microbatch, not of the batch; freeze its statistics with .eval()"
-            )
 
 
 def _content(cell: Any) -> Any:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from am_pipeline._torch_compat import (
     Schedule,
@@ -81,6 +83,7 @@ class PipelineSchedule(StepHooks, Schedule):
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
     _host_groups: tuple[dist.ProcessGroup, ...] = ()
+    _batch_norms: tuple[tuple[str, nn.Module], ...] | None = None
 
     @property
     def target_tokens(self) -> int:
@@ -225,6 +228,8 @@ class PipelineSchedule(StepHooks, Schedule):
                 raise RuntimeError("step() trains, but gradients are disabled here; call eval() instead")
             words = self._copies.words()
             _refuse_labels(call.kwargs)
+            if stages[0].submod.training and n_microbatches(self) > 1:
+                self._refuse_batch_norms(stages)
             if any(stage.is_first for stage in stages):
                 report.batch, report.seq_len = self._check_ids(call)
                 # Every stage runs the code between the units, which may look at the ids.
@@ -264,6 +269,18 @@ class PipelineSchedule(StepHooks, Schedule):
                 "microbatches"
             )
         refuse_together(refusal, self._host_groups)
+
+    def _refuse_batch_norms(self, stages: list[DecoderStage]) -> None:
+        if self._batch_norms is None:
+            parts = [stage.submod for stage in stages]
+            found = [(n, m) for part in parts for n, m in part.named_modules() if isinstance(m, _BatchNorm)]
+            self._batch_norms = tuple(found)
+        name = next((name for name, module in self._batch_norms if module.training), None)
+        if name is not None:
+            raise RuntimeError(
+                f"{name} is a batch norm, which in training normalises over the rows of a microbatch, not of the "
+                "batch; freeze its statistics with .eval(), or make the microbatch the batch"
+            )
 
     def _check_ids(self, call: _CallOnThisRank) -> tuple[int, int]:
         if len(call.args) > 1:
