@@ -14,7 +14,7 @@ from am_moe._torch_compat import axis, side_by_side
 from am_moe.checkpointing import apply_ac
 from am_moe.data_parallel.fsdp import apply_fsdp, check_units
 from am_moe.data_parallel.replicas import check_replicas, check_replicas_at_first_forward
-from am_moe.expert_parallel.apply import apply_ep, check_spread
+from am_moe.expert_parallel.apply import ExpertParallel, check_spread, spread_with
 from am_moe.expert_parallel.experts import find_experts, routes_itself
 
 
@@ -79,8 +79,10 @@ def parallelize_model(
     cp_mesh = _several(world_mesh, cp_axis_name)
     check_units(model, ep_axis_name is not None, lm_head_precision, wrap_outer_model, mp_policy)
     spreads = moe_mesh is not None and ep_axis_name is not None and _has_experts_here(model)
+    axes = (moe_mesh.mesh_dim_names if moe_mesh is not None else None) or ()
+    style = ExpertParallel(tp_mesh=None if tp_axis_name in axes else tp_mesh)
     if spreads:
-        check_spread(model, moe_mesh[ep_axis_name])
+        check_spread(model, moe_mesh[ep_axis_name], style)
     data_mesh = _data_mesh(world_mesh, dp_axis_names, cp_axis_name if cp_mesh is not None else None)
     check_replicas(model, data_mesh, tp_mesh)
     from_meta = any(parameter.is_meta for parameter in model.parameters())
@@ -92,8 +94,7 @@ def parallelize_model(
 
         apply_cp(model, cp_mesh)
     if spreads:
-        across = tp_mesh if tp_axis_name not in (moe_mesh.mesh_dim_names or ()) else None
-        apply_ep(model, moe_mesh[ep_axis_name], moe_mesh, tp_mesh=across)
+        spread_with(model, moe_mesh[ep_axis_name], moe_mesh, style)
     if activation_checkpointing:
         apply_ac(model, ignore_router_for_ac)
     copies = _joined(moe_mesh, ep_shard_axis_names) if ep_axis_name is not None and ep_shard_axis_names else None

@@ -1,4 +1,4 @@
-"""What a model refuses once its parameters are sharded, because each rank would do it with its own part."""
+"""What a model refuses before and after its parameters are sharded, because a layout would lose or split it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from am_fsdp._torch_compat import has_gradient_hooks
 from am_fsdp.layout.evaluation import outside_graphs
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # the attributes in which every module keeps things
 
 
 def refuse_after_layout(model: Any) -> None:
@@ -61,17 +63,16 @@ def refuse_before_layout(model: nn.Module) -> None:
             )
     for where, module in model.named_modules():
         for key, value in vars(module).items():
-            for held in value if isinstance(value, (list, tuple)) else value.values() if _is_plain(key, value) else ():
+            if isinstance(value, dict) and key not in _OF_MODULES:
+                value = value.values()
+            elif not isinstance(value, (list, tuple)):
+                continue
+            for held in value:
                 if isinstance(held, nn.Parameter) and id(held) in names:
                     raise ValueError(
                         f"{where or type(module).__name__}.{key} holds {names[id(held)]} where nobody finds it, and "
                         "would keep the whole one; look it up in forward, or register it by nn.ParameterList"
                     )
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    """Whether an attribute is a dict of the module's own, not one in which `nn.Module` keeps things."""
-    return isinstance(value, dict) and key not in vars(nn.Module())
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:

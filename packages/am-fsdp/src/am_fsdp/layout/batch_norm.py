@@ -41,7 +41,7 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
         if type(module).forward is not _BatchNorm.forward or "forward" in vars(module):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, whose forward normalises over the rows of one rank in a way of "
-                "its own; use torch.nn's batch norm, or freeze it with .eval()"
+                "its own; use torch.nn's batch norm"
             )
     return [module for _, module in found]
 
@@ -53,7 +53,7 @@ def _forward(norm: Any, mesh: DeviceMesh, x: torch.Tensor) -> torch.Tensor:
     dims = [dim for dim in range(x.dim()) if dim != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rows = torch.full_like(wide[:1].sum(dims), x.numel() / max(x.shape[1], 1)).detach()
+    rows = wide.new_full((x.shape[1],), x.numel() / x.shape[1])
     total = _Summed.apply(torch.stack([wide.sum(dims), rows]), mesh)
     count = total[1].detach()
     mean = total[0] / count

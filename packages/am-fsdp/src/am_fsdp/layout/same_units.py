@@ -24,7 +24,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from am_fsdp._torch_compat import in_backward, reduces_unused, unit_parameters
 from am_fsdp.layout.evaluation import outside_graphs
-from am_fsdp.layout.same_towers import Towers, WithZeros, on_every_rank, reached_parameters, tensors_in
+from am_fsdp.layout.same_towers import (
+    Towers,
+    WithZeros,
+    of_some_ranks,
+    on_every_rank,
+    reached_parameters,
+    tensors_in,
+)
 
 
 def keep_units_in_step(model: nn.Module, mesh: DeviceMesh, towers: Towers | None) -> None:
@@ -48,7 +55,7 @@ def keep_units_in_step(model: nn.Module, mesh: DeviceMesh, towers: Towers | None
     if mesh.size() == 1 or any(dist.get_backend(mesh.get_group(axis)) == "fake" for axis in range(mesh.ndim)):
         return
     for unit in model.modules():
-        if isinstance(unit, FSDPModule) and _chooses(unit) and hasattr(unit, "set_reduce_scatter_unused_params"):
+        if isinstance(unit, FSDPModule) and chooses(unit) and hasattr(unit, "set_reduce_scatter_unused_params"):
             unit.set_reduce_scatter_unused_params(True, recurse=False)
     steps = _Steps(model, mesh, towers)
     for name, module in model.named_modules():
@@ -115,9 +122,7 @@ class _Steps:
         for unit in model.modules():
             if isinstance(unit, FSDPModule) and reduces_unused(unit):
                 mine -= {name for name, _, _ in unit_parameters(unit)}
-        reached = on_every_rank(mine, self.mesh)
-        if any(one != reached[0] for one in reached):
-            differ = sorted(set().union(*reached) - set.intersection(*reached))
+        if differ := of_some_ranks(mine, self.mesh):
             self._refuse(f"gradients of {', '.join(differ[:4])} would come from some ranks only")
 
     def _refuse(self, why: str) -> None:
@@ -129,7 +134,7 @@ class _Steps:
         )
 
 
-def _chooses(unit: nn.Module) -> bool:
+def chooses(unit: nn.Module) -> bool:
     """Whether a unit itself, less the units in it, holds several modules of one class to choose from."""
     for child in unit.children():
         if isinstance(child, FSDPModule):
@@ -139,7 +144,7 @@ def _chooses(unit: nn.Module) -> bool:
             kinds = Counter(type(each) for each in whole if not isinstance(each, FSDPModule))
             if any(number > 1 for number in kinds.values()):
                 return True
-        if _chooses(child):
+        if chooses(child):
             return True
     return False
 
@@ -201,6 +206,8 @@ class _DroppedLayers:
         return _map(output, lambda tensor: WithZeros.apply(tensor, *beside) if tensor is first else tensor)
 
     def _catch_up(self, place: int) -> None:
+        if self.next >= place:
+            return
         device = next(self.layers.parameters()).device
         others = [device] if device.type not in ("cpu", "meta") else []
         while self.next < place:

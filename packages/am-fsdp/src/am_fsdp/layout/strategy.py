@@ -50,8 +50,8 @@ def fsdp2_strategy_parallelize(
         offload_policy: FSDP2's own; `cpu_offload=True` is short for `CPUOffloadPolicy`.
         sequence_parallel: shard the sequence between layers over the tensor axis; sets `model.sequence_shards`.
         activation_checkpointing: recompute in backward: True or "full" for each layer, n for every n-th, "selective" or
-            "mlp"; see `checkpoint_layers`. Sets `use_cache = False` in the
-            configs of the model and its parts.
+            "mlp"; see `checkpoint_layers`. Sets `use_cache = False` in the configs of the
+            model and its parts.
         tp_shard_plan: a plan, or the import path of a dict or of a function of `(model, sequence_parallel)`, of the
             model, or without arguments; else the family's, else the one that transformers brings
             (`am_tp_plans.resolve_plan`).

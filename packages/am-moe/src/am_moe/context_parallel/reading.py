@@ -153,8 +153,7 @@ class Reading(TorchDispatchMode):
             return tensor
         self.check_backward([tensor])
         if (name := self.inputs.get(tensor)) in known and tensor.shape == (self.rows, self.tokens):
-            with self.unseen():
-                same = known[name].to(tensor.dtype)
+            same = known[name].to(tensor.dtype)
             self._label(same, None)
             return same
         shape = list(tensor.shape)

@@ -1,5 +1,5 @@
 # A copy of packages/am-fsdp/src/am_fsdp/layout/after_layout.py, made by `nox -s copies`: edit that one.
-"""What a model refuses once its parameters are sharded, because each rank would do it with its own part."""
+"""What a model refuses before and after its parameters are sharded, because a layout would lose or split it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from am_moe._torch_compat import has_gradient_hooks
 from am_moe.data_parallel.evaluation import outside_graphs
+
+_OF_MODULES = frozenset(vars(nn.Module()))  # the attributes in which every module keeps things
 
 
 def refuse_after_layout(model: Any) -> None:
@@ -62,17 +64,16 @@ def refuse_before_layout(model: nn.Module) -> None:
             )
     for where, module in model.named_modules():
         for key, value in vars(module).items():
-            for held in value if isinstance(value, (list, tuple)) else value.values() if _is_plain(key, value) else ():
+            if isinstance(value, dict) and key not in _OF_MODULES:
+                value = value.values()
+            elif not isinstance(value, (list, tuple)):
+                continue
+            for held in value:
                 if isinstance(held, nn.Parameter) and id(held) in names:
                     raise ValueError(
                         f"{where or type(module).__name__}.{key} holds {names[id(held)]} where nobody finds it, and "
                         "would keep the whole one; look it up in forward, or register it by nn.ParameterList"
                     )
-
-
-def _is_plain(key: str, value: Any) -> bool:
-    """Whether an attribute is a dict of the module's own, not one in which `nn.Module` keeps things."""
-    return isinstance(value, dict) and key not in vars(nn.Module())
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from am_moe.data_parallel.batch_norm import batch_norms, normalise_over_ranks
 from am_moe.data_parallel.evaluation import reshard_after_evaluation
 from am_moe.data_parallel.packed import check_packed
 from am_moe.data_parallel.same_towers import run_towers_on_every_rank
-from am_moe.data_parallel.same_units import keep_units_in_step
+from am_moe.data_parallel.same_units import chooses, keep_units_in_step
 from am_moe.data_parallel.units import edges, stacks_of_units, units_of_another_dtype
 from am_moe.expert_parallel.apply import check_adapters
 from am_moe.expert_parallel.experts import Experts, describe_experts
@@ -137,12 +136,7 @@ def _prefetch(stacks: list[list[nn.Module]]) -> None:
 def _may_use_a_part(layer: nn.Module) -> bool:
     """Whether a layer may leave parameters without a gradient: it holds several modules of one class to choose from,
     such as experts one by one, or stacked experts among which ids mean the token itself."""
-    for module in layer.modules():
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            kinds = Counter(type(child) for child in module.children() if any(True for _ in child.parameters()))
-            if any(number > 1 for number in kinds.values()):
-                return True
-    return any(experts.identity for experts in describe_experts(layer))
+    return chooses(layer) or any(experts.identity for experts in describe_experts(layer))
 
 
 def check_units(

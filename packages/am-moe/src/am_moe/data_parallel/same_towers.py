@@ -107,9 +107,7 @@ class Towers:
             return
         if self.key not in self.proved:
             self._tell("the end")
-            reached = on_every_rank(reached_parameters(model, output), self.mesh)
-            if any(one != reached[0] for one in reached):
-                differ = sorted(set().union(*reached) - set.intersection(*reached))
+            if differ := of_some_ranks(reached_parameters(model, output), self.mesh):
                 self._refuse(model, f"gradients of {', '.join(differ[:4])} would come from some ranks only")
             self.proved[self.key] = self.first
         self._end()
@@ -251,6 +249,12 @@ def on_every_rank(mine: Any, mesh: DeviceMesh) -> list[Any]:
         dist.all_gather_object(heard, known, group=group)
         known = [one for some in heard for one in some]
     return known
+
+
+def of_some_ranks(mine: set[str], mesh: DeviceMesh) -> list[str]:
+    """The names that some ranks of a mesh have and others have not."""
+    everyones = on_every_rank(mine, mesh)
+    return sorted(set().union(*everyones) - set.intersection(*everyones))
 
 
 def reached_parameters(model: nn.Module, output: Any) -> set[str]:

@@ -74,21 +74,24 @@ def apply_ep(
             transformers' own classes is not tried), a mesh with several axes, an unknown dispatcher; on every rank
             alike.
     """
-    _check_meshes(ep_mesh, moe_mesh, tp_mesh)
-    style = ExpertParallel(dispatcher=dispatcher, tp_mesh=tp_mesh)
-    for experts in check_spread(model, ep_mesh, style):
-        style._apply(model.get_submodule(experts.name), ep_mesh)
+    spread_with(model, ep_mesh, moe_mesh, ExpertParallel(dispatcher=dispatcher, tp_mesh=tp_mesh))
     return model
 
 
-def check_spread(model: nn.Module, ep_mesh: DeviceMesh, style: ExpertParallel | None = None) -> list[Experts]:
+def spread_with(model: nn.Module, ep_mesh: DeviceMesh, moe_mesh: DeviceMesh | None, style: ExpertParallel) -> None:
+    """`apply_ep` with a style, which tries no experts again that it has tried in `check_spread`."""
+    _check_meshes(ep_mesh, moe_mesh, style.tp_mesh)
+    for experts in check_spread(model, ep_mesh, style):
+        style._apply(model.get_submodule(experts.name), ep_mesh)
+
+
+def check_spread(model: nn.Module, ep_mesh: DeviceMesh, style: ExpertParallel) -> list[Experts]:
     """The experts of a model that can be spread over an axis; what `apply_ep` would refuse is refused."""
     found = describe_experts(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no experts to spread: {_why_none(model)}")
     check_adapters(found)
     _check_ties(model, found)
-    style = style or ExpertParallel()
     for experts in found:
         style.check(experts, model.get_submodule(experts.name), ep_mesh)
     return found
