@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from am_testkit import as_script
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 pytestmark = pytest.mark.skipif(os.environ.get("WORLD_SIZE", "2") != "2", reason="runs once, with the two-rank suite")
@@ -18,7 +20,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("WORLD_SIZE", "2") != "2", reason
 def test_the_code_of_the_readme_runs(tmp_path):
     script = tmp_path / "readme.py"
     script.write_text("\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False)
+    command = [sys.executable, as_script.__file__, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert "gradient norm" in done.stdout
     assert "stage 1  model.layers.2-3" in done.stdout

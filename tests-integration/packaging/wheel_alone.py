@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 
+AS_SCRIPT = pathlib.Path(__file__).parents[1] / "testkit/src/am_testkit/as_script.py"
+
 
 def main() -> None:
     expected, readme = sys.argv[1].split(","), pathlib.Path(sys.argv[2])
@@ -34,7 +36,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             script = pathlib.Path(folder) / "snippet.py"
             script.write_text(block)
-            subprocess.run([sys.executable, str(script)], check=True, timeout=300)
+            subprocess.run([sys.executable, str(AS_SCRIPT), str(script)], check=True, timeout=300)
         print(f"{readme}: block {number} ran", flush=True)
 
 

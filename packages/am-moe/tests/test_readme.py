@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from am_testkit import as_script
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```py(?:thon)?\n(.*?)```", README.read_text(), re.DOTALL)
 
@@ -17,6 +19,7 @@ BLOCKS = re.findall(r"```py(?:thon)?\n(.*?)```", README.read_text(), re.DOTALL)
 def test_a_block_of_the_readme_runs(block, tmp_path):
     script = tmp_path / "snippet.py"
     script.write_text(block)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, as_script.__file__, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
