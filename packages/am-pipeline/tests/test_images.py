@@ -49,20 +49,33 @@ def test_images_reach_the_stages_that_need_them_or_are_refused(model_type):
     assert error < TOLERANCE[dtype], f"off by {error:.1e}"
 
 
+# Features in place of embeddings, which stay on the first stage; features that layers of several stages add.
+UNEVEN = [("llava", "1F1B"), ("qwen3_vl", "1F1B"), ("qwen3_vl", "ZBVZeroBubble"), ("qwen3_vl", "Interleaved1F1B")]
+
+
+@pytest.mark.parametrize(("model_type", "schedule"), UNEVEN)
 @pytest.mark.ranks(2, timeout=120)
-def test_microbatches_have_two_images_one_and_none():
-    model, _, _ = runnable("llava")
+def test_microbatches_have_two_images_one_and_none(model_type, schedule):
+    model, _, _ = runnable(model_type)
     batches = [natural_batch(model, rows=2, seed=seed) for seed in range(4)]
-    for rows, batch in ((slice(1), batches[1]), (slice(2), batches[2])):  # which are text alone
-        batch["input_ids"][rows] = batch["input_ids"][rows] % 50
-        batch["pixel_values"] = batch["pixel_values"][rows.stop :]
-    del batches[2]["pixel_values"]
+    for images, batch in ((1, batches[1]), (0, batches[2])):
+        length = batch["input_ids"].shape[1]
+        for name, value in list(batch.items()):
+            if value.shape[:2] == (2, length):  # of tokens: rows with images come first
+                batch[name] = torch.cat(
+                    [value[:images], value[images:] % 50 if name == "input_ids" else value[images:] * 0]
+                )
+            elif images:
+                batch[name] = value[: len(value) // 2 * images]
+            else:
+                del batch[name]
+    batches[2] = {"input_ids": batches[2]["input_ids"]}
     labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
     expected = [model(**batch, use_cache=False).logits for batch in batches]
     (sum(next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)) / 4).backward()
     wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     model.zero_grad()
-    assert error_of(*step(model, batches, labels), expected, wanted) < TOLERANCE[torch.float64]
+    assert error_of(*step(model, batches, labels, schedule), expected, wanted) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.ranks(2, timeout=120)
@@ -99,7 +112,7 @@ def error_of(logits, parts, last, expected, wanted):
     return total.item()
 
 
-def step(model, batches, labels, **together):
+def step(model, batches, labels, kind="1F1B", **together):
     schedule, parts, first, last, _ = pipeline_model(
         model,
         init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",)),
@@ -108,7 +121,7 @@ def step(model, batches, labels, **together):
         dp_axis_names=(),
         layers_per_stage=None,
         pipeline_parallel_schedule_csv=None,
-        pipeline_parallel_schedule="1F1B",
+        pipeline_parallel_schedule=kind,
         microbatch_size=2,
         local_batch_size=2 * len(batches),
         device=torch.device(device_type()),

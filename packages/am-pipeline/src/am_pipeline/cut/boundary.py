@@ -25,6 +25,7 @@ from torch import nn
 
 from am_pipeline._torch_compat import after_each_call, is_view
 from am_pipeline.cut.crossing import IMAGES, Crossed, Shape, Sizes
+from am_pipeline.cut.messages import Message
 from am_pipeline.cut.provenance import Argument, Tracer, Value, leaves_of
 from am_pipeline.nested import map_leaves, tensors_in
 from am_pipeline.step.inputs import decoder_length, images_length
@@ -76,7 +77,7 @@ class Boundary:
         chosen: the passage of the microbatch that runs, where a schedule says which it is.
         prove: for a part that is called by hand: `(first argument, other inputs, sizes, training)` to the passage of
             such a call.
-        expected: `(shape, dtype)` of each tensor that this stage sends, agreed with the next; None before that.
+        receiving, sending: the messages of the microbatch that runs, agreed with the stages beside; None before that.
         passes_on: stand-ins hand their input on, for a forward that was written for stages by hand.
         watch: follows the values, when a part is proved.
     """
@@ -86,7 +87,8 @@ class Boundary:
     passage: Passage
     chosen: Passage | None = None
     prove: Callable[[torch.Tensor | None, dict[str, Any], Sizes, bool], Passage] | None = None
-    expected: list[tuple[tuple[int, ...], torch.dtype]] | None = None
+    receiving: Message | None = None
+    sending: Message | None = None
     passes_on: bool = False
     watch: Tracer | None = None
     _names: tuple[str, ...] = ()
@@ -166,8 +168,10 @@ class Boundary:
         self._shards, self._whole = getattr(part, "sequence_shards", 1), getattr(part, "whole_outputs", ())
         self.passage = self.chosen or self.passage
         name = self.passage.first_input[0]
-        count = 0 if self.is_first else len(self.passage.receives)
+        count = 0 if self.is_first else len(self.receiving.slots if self.receiving else self.passage.receives)
         received, args = args[:count], args[count:]
+        if count and self.receiving:
+            received = self.receiving.unpack(received)
         kwargs |= zip(names, args, strict=False)
         first = kwargs.get(name)
         seen = received[0] if received else first if first is not None else next(tensors_in(kwargs), None)
@@ -219,11 +223,11 @@ class Boundary:
                 outputs.append(tensor)
                 continue
             self._refuse_hidden(crossed, tensor)
-            if self.expected is not None:
-                tensor = self._as_agreed(tensor, *self.expected[place], crossed)
+            outputs.append(self._as_agreed(tensor, *self.sending.own[place], crossed) if self.sending else tensor)
+        if self.watch is None:
             # A backward in two passes detaches what was sent in place, which a view does not allow.
-            tensor = tensor.contiguous()
-            outputs.append(tensor.clone() if is_view(tensor) else tensor)
+            outputs = [tensor.contiguous() for tensor in (self.sending.pack(outputs) if self.sending else outputs)]
+            outputs = [tensor.clone() if is_view(tensor) else tensor for tensor in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _hook(self, part: nn.Module) -> None:

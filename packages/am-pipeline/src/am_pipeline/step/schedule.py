@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,7 +77,7 @@ class PipelineSchedule(StepHooks, Schedule):
     averaged_axes: tuple[str, ...] = ()
     peer_axes: tuple[str, ...] = ()
     _running: _Running | None = None
-    _shape: tuple[int, tuple[int | None, ...], tuple] | None = None
+    _shape: tuple[int, tuple, list] | None = None
     _evaluating: bool = False
     _copies: SharedCopies | None = None
     _dtypes: tuple[torch.dtype, ...] = ()
@@ -361,13 +360,6 @@ class PipelineSchedule(StepHooks, Schedule):
             batch_dims |= dims
             passages.append(of_stages)
         passages = passages if lists else passages * count
-        for before, after in itertools.pairwise(passages):
-            if [p.sends for p in before] != [p.sends for p in after]:
-                raise ValueError(
-                    "the microbatches of a step must send the same between stages, but their inputs differ in form: "
-                    f"{sorted(others)}; give all of them the same inputs, such as images to each or to none, and of "
-                    "as many tiles where a tower is cut (or leave it whole: no `example_inputs`)"
-                )
         later = [passage for of_stages in passages for passage in of_stages[1:]]
         needed = set().union(*(passage.needs - passage.withheld for passage in later))
         if spread := needed & set(shared) & plan.stay:
@@ -376,8 +368,8 @@ class PipelineSchedule(StepHooks, Schedule):
             stage.passages = tuple(of_stages[stage.stage_index] for of_stages in passages)
             stage.boundary.passage = stage.passages[0]
         of_decoder = next(iter(decoder_length(others)), None)
-        lengths = agreement.seq_len, of_decoder, _images_per_microbatch(others, passages, batch_dims, count)
-        shape = (agreement.batch // count, lengths, tuple(p.sends for p in passages[0]))
+        lengths = agreement.seq_len, of_decoder, _images_of_each(others, passages, batch_dims, count)
+        shape = (agreement.batch // count, lengths, [[p.sends for p in of_stages] for of_stages in passages])
         if shape != self._shape:
             reset_pp_stage_shapes(self, stages, None, shape[0], *lengths)
             self._shape = shape
@@ -443,24 +435,15 @@ def _first_name(stages: list[DecoderStage]) -> str:
     return stages[0].plan.reading.form.first.name
 
 
-def _images_per_microbatch(
+def _images_of_each(
     inputs: dict[str, Any], passages: list[tuple[Passage, ...]], batch_dims: dict[str, int | None], count: int
-) -> int | None:
-    """The images, or patches, that a tower takes of every microbatch; None where none crosses a cut.
-
-    Raises:
-        ValueError: of one microbatch more than of another.
-    """
-    if not any(IMAGES.of[0] in crossed.shape.sizes for passage in passages[0] for crossed in passage.sends):
-        return None
+) -> list[int]:
+    """The images, or patches, that a tower takes of every microbatch, where what it sends of them crosses a cut."""
+    sent = (crossed for of_stages in passages for passage in of_stages for crossed in passage.sends)
+    if not any(IMAGES.of[0] in crossed.shape.sizes for crossed in sent):
+        return [0] * count
     _, pieces = split_inputs((), {n: v for n, v in inputs.items() if n in ENCODER_INPUTS}, count, 0, batch_dims)
-    images = [images_length(piece) for piece in pieces]
-    if len(set(images)) > 1:
-        raise ValueError(
-            f"the microbatches of a step need as many images or patches each, as what a tower that is cut sends has "
-            f"them; they have {images}: give each as many, or leave the tower whole on the first stage"
-        )
-    return images[0]
+    return [images_length(piece) or 0 for piece in pieces]
 
 
 def _piece(value: torch.Tensor | None) -> Piece | None:

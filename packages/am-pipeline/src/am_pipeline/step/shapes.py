@@ -5,6 +5,7 @@ Torch would otherwise send pickled metadata from stage to stage and run a real f
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline._torch_compat import Schedule, compute_dtype, forget_shapes, set_shapes
 from am_pipeline.cut.boundary import is_sharded
-from am_pipeline.cut.crossing import Crossed, Sizes
+from am_pipeline.cut.crossing import Crossed
+from am_pipeline.cut.messages import Form, Message, messages_of
+from am_pipeline.cut.provenance import Value
 from am_pipeline.step.stage import DecoderStage
 
 
@@ -23,7 +26,7 @@ def reset_pp_stage_shapes(
     microbatch_size: int,
     seq_len: int,
     decoder_seq_len: int | None = None,
-    images: int | None = None,
+    images: int | Sequence[int] | None = None,
 ) -> None:
     """Prepare a schedule for batches of another sequence length (or microbatch size). Runs no collective.
 
@@ -38,7 +41,7 @@ def reset_pp_stage_shapes(
         seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
         decoder_seq_len: of an encoder-decoder, tokens per sequence of the decoder; `seq_len` unless given.
         images: of a model whose tower is cut too, the first dim of what the tower takes of one microbatch (images, or
-            patches); that of the cut's `example_inputs` unless given.
+            patches), or that of each; that of the cut's `example_inputs` unless given.
 
     Raises:
         ValueError: a size is not positive or does not divide over the ranks that shard the sequence.
@@ -53,7 +56,7 @@ def precompute_stage_shapes(
     microbatch_size: int,
     seq_len: int,
     decoder_seq_len: int | None = None,
-    images: int | None = None,
+    images: int | Sequence[int] | None = None,
 ) -> None:
     """Give each stage meta tensors of what it receives and sends, before its first step. Runs no collective.
 
@@ -67,7 +70,7 @@ def precompute_stage_shapes(
         seq_len: tokens per sequence, over all tensor- and sequence-parallel ranks.
         decoder_seq_len: of an encoder-decoder, tokens per sequence of the decoder; `seq_len` unless given.
         images: of a model whose tower is cut too, the first dim of what the tower takes of one microbatch (images, or
-            patches); that of the cut's `example_inputs` unless given.
+            patches), or that of each; that of the cut's `example_inputs` unless given.
 
     Raises:
         ValueError: as `reset_pp_stage_shapes`; or there is no hidden size in `model_config` where it is needed.
@@ -83,18 +86,51 @@ def precompute_stage_shapes(
                     f"{name}={length} does not divide over the {shards} ranks that shard the sequence; "
                     f"pad it to {-(-length // shards) * shards}"
                 )
-        count = _images_of_example(stage) if images is None else images
-        received, sent = _crossing(stage, model_config, (microbatch_size, *lengths.values(), count), shards)
-        ids = torch.empty(microbatch_size, seq_len, dtype=torch.int64, device="meta")
-        # The last stage's output is never sent, only counted.
-        set_shapes(stage, (ids,) if stage.is_first else _on_meta(received), _on_meta(sent or received))
-        if isinstance(stage, DecoderStage):
-            stage.boundary.expected = sent
-            stage.receives, stage.sends = () if stage.is_first else _on_meta(received), _on_meta(sent or received)
+        sizes = (microbatch_size, *lengths.values())
+        ids = torch.empty(sizes[:2], dtype=torch.int64, device="meta")
+        if not isinstance(stage, DecoderStage):
+            hidden = _on_meta(
+                [
+                    (
+                        (microbatch_size, seq_len // shards, get_hidden_and_vocab_size(model_config)[0]),
+                        hidden_dtype(stage),
+                    )
+                ]
+            )
+            set_shapes(stage, (ids,) if stage.is_first else hidden, hidden)
+            continue
+        stage.messages = _messages(stage, sizes, _images_of_example(stage) if images is None else images, shards)
+        received, sent = (_on_meta(message.slots) for message in stage.messages[0])
+        stage.receives, stage.sends = received, sent or received  # what the last stage returns is only counted
+        set_shapes(stage, (ids,) if stage.is_first else received, stage.sends)
 
 
-def _images_of_example(stage: PipelineStage) -> int:
-    sizes = stage.plan.reading.form.sizes[0] if isinstance(stage, DecoderStage) else ()
+def _messages(
+    stage: DecoderStage, sizes: tuple[int, int, int], images: int | Sequence[int], shards: int
+) -> tuple[tuple[Message, Message], ...]:
+    """What a stage receives and sends of each microbatch."""
+    dtype, cut_with, whole = hidden_dtype(stage), stage.plan.dtype, getattr(stage.submod, "whole_outputs", ())
+    passages = stage.passages or (stage.boundary.passage,)
+    counts = [images] * len(passages) if isinstance(images, int) else images
+    batch, *lengths = sizes
+
+    def forms(crossing: tuple[Crossed, ...], count: int) -> list[tuple[Value, Form]]:
+        found = []
+        for crossed in crossing:
+            tokens = [length // shards for length in lengths] if is_sharded(crossed, whole) else lengths
+            # What had the layers' dtype when the model was cut has the one in which the part computes now.
+            kind = dtype if crossed.dtype == cut_with else crossed.dtype
+            found.append((crossed.value, (crossed.shape.at((batch, *tokens, count)), kind)))
+        return found
+
+    of_each = list(zip(passages, counts, strict=True))
+    received = messages_of(forms(passage.receives, count) for passage, count in of_each)
+    sent = messages_of(forms(passage.sends, count) for passage, count in of_each)
+    return tuple(zip(received, sent, strict=True))
+
+
+def _images_of_example(stage: DecoderStage) -> int:
+    sizes = stage.plan.reading.form.sizes[0]
     return sizes[3] if len(sizes) > 3 else 0
 
 
@@ -103,31 +139,9 @@ def hidden_dtype(stage: PipelineStage) -> torch.dtype:
     return compute_dtype(stage.submod, stage.plan.anatomy.stacks if isinstance(stage, DecoderStage) else ("",))
 
 
-Sent = list[tuple[tuple[int, ...], torch.dtype]]
-
-
-def _crossing(stage: PipelineStage, config: Any, sizes: Sizes, shards: int) -> tuple[Sent, Sent]:
-    """Shape and dtype of every tensor that a stage receives and sends."""
-    dtype = hidden_dtype(stage)
-    batch, length, of_decoder, images = sizes
-    sharded = batch, length // shards, of_decoder // shards, images
-    if not isinstance(stage, DecoderStage):
-        hidden: Sent = [((*sharded[:2], get_hidden_and_vocab_size(config)[0]), dtype)]
-        return hidden, hidden
-    passage = stage.boundary.passage
-    cut_with, whole = stage.plan.dtype, getattr(stage.submod, "whole_outputs", ())
-
-    def form(crossed: Crossed) -> tuple[tuple[int, ...], torch.dtype]:
-        # What had the layers' dtype when the model was cut has the one in which the part computes now.
-        kind = dtype if crossed.dtype == cut_with else crossed.dtype
-        return crossed.shape.at(sharded if is_sharded(crossed, whole) else sizes), kind
-
-    return [form(c) for c in passage.receives], [form(c) for c in passage.sends]
-
-
-def _on_meta(sizes: Sent) -> tuple[torch.Tensor, ...]:
+def _on_meta(forms: Iterable[Form]) -> tuple[torch.Tensor, ...]:
     return tuple(
-        torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point) for shape, dtype in sizes
+        torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point) for shape, dtype in forms
     )
 
 

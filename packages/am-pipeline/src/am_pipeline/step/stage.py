@@ -12,6 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from am_pipeline._torch_compat import is_view
 from am_pipeline.cut.boundary import Boundary, Passage
+from am_pipeline.cut.messages import Message
 from am_pipeline.cut.plan import CutPlan
 from am_pipeline.nested import tensors_in
 from am_pipeline.step.failure import StepFailure, failed_anywhere
@@ -27,6 +28,7 @@ class DecoderStage(PipelineStage):
         reduces_every_microbatch: whether FSDP2 reduces gradients after every backward instead of once per step: what
             accumulates is then sharded, at the price of a reduce-scatter and an all-gather more per microbatch.
         passages: what the stage does with each microbatch of the running step.
+        messages: for each microbatch what it receives and sends; one pair where a schedule of torch's runs the stage.
         receives, sends: meta tensors of what crosses the cut; empty before shapes are known.
         failure: what went wrong in the running step of a schedule of this package; None outside of one.
         has_collectives: whether the part talks to other ranks (data, tensor, expert axes) while it computes. After an
@@ -37,6 +39,7 @@ class DecoderStage(PipelineStage):
 
     reduces_every_microbatch = False
     passages: tuple[Passage, ...] = ()
+    messages: tuple[tuple[Message, Message], ...] = ()
     receives: tuple[torch.Tensor, ...] = ()
     sends: tuple[torch.Tensor, ...] = ()
     failure: StepFailure | None = None
@@ -65,6 +68,8 @@ class DecoderStage(PipelineStage):
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if not self._skips:
             self.boundary.chosen = self.passages[fwd_chunk_id] if self.passages else None
+            place = fwd_chunk_id if self.passages else 0  # all are alike where no schedule of this package says more
+            self.boundary.receiving, self.boundary.sending = self.messages[place] if self.messages else (None, None)
             try:
                 with self._action(f"forward {fwd_chunk_id}"):
                     output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
@@ -74,7 +79,7 @@ class DecoderStage(PipelineStage):
             except Exception as error:
                 self._keep_company(f"forward of microbatch {fwd_chunk_id}", error)
             finally:
-                self.boundary.chosen = None
+                self.boundary.chosen = self.boundary.receiving = self.boundary.sending = None
         self._gather_the_rest(f"forward {fwd_chunk_id}")
         outputs = self._zeros(self.sends)
         self.fwd_cache[fwd_chunk_id] = (outputs, [])
