@@ -34,11 +34,7 @@ REFUSED = {
 def test_images_reach_the_stages_that_need_them_or_are_refused(model_type):
     model, dtype, batches = runnable(model_type)
     record = {"kind": type(model).__name__, "dtype": str(dtype).removeprefix("torch.")}
-    labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
-    expected = [model(**batch, use_cache=False).logits for batch in batches]
-    (sum(next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)) / 2).backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
-    model.zero_grad()
+    labels, expected, wanted = one_process(model, batches)
     if model_type in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[model_type]) as refusal:
             step(model, batches, labels)
@@ -70,12 +66,47 @@ def test_microbatches_have_two_images_one_and_none(model_type, schedule):
             else:
                 del batch[name]
     batches[2] = {"input_ids": batches[2]["input_ids"]}
-    labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
-    expected = [model(**batch, use_cache=False).logits for batch in batches]
-    (sum(next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)) / 4).backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
-    model.zero_grad()
+    labels, expected, wanted = one_process(model, batches)
     assert error_of(*step(model, batches, labels, schedule), expected, wanted) < TOLERANCE[torch.float64]
+
+
+# Heights and widths in patches of the images of each row, by step and microbatch.
+OF_ANY_SIZE = (
+    ([[(4, 4)], [(4, 4)]], [[(4, 4)], [(4, 4)]]),
+    ([[(4, 4), (4, 8)], [(8, 4)]], [[(4, 4)], [(4, 4), (4, 4), (4, 12)]]),
+    ([[(4, 12)], [(8, 4), (4, 4), (4, 4)]], [[(4, 8)], []]),
+    ([[], []], [[(4, 4), (4, 4)], [(4, 4)]]),
+)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_features_of_images_of_any_number_and_size_travel_to_layers_of_later_stages():
+    model = small_with_images("qwen3_vl")
+    built = build(model, 2, "1F1B")
+    for number, images in enumerate(OF_ANY_SIZE):
+        batches = [rows_with(model, of_rows, seed=10 * number + seed) for seed, of_rows in enumerate(images)]
+        labels, expected, wanted = one_process(model, batches)
+        assert error_of(*call(built, batches, labels), expected, wanted) < TOLERANCE[torch.float64], images
+        for part in built[1]:
+            part.zero_grad()
+
+
+def rows_with(model, images, seed, tokens=40):
+    """Two rows of text with images of these sizes in them; as Qwen's processor gives them, patches in one tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 50, (2, tokens), generator=generator)
+    for row, sizes in enumerate(images):
+        at = 1
+        for height, width in sizes:
+            ids[row, at : at + height * width // 4] = model.config.image_token_id
+            at += height * width // 4 + 2
+    grid = torch.tensor([(1, *size) for sizes in images for size in sizes])
+    batch = {"input_ids": ids, "mm_token_type_ids": (ids == model.config.image_token_id).long()}
+    if not len(grid):
+        return batch
+    patch = natural_batch(model, rows=1)["pixel_values"].shape[1]
+    pixels = torch.randn(int(grid.prod(1).sum()), patch, generator=generator, dtype=torch.float64)
+    return batch | {"pixel_values": pixels, "image_grid_thw": grid}
 
 
 @pytest.mark.ranks(2, timeout=120)
@@ -88,11 +119,7 @@ def test_rows_of_a_mask_and_of_kinds_of_tokens_go_to_their_microbatches():
         batch |= {"input_ids": padded, "attention_mask": torch.ones_like(padded)}
         batch["mm_token_type_ids"] = torch.nn.functional.pad(batch["mm_token_type_ids"], (3, 0))
         batch["attention_mask"][place, : 1 + 2 * place] = 0
-    labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
-    expected = [model(**batch, use_cache=False).logits for batch in batches]
-    (sum(next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)) / 2).backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
-    model.zero_grad()
+    labels, expected, wanted = one_process(model, batches)
     together = {n: torch.cat([batch[n] for batch in batches]) for n in ("attention_mask", "mm_token_type_ids")}
     assert error_of(*step(model, batches, labels, **together), expected, wanted) < TOLERANCE[torch.float64]
 
@@ -112,8 +139,23 @@ def error_of(logits, parts, last, expected, wanted):
     return total.item()
 
 
+def one_process(model, batches):
+    """Labels, the logits of every microbatch, and the gradients of their mean loss."""
+    labels = [torch.where(b["input_ids"] < 50, b["input_ids"], 3) for b in batches]
+    expected = [model(**batch, use_cache=False).logits for batch in batches]
+    losses = [next_token_loss(logits, label) for logits, label in zip(expected, labels, strict=True)]
+    (sum(losses) / len(losses)).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
+    model.zero_grad()
+    return labels, expected, wanted
+
+
 def step(model, batches, labels, kind="1F1B", **together):
-    schedule, parts, first, last, _ = pipeline_model(
+    return call(build(model, len(batches), kind), batches, labels, **together)
+
+
+def build(model, microbatches, kind):
+    return pipeline_model(
         model,
         init_device_mesh(device_type(), (2,), mesh_dim_names=("pp",)),
         None,
@@ -123,12 +165,17 @@ def step(model, batches, labels, kind="1F1B", **together):
         pipeline_parallel_schedule_csv=None,
         pipeline_parallel_schedule=kind,
         microbatch_size=2,
-        local_batch_size=2 * len(batches),
+        local_batch_size=2 * microbatches,
         device=torch.device(device_type()),
         loss_fn=next_token_loss,
         scale_grads=True,
     )
-    further = {name: [batch.get(name) for batch in batches] for name in batches[0] if name != "input_ids"} | together
+
+
+def call(built, batches, labels, **together):
+    schedule, parts, first, last, _ = built
+    names = dict.fromkeys(name for batch in batches for name in batch if name != "input_ids")
+    further = {name: [batch.get(name) for batch in batches] for name in names} | together
     ids = torch.cat([batch["input_ids"] for batch in batches])
     logits = schedule.step(*((ids,) if first else ()), target=torch.cat(labels) if last else None, **further)
     return logits, parts, last

@@ -100,6 +100,7 @@ class Reading:
             raise CannotCutError("its forward runs other modules for longer inputs")
         self.anatomy = self._anatomy()
         self._proved: dict[tuple, tuple[dict[str, int | None], tuple[Passage, ...]]] = {}
+        self._grow: set[tuple] = set()  # forms that were read at two numbers of images, as what crosses depends on it
 
     def __deepcopy__(self, memo: dict) -> Reading:
         return self
@@ -144,9 +145,9 @@ class Reading:
         sizes = (batch, seq_len, *decoder_length(inputs))
         given = self.form.first if first is None else self.form.first.of(first.detach())
         pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
-        if self.grows_by_images:
-            pattern += tuple(_sizes_of_images(inputs.get(name)) for name in ENCODER_INPUTS)
-            pattern += tuple(_numbers(value) for name, value in sorted(inputs.items()) if name.endswith("sizes"))
+        of_images = _of_images(inputs)
+        if pattern in self._grow or self.grows_by_images:
+            pattern += of_images
         if pattern not in self._proved:
             if len(self._proved) >= _MOST_PROVED:
                 del self._proved[next(iter(self._proved))]
@@ -156,7 +157,14 @@ class Reading:
                 runs = partial(inputs_read, self.weightless, self.units)
                 of = (given, inputs, batch, seq_len, runs)
                 form = resolve_form(*of, training=training, batch_dims=said, pieces=splits, place=place)
-            self._proved[pattern] = form.batch_dims, self._prove_forms(form, stages)
+            passages = self._prove_forms(form, stages)
+            if not self.grows_by_images and any(not c.shape.sizes for p in passages for c in p.sends):
+                # What is of this many images would be taken for what is always so: read at another number of them.
+                self._grow.add(pattern)
+                pattern += of_images
+                if len(set(ENCODER_INPUTS) & set(form.tensors)) == 1:
+                    passages = self._prove_form(form.with_more_images, stages)
+            self._proved[pattern] = form.batch_dims, passages
         return self._proved[pattern]
 
     def remember(self, passages: tuple[Passage, ...]) -> None:
@@ -540,16 +548,18 @@ def holders_of(stages: Stages, unit: str) -> set[int]:
     return {s for s, names in enumerate(stages) if any(unit == n or unit.startswith(f"{n}.") for n in names)}
 
 
-def _sizes_of_images(value: Any) -> tuple[int, ...] | None:
-    """All sizes of a tower's input but the first, which alone may change without a proof of its own."""
-    value = value.tensor if isinstance(value, Piece) else value
-    return tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else None
+def _of_images(inputs: Mapping[str, Any]) -> tuple:
+    """What one proof holds for, where what a tower makes crosses a cut.
 
-
-def _numbers(value: Any) -> Any:
-    """What `image_sizes` says: how many tiles of an image are no padding, and so what a tower makes of it."""
-    value = value.tensor if isinstance(value, Piece) else value
-    return tuple(value.flatten().tolist()) if isinstance(value, torch.Tensor) else value
+    All sizes of its input but the first (that, too, where there are two of them); and what `image_sizes` says, as tiles
+    of an image that are padding are left out.
+    """
+    tensors = {n: v.tensor if isinstance(v, Piece) else v for n, v in sorted(inputs.items())}
+    towers = [v.shape for n, v in tensors.items() if n in ENCODER_INPUTS and isinstance(v, torch.Tensor)]
+    numbers = [
+        v.flatten().tolist() if isinstance(v, torch.Tensor) else v for n, v in tensors.items() if n.endswith("sizes")
+    ]
+    return tuple(tuple(s if len(towers) > 1 else s[1:]) for s in towers), repr(numbers)
 
 
 def _pattern(inputs: Mapping[str, Any], sizes: Sizes, pieces: int) -> tuple:

@@ -438,12 +438,13 @@ def _first_name(stages: list[DecoderStage]) -> str:
 def _images_of_each(
     inputs: dict[str, Any], passages: list[tuple[Passage, ...]], batch_dims: dict[str, int | None], count: int
 ) -> list[int]:
-    """The images, or patches, that a tower takes of every microbatch, where what it sends of them crosses a cut."""
-    sent = (crossed for of_stages in passages for passage in of_stages for crossed in passage.sends)
-    if not any(IMAGES.of[0] in crossed.shape.sizes for crossed in sent):
+    """The images, or patches, that a tower takes of every microbatch; 0 where no size of a message depends on them."""
+    sent = [[crossed.shape for passage in of_stages for crossed in passage.sends] for of_stages in passages]
+    matter = [any(IMAGES.of[0] in shape.sizes for shape in shapes) for shapes in sent]
+    if not any(matter):
         return [0] * count
     _, pieces = split_inputs((), {n: v for n, v in inputs.items() if n in ENCODER_INPUTS}, count, 0, batch_dims)
-    return [images_length(piece) or 0 for piece in pieces]
+    return [images_length(piece) or 0 if matters else 0 for piece, matters in zip(pieces, matter, strict=True)]
 
 
 def _piece(value: torch.Tensor | None) -> Piece | None:
