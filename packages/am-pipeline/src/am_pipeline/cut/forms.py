@@ -146,7 +146,7 @@ def features_form(name: str, width: int, dtype: torch.dtype, training: bool) -> 
 
 
 def example_forms(
-    name: str, example: Mapping[str, Any], runs: Callable[[Form], set[str] | None], *, training: bool
+    name: str, example: Mapping[str, Any], read_of: Callable[[Form], set[str]], *, training: bool
 ) -> Iterator[Form]:
     """The forms that inputs may have that a user shows, as a processor gives them.
 
@@ -165,7 +165,7 @@ def example_forms(
         try:
             sizes = first.shape[0], first.shape[1]
             yield (
-                resolve_form(given, rest, *sizes, runs, training=training, batch_dims={})
+                resolve_form(given, rest, *sizes, read_of, training=training, batch_dims={})
                 if rest
                 else Form(given, training=training)
             )
@@ -180,7 +180,7 @@ def resolve_form(
     inputs: Mapping[str, Any],
     batch: int,
     seq_len: int,
-    runs: Callable[[Form], set[str] | None],
+    read_of: Callable[[Form], set[str]],
     *,
     training: bool,
     batch_dims: Mapping[str, int | None],
@@ -193,7 +193,7 @@ def resolve_form(
         first: the model's first argument.
         inputs: its further inputs, whole, or a `Piece` for one microbatch.
         batch, seq_len: sequences and tokens of the batch.
-        runs: traces the model with a form; the inputs that it read, None if its forward failed.
+        read_of: traces the model with a form; the inputs that it read, or whatever its forward raised.
         training: whether the model is in training mode.
         batch_dims: what the user says of the inputs' batch dims.
         pieces, place: microbatches of the batch, and which of them the pieces are for, where the real batch has to be
@@ -215,6 +215,14 @@ def resolve_form(
     splits = pieces > 1 and batch > pieces
 
     known = DECODER_SIZES if len(lengths) > 1 else SIZES
+    failures: list[Exception] = []
+
+    def runs(form: Form) -> set[str] | None:
+        try:
+            return read_of(form)
+        except Exception as error:  # whatever the model's own code raises
+            failures.append(error)
+            return None
 
     def small(choice: Mapping[str, Shape], sizes: tuple[Sizes, ...] = known) -> Form:
         return Form(first, {n: Given(n, shape, tensors[n]) for n, shape in choice.items()}, others, training, sizes)
@@ -275,10 +283,11 @@ def resolve_form(
     if more is not None:
         return real({**(choice or {}), **more})
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    why = f"; at last: {type(failures[-1]).__name__}: {failures[-1]}" if failures else ""
     raise AmbiguousError(
         f"the model does not run on inputs of shapes {shapes} beside {first.name} of {(batch, seq_len)}, "
-        "however their dims are read; say which dim is the batch with batch_dims="
-    )
+        f"however their dims are read{why}; if one has a batch dim that is not found, say which with batch_dims="
+    ) from (failures[-1] if failures else None)
 
 
 # Inputs that transformers documents as a row for each sequence. Code that looks up the rows of a microbatch in one of

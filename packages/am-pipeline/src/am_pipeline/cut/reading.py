@@ -500,12 +500,9 @@ def _made_by(call: Call) -> set[tuple[str, int]]:
     return {(s.unit, s.call) for s in call.reads if isinstance(s, (Value, Inner))}
 
 
-def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str] | None:
-    """The names of the inputs that a model reads of a form; None if its forward fails on it."""
-    try:
-        trace = _trace(weightless, units, form, form.sizes[0])
-    except Exception:  # whatever the model's own code raises
-        return None
+def inputs_read(weightless: Weightless, units: Units, form: Form) -> set[str]:
+    """The names of the inputs that a model reads of a form."""
+    trace = _trace(weightless, units, form, form.sizes[0])
     read = {source for call in trace.calls for source in call.reads} | trace.output
     read |= {source for look in trace.looks for source in look.sources}
     return {source.name for source in read if isinstance(source, Input)}
