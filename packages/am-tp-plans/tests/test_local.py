@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
@@ -133,12 +135,39 @@ def test_gradients_of_whole_parameters_are_summed_in_one_go_per_backward():
     assert_same(seen_by_hook[0], expected, 1e-10, "what a hook of the parameter sees")
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+def keep_products(_ctx, operator, *_args, **_kwargs):
+    kept = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+RECOMPUTED = {
+    "all": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, keep_products),
+    },
+}
+# A rank has a share of the tokens in what is frozen and in what is not: adapters leave all but themselves frozen.
+FROZEN = {
+    "nothing": (),
+    "norms of layers": ("input_layernorm", "q_norm"),
+    "a layer": ("layers.0.",),
+    "all but products": ("norm", "embed"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
 @pytest.mark.ranks(2)
-def test_gradients_are_whole_with_recomputed_layers(reentrant):
+def test_gradients_are_whole_with_recomputed_layers(recomputed, frozen):
     whole = tiny("qwen3", num_key_value_heads=4).train()
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad = not any(word in name for word in FROZEN[frozen])
     model = sharded(copy.deepcopy(whole), sequence_parallel=True)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for each in (model, whole):  # a reentrant checkpoint has gradients only where what enters it does
+        each.enable_input_require_grads()
+    model.gradient_checkpointing_enable(RECOMPUTED[recomputed])
     for seed in range(2):
         assert_same(step(model, seed), step(whole, seed), 1e-10, "logits")
     assert_same(gradients(model), gradients(whole), 1e-10, "gradients")

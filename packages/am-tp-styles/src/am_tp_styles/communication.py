@@ -81,7 +81,8 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
-        return tensor.view_as(tensor)
+        # Not a view: a selective checkpoint counts those, and runs layers again without what `exchange` put in place.
+        return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:

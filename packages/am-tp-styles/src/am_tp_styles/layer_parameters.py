@@ -68,13 +68,17 @@ class ExchangesParameters(nn.Module):
 
 
 def exchange(owners: list[Any], axis: Axis, *, summed_only: bool = False) -> None:
-    """Put views in the place of the owners' noted parameters; the caller puts back what it held."""
+    """Put views in the place of the owners' noted parameters; the caller puts back what it held.
+
+    Frozen ones have no gradient to sum: a checkpoint, which runs a layer again without this, has to find them the same.
+    """
     found: dict[int, tuple[torch.Tensor, bool]] = {}
     for owner in owners:
         notes = vars(owner)[_NOTED]
         for name, parameter in owner._parameters.items():  # in the model's order, which every rank has alike
             summed = notes.get(name, False)
-            wanted = summed or (name in notes and not summed_only and isinstance(parameter, DTensor))
+            sharded = name in notes and not summed_only and isinstance(parameter, DTensor)
+            wanted = sharded or (summed and parameter is not None and parameter.requires_grad)
             if wanted and isinstance(parameter, nn.Parameter):
                 found[id(parameter)] = (parameter, summed)
     if found:
@@ -95,7 +99,9 @@ class _Views(torch.autograd.Function):
         specs = (spec_of(p) if isinstance(p, DTensor) else None for p in parameters)
         ctx.forms = [(spec, part.stride()) for spec, part in zip(specs, parts, strict=True)]
         ctx.set_materialize_grads(False)
-        return tuple(part.view_as(part) for part in parts)
+        views = tuple(part.view_as(part) for part in parts)
+        ctx.mark_non_differentiable(*(v for v, p in zip(views, parameters, strict=True) if not p.requires_grad))
+        return views
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:

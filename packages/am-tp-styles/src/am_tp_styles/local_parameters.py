@@ -56,7 +56,7 @@ class _Local(torch.autograd.Function):
         part = local_of(parameter)
         ctx.spec, ctx.strides, ctx.axis = spec_of(parameter), part.stride(), axis
         ctx.set_materialize_grads(False)
-        return part.view_as(part)
+        return part.detach()  # not a view, as in `sum_gradients`
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
