@@ -328,3 +328,14 @@ def test_batch_norms_of_microbatches_are_refused_on_every_rank_unless_they_are_f
             if isinstance(module, torch.nn.BatchNorm1d):
                 module.eval()
     run(built, ids, labels)
+
+
+@pytest.mark.ranks(2)
+def test_what_goes_over_the_sequences_of_a_batch_is_refused_where_a_microbatch_has_some_of_them():
+    model = tiny("llama", layers=2, dtype=torch.float64)
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output - output.mean(0))
+    ids, labels = token_batch(COUNT, 8, vocab_size=60)
+    built = build(model)
+    for call in ("step", "eval"):
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp computes over the sequences of a batch \(mean\)"):
+            run(built, ids, labels, call)

@@ -392,6 +392,11 @@ def written_arguments(function: Any, args: tuple, kwargs: dict[str, Any]) -> lis
     return written
 
 
+def arguments_by_name(function: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an operator was called with, without its defaults."""
+    return dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
+
+
 def is_random(function: Any) -> bool:
     """Whether an operator draws from a generator."""
     return torch.Tag.nondeterministic_seeded in function.tags

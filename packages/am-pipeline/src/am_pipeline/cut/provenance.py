@@ -32,8 +32,16 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from am_pipeline._torch_compat import flops_of, is_random, looks_at_values, operator_name, written_arguments
+from am_pipeline._torch_compat import (
+    arguments_by_name,
+    flops_of,
+    is_random,
+    looks_at_values,
+    operator_name,
+    written_arguments,
+)
 from am_pipeline._torch_compat_fakes import is_fake, quiet_fakes, run_without_memory, storage_key
+from am_pipeline.cut.rows import Over, count_over
 from am_pipeline.nested import map_leaves, tensors_in
 
 
@@ -163,6 +171,7 @@ class Trace:
         written: values that were written into after they were returned.
         kept: parameters and buffers that code between units wrote into, and from what.
         opened: units of which code between units called a part by itself.
+        over: operators in units that could go over the sequences of a batch.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -177,6 +186,7 @@ class Trace:
     written: set[Value] = field(default_factory=set)
     kept: dict[str, frozenset[Source]] = field(default_factory=dict)
     opened: set[str] = field(default_factory=set)
+    over: list[Over] = field(default_factory=list)
 
     def call(self, unit: str, index: int) -> Call:
         return next(c for c in self.calls if (c.unit, c.index) == (unit, index))
@@ -354,6 +364,8 @@ class Tracer(TorchDispatchMode):
         result = self._compute(func, name, args, kwargs, tensors, unknown)
         if self.active is not None:
             self.active.flops += flops_of(func, args, kwargs, result)
+            if (count := count_over(name, arguments_by_name(func, args, kwargs))) is not None:
+                self.trace.over.append(Over(name.split(".")[1], self.path[-1], count))
         self._label(seen, sources, result, unknown, [t for t in tensors if id(t) in written])
         return result
 

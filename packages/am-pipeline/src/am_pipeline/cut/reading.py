@@ -32,6 +32,7 @@ from am_pipeline.cut.crossing import (
 )
 from am_pipeline.cut.forms import ODD, SIZES, Form, Piece, resolve_form
 from am_pipeline.cut.provenance import Argument, Call, Inner, Input, Leaf, Trace, Tracer, Value, leaves_of, sent_key
+from am_pipeline.cut.rows import first_mix
 from am_pipeline.cut.skeleton import copy_without
 from am_pipeline.cut.units import Units
 from am_pipeline.cut.weightless import Weightless, refuse_training
@@ -48,6 +49,7 @@ class Reading:
     Attributes:
         anatomy: where the model's parts sit.
         units: what a cut moves as one piece.
+        mixes: what computes over the sequences of a batch, of which a microbatch has some; None where nothing does.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class Reading:
                     self.odd = _trace(weightless, self.units, self.form, ODD)
         if [c.unit for c in self.small.calls] != [c.unit for c in self.large.calls]:
             raise CannotCutError("its forward runs other modules for longer inputs")
+        two_sizes = len(self.form.sizes) > 1 and not self.grows_by_images
+        self.mixes = first_mix(self.small.over, self.large.over, self.form.sizes) if two_sizes else None
         self.anatomy = self._anatomy()
         self._proved: dict[tuple, tuple[dict[str, int | None], tuple[Passage, ...]]] = {}
         self._grow: set[tuple] = set()  # forms that were read at two numbers of images, as what crosses depends on it
@@ -188,7 +192,8 @@ class Reading:
 
     def _prove_form(self, form: Form, stages: Stages) -> tuple[Passage, ...]:
         try:
-            held, passages = Reading(self.weightless, self.stacks, form, self.named, self).cut(stages)
+            reading = Reading(self.weightless, self.stacks, form, self.named, self)
+            held, passages = reading.cut(stages)
             if held != stages:
                 more = [name for mine, names in zip(stages, held, strict=True) for name in names if name not in mine]
                 raise CannotCutError(f"with them more than one stage has to hold {', '.join(more)}")
@@ -199,6 +204,7 @@ class Reading:
                 f"{type(self.weightless.model).__name__}, cut between the layers of {self.anatomy}, cannot be called "
                 f"with {names}{' in training' if form.training else ''}: {failed}{why}"
             ) from why
+        self.mixes = self.mixes or reading.mixes
         return passages
 
     @property

@@ -360,6 +360,12 @@ class PipelineSchedule(StepHooks, Schedule):
             batch_dims |= dims
             passages.append(of_stages)
         passages = passages if lists else passages * count
+        mixes = plan.reading.mixes
+        if mixes is not None and count > 1:
+            raise ValueError(
+                f"{mixes.module} computes over the sequences of a batch ({mixes.operator}), and a microbatch has some "
+                "of them: make the microbatch the batch, or compute each row by itself"
+            )
         later = [passage for of_stages in passages for passage in of_stages[1:]]
         needed = set().union(*(passage.needs - passage.withheld for passage in later))
         if spread := needed & set(shared) & plan.stay:
