@@ -14,12 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.nn import functional as F
+from transformers import GPT2DoubleHeadsModel
 
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients
 from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small
 from am_tp_plans import apply_plan, check_gradients, infer_plan, resolve_plan
+from am_tp_plans.proof.check import random_settings
 from am_tp_plans.styles.fused import plan_exchange
 
 
@@ -88,6 +90,26 @@ def test_a_gradient_that_nobody_sums_is_found_under_fsdp2_and_what_cannot_be_che
             assert check_gradients(model, mesh["tp"]) == ()
             model.model.norm.weight.grad = None
             assert check_gradients(model, mesh["tp"]) == ("model.norm.weight",)
+
+
+@pytest.mark.ranks(2)
+def test_gradients_that_are_not_finite_are_said_to_be_so_and_not_to_differ():
+    ids, labels = token_batch(2, 12)
+    for value, on in (("nan", (0, 1)), ("inf", (1,))):
+        model, mesh = tiny("llama", layers=1), axis()
+        apply_plan(model, mesh, resolve_plan(model))
+        next_token_loss(model(ids, use_cache=False).logits, labels).backward()
+        if dist.get_rank() in on:
+            model.model.norm.weight.grad[3] = float(value)
+        with pytest.raises(RuntimeError, match=r"1 of \d+ .* not finite .*: model\.norm\.weight\. Look at the loss"):
+            check_gradients(model, mesh)
+
+
+def test_a_number_of_a_config_that_no_module_reads_is_no_dropout():
+    model = small("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.1)
+    assert random_settings(model) == []
+    assert random_settings(GPT2DoubleHeadsModel(model.config)) != []
+    assert random_settings(small("mixtral", layers=1, router_jitter_noise=0.1)) != []
 
 
 @pytest.mark.ranks(2)

@@ -17,8 +17,8 @@ from am_testkit.models import next_token_loss, tiny, token_batch
 from am_testkit.zoo import small, small_config
 from am_tp_plans import add_sequence_parallelism, apply_plan, explain_plan, infer_plan, resolve_plan
 from am_tp_plans.__main__ import main
-from am_tp_plans.apply import check_plan
 from am_tp_plans.explain import sums_a_gradient
+from am_tp_plans.fit import check_plan
 from am_tp_plans.proof.rehearsal import rehearse
 
 KINDS = {"all_reduce": "all-reduce", "allreduce": "all-reduce", "all_gather": "all-gather", "allgather": "all-gather"}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from am_testkit.device import device_type
 from am_testkit.exact import assert_same, gradients, whole
 from am_tp_plans import PackedColwiseParallel, apply_plan
-from am_tp_plans.apply import check_plan
+from am_tp_plans.fit import check_plan
 from am_tp_plans.proof.rehearsal import rehearse
 from am_tp_plans.sources.translate import complete
 

@@ -28,7 +28,7 @@ from am_tp_plans import (
     infer_plan,
     resolve_plan,
 )
-from am_tp_plans.apply import check_plan
+from am_tp_plans.fit import check_plan
 from am_tp_plans.proof import numeric_check
 from am_tp_plans.proof.numeric_check import check_numbers
 from am_tp_plans.proof.rehearsal import rehearse

@@ -8,7 +8,15 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 
 from am_testkit.device import device_type
@@ -90,6 +98,75 @@ def test_plans_that_are_brought_or_inferred_take_adapters_too(name):
     for each in (model, reference):
         next_token_loss(each(ids, use_cache=False).logits, labels).backward()
     assert_same(gradients(model), gradients(reference), 1e-5, "gradients")
+
+
+def adapted(family, tied=False, **config):
+    model = tiny(family, layers=2, tied=tied)
+    torch.manual_seed(2)
+    settings = {"r": 3, "target_modules": ["q_proj", "down_proj"]} | config
+    model = get_peft_model(model, LoraConfig(**settings)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+BESIDE_LORA = {
+    "head": {"modules_to_save": ["lm_head"]},
+    "head and embedding": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "norms and keys": {"modules_to_save": ["norm", "input_layernorm", "k_proj"]},
+    "rows": {"trainable_token_indices": [3, 4, 40]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("beside", "tied"), [*((name, False) for name in BESIDE_LORA), ("embedding", True), ("rows", True), ("head", True)]
+)
+@pytest.mark.ranks(2, timeout=180)
+def test_what_peft_trains_beside_lora_trains_as_in_one_process(beside, tied, family, sequence_parallel):
+    model, one = (adapted(family, tied, **BESIDE_LORA[beside]) for _ in range(2))
+    base = model.get_base_model()
+    plan = resolve_plan(base, sequence_parallel=sequence_parallel)
+    apply_plan(base, axis(), plan)
+    sharded = [name for name, parameter in base.named_parameters() if hasattr(parameter, "placements")]
+    if beside == "head" and not tied:
+        assert {"lm_head.original_module.weight", "lm_head.modules_to_save.default.weight"} <= set(sharded)
+    ids, labels = token_batch(2, 12)
+    outputs = [each(ids, use_cache=False).logits for each in (model, one)]
+    assert_same(*outputs, 1e-8, "logits")
+    for output in outputs:
+        next_token_loss(output, labels).backward()
+    assert_same(gradients(model), gradients(one), 1e-8, "gradients")
+    with model.disable_adapter(), one.disable_adapter(), torch.no_grad():
+        assert_same(*(each(ids, use_cache=False).logits for each in (model, one)), 1e-8, "without adapters")
+
+
+@pytest.mark.ranks(2)
+def test_a_plan_that_shards_a_weight_of_which_rows_are_trained_is_refused_with_the_remedy():
+    plan = resolve_plan(tiny("llama", layers=2))
+    base = adapted("llama", trainable_token_indices=[3]).get_base_model()
+    with pytest.raises(TypeError, match=r"embed_tokens trains single rows \(peft's trainable_tok.*leave it"):
+        apply_plan(base, axis(), plan)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("ia3", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
+        ("loha", LoHaConfig(r=2, target_modules=["k_proj"])),
+        ("vera", VeraConfig(r=2, target_modules=["q_proj"])),
+        ("oft", OFTConfig(oft_block_size=4, target_modules=["q_proj"])),
+    ],
+)
+def test_other_adapters_than_lora_are_refused_by_name(kind, config, family):
+    base = get_peft_model(tiny(family, layers=2), copy.deepcopy(config)).get_base_model()
+    with pytest.raises(ValueError, match=rf"an adapter layer peft\.tuners\.{kind}\..* only LoRA"):
+        resolve_plan(base)
 
 
 @pytest.mark.ranks(2)

@@ -46,6 +46,15 @@ def test_a_key_that_matches_nothing_is_refused_by_name(key):
         expand_plan(model_of(2), {key: ColwiseParallel()})
 
 
+def test_a_module_with_several_names_is_in_a_plan_once_and_has_one_style():
+    model = model_of(3)
+    model["layers"][2] = model["layers"][0]
+    assert list(expand_plan(model, PLAN)) == [f"layers.{i}.{name}" for i in (0, 1) for name in ("up", "down")]
+    assert list(expand_plan(model, {"layers.2.up": PLAN["layers.*.up"], "layers.0.up": PLAN["layers.*.up"]}))
+    with pytest.raises(ValueError, match=r"layers\.0 and layers\.2 are one module, .* no style and RowwiseParallel"):
+        expand_plan(model, {"layers.2": RowwiseParallel()})
+
+
 def test_a_key_for_a_module_that_a_pipeline_left_out_is_passed_over():
     model = model_of(2, absent={0, 1})
     model["head"] = nn.Identity()

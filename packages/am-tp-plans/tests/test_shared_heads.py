@@ -32,7 +32,7 @@ from am_tp_plans import (
     infer_plan,
     resolve_plan,
 )
-from am_tp_plans.apply import check_plan
+from am_tp_plans.fit import check_plan
 from am_tp_plans.proof.rehearsal import rehearse
 from am_tp_plans.sources.translate import complete
 from am_tp_plans.styles.heads import fewest_ranks

@@ -24,7 +24,7 @@ from am_tp_plans import (
     infer_plan,
     resolve_plan,
 )
-from am_tp_plans.apply import is_part
+from am_tp_plans.expand import is_part
 from am_tp_plans.styles.basic import each
 
 

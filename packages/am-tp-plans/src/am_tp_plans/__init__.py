@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from am_tp_plans.apply import apply_plan, expand_plan, fit_plan
+from am_tp_plans.apply import apply_plan, fit_plan
+from am_tp_plans.expand import expand_plan
 from am_tp_plans.explain import PlanReport, explain_plan
 from am_tp_plans.proof.check import check_gradients
 from am_tp_plans.sources.families.gemma3 import _parallelize_gemma3

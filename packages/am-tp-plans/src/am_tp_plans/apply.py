@@ -4,39 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from am_tp_plans.config import config_value
+from am_tp_plans.expand import is_part
+from am_tp_plans.fit import check_plan, tied_weights
 from am_tp_plans.proof.check import check_seeds
+from am_tp_plans.proof.numeric_check import check_numbers
 from am_tp_plans.proof.read_outputs import refuse_parts
-from am_tp_plans.proof.rehearsal import rehearse
-from am_tp_plans.sources.registry import is_family
-from am_tp_plans.styles.basic import (
-    SequenceGatherOutput,
-    VocabParallelEmbedding,
-    each,
-    is_open_colwise,
-    shards_sequence,
-)
-from am_tp_plans.styles.experts import ExpertsOverTensorAxis
-from am_tp_plans.styles.fused import Conv1DRowwiseParallel, PackedColwiseParallel, features
-from am_tp_plans.styles.heads import HeadsError, share_key_value_heads, shares_heads
+from am_tp_plans.proof.rehearsal import NoFitError, rehearse
+from am_tp_plans.sources.registry import family_function, is_family
+from am_tp_plans.sources.stock import what_was_edited
+from am_tp_plans.styles.basic import SequenceGatherOutput, describe, local_form, shards_sequence
+from am_tp_plans.styles.heads import shares_heads
 from am_tp_plans.styles.random_numbers import check_dropout, draw_for_shares
-from am_tp_styles import translate_to_lora
 from am_tp_styles.axis import MeshAxis
-from am_tp_styles.layout import base_layer, has_own_adapter, is_wrapped
 from am_tp_styles.parameters import refuse_hooks
 from am_tp_styles.summed_together import sum_gradients_together
 
@@ -72,10 +58,11 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
         raise ValueError(f"tp_mesh must have one axis, got {tp_mesh.mesh_dim_names}")
     refuse_hooks(model, [name for name, _ in model.named_parameters()])
     concrete = fit_plan(model, plan, tp_mesh.size())
+    _prove_family_plan(model, plan, concrete, tp_mesh.size())
     if tp_mesh.size() > 1:
         check_dropout(model, concrete)
     check_seeds(model, tp_mesh)
-    tied = _tied_weights(model)
+    tied = tied_weights(model)
     for name, style in concrete.items():
         # a copy, because torch writes src_data_rank into the style, and the plan is the caller's
         parallelize_module(model.get_submodule(name), tp_mesh, copy.copy(local_form(style)))
@@ -106,12 +93,6 @@ def _refuse_to_generate(name: str, *_args: Any, **_kwargs: Any) -> None:
     )
 
 
-def local_form(style: ParallelStyle) -> ParallelStyle:
-    """A style of torch's that shards a module, in the form that computes on plain local tensors; others as they are."""
-    sharding = isinstance(style, (ColwiseParallel, RowwiseParallel, SequenceParallel))
-    return cast(ParallelStyle, translate_to_lora(style)) if sharding else style
-
-
 def fit_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
     """The plan for an axis of so many ranks, without wildcards, checked as `apply_plan` does; it changes nothing.
 
@@ -128,39 +109,29 @@ def fit_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> di
     return concrete
 
 
-def check_plan(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
-    """`fit_plan`, without the rehearsal of attentions whose key/value heads are shared."""
+def _prove_family_plan(
+    model: nn.Module, plan: dict[str, ParallelStyle], concrete: dict[str, ParallelStyle], ranks: int
+) -> None:
+    """Rehearse a plan that was written for another model than this one: a family's, for one of it that was edited.
+
+    A plan of the user's own is theirs, and so is one that `resolve_plan` had to complete. Nothing is shown on a part of
+    a pipeline, nor of a model that does not run on ids alone.
+    """
+    function = family_function(model)
+    if ranks == 1 or not plan or function is None or what_was_edited(model) is None:
+        return
+    theirs = function(model, any(map(shards_sequence, plan.values())))
+    if any(describe(theirs.get(key)) != describe(style) for key, style in plan.items()):
+        return
+    if is_part(model) or any("boundary" in vars(module) for module in model.modules()):
+        return
     try:
-        return _checked(model, plan, ranks)
-    except HeadsError as error:
-        heads = config_value(model, "num_attention_heads") or ranks
-        sizes = [size for size in _divisors(heads) if _fits(model, plan, size)]
-        raise ValueError(f"{error}; an axis can have {sizes}") from error
-
-
-def _fits(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> bool:
-    try:
-        return bool(_checked(model, plan, ranks))
-    except ValueError:
-        return False
-
-
-def _checked(model: nn.Module, plan: dict[str, ParallelStyle], ranks: int) -> dict[str, ParallelStyle]:
-    """With LoRA styles where adapters are."""
-    attention = any(_shards_attention(key, style) for key, style in plan.items())
-    if attention:
-        _check_query_heads(model, ranks)
-    concrete = share_key_value_heads(model, expand_plan(model, plan), ranks)
-    if attention:
-        _check_key_value_heads(model, concrete, ranks)
-    for name, styles in concrete.items():
-        for style in each(styles):
-            _check_features(name, model.get_submodule(name), style, ranks)
-    _check_ties(model, _tied_weights(model), concrete)
-    modules = {name: model.get_submodule(name) for name in concrete}
-    adapted = {name: concrete[name] for name, m in modules.items() if is_wrapped(m) or has_own_adapter(m)}
-    concrete.update(cast(dict, translate_to_lora(adapted)))
-    return concrete
+        rehearse(model, concrete, ranks)
+    except NoFitError:
+        raise
+    except ValueError:  # its forward wants other inputs
+        return
+    check_numbers(model, plan, ranks)
 
 
 def _prove_shared_heads(
@@ -182,163 +153,6 @@ def _prove_shared_heads(
             f"of a cut model, on which nothing can be shown; give the parts fit_plan(model, plan, {ranks}) of the whole"
         )
     rehearse(model, concrete, ranks)
-
-
-def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
-    """The plan with `*` (one level of a name) replaced by the modules there are, in the model's order.
-
-    A module named by several keys takes the last. Modules without parameters that stand where a pipeline cut left
-    them out are passed over.
-
-    Raises:
-        ValueError: a key matches nothing, and nothing that was left out could be what it means.
-    """
-    modules = dict(model.named_modules())
-    absent = [name for name, module in modules.items() if name and _is_placeholder(module)]
-    matched: dict[str, ParallelStyle] = {}
-    for key, style in plan.items():
-        pattern = re.compile(key.replace(".", r"\.").replace("*", r"[^.]+"))
-        names = [name for name in modules if pattern.fullmatch(name)]
-        if not names and not any(_may_mean(key, name) for name in absent):
-            raise ValueError(
-                f"the plan's key {key!r} matches no module of {type(model).__name__}; {_nearest(key, modules)}"
-            )
-        matched |= {name: style for name in names if name not in absent}
-    return {name: matched[name] for name in modules if name in matched}
-
-
-def _is_placeholder(module: nn.Module) -> bool:
-    """Whether a module stands for one that a pipeline cut left out: nothing in it, and no layer of torch's own."""
-    if any(True for group in (module.children(), module.parameters(), module.buffers()) for _ in group):
-        return False
-    return isinstance(module, nn.Identity) or not type(module).__module__.startswith("torch.nn.")
-
-
-def is_part(model: nn.Module) -> bool:
-    """Whether a pipeline cut left layers out: some of a list have parameters, others have nothing."""
-    for module in model.modules():
-        # layers have modules in them; an activation between two linears, in a list of the three, was always there
-        if isinstance(module, nn.ModuleList) and any(True for layer in module for _ in layer.children()):
-            empty = [_is_left_out(layer) for layer in module]
-            if any(empty) and not all(empty):
-                return True
-    return False
-
-
-def _is_left_out(layer: nn.Module) -> bool:
-    """Whether it stands where a layer was, which has nothing in it."""
-    return not any(True for _ in layer.parameters()) and not any(True for _ in layer.children())
-
-
-def _may_mean(key: str, absent: str) -> bool:
-    """Whether a key names a module that was left out, or something inside it."""
-    levels = key.split(".")[: absent.count(".") + 1]
-    return re.fullmatch(".".join(levels).replace(".", r"\.").replace("*", r"[^.]+"), absent) is not None
-
-
-def _nearest(key: str, modules: dict[str, nn.Module]) -> str:
-    leaf = key.rpartition(".")[2]
-    same = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in modules if n.rpartition(".")[2] == leaf})
-    return f"modules of that name are {same}" if same else f"there is no module called {leaf!r}"
-
-
-def _shards_attention(key: str, style: ParallelStyle) -> bool:
-    """Whether ranks have heads of their own: not where projections gather what they computed."""
-    owner = key.rpartition(".")[0].rpartition(".")[2]
-    return is_open_colwise(style) and ("attn" in owner or "attention" in owner)
-
-
-def _check_query_heads(model: nn.Module, ranks: int) -> None:
-    heads = config_value(model, "num_attention_heads")
-    if isinstance(heads, int) and heads % ranks:
-        raise HeadsError(f"num_attention_heads={heads} does not divide over {ranks} tensor-parallel ranks")
-
-
-def _check_key_value_heads(model: nn.Module, concrete: dict[str, ParallelStyle], ranks: int) -> None:
-    heads = config_value(model, "num_key_value_heads")
-    if not isinstance(heads, int) or heads % ranks == 0 or any(map(shares_heads, concrete.values())):
-        return
-    if ranks % heads or any(_shards_attention(name, style) for name, style in concrete.items()):
-        raise HeadsError(f"num_key_value_heads={heads} does not divide over {ranks} tensor-parallel ranks")
-
-
-def _check_features(name: str, module: Any, style: ParallelStyle, size: int) -> None:
-    module = base_layer(module)
-    if any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
-        raise ValueError(f"{name} is sharded already; a plan is applied once, to a model of plain tensors")
-    if isinstance(module, nn.Linear) and tuple(module.weight.shape) != (module.out_features, module.in_features):
-        raise ValueError(
-            f"{name}.weight is packed (quantised) into shape {tuple(module.weight.shape)}, whose rows are no features; "
-            "tensor parallelism cannot shard it, FSDP2 can"
-        )
-    if isinstance(style, ExpertsOverTensorAxis):
-        what, number = "experts", getattr(module, "num_experts", 0)
-        if not number or not all(p.shape[0] == number for p in module.parameters(recurse=False)):
-            raise ValueError(f"{name} is no module of stacked experts, but the plan shards its experts")
-    elif shares_heads(style):
-        style.layout(module, size)
-        return
-    elif isinstance(style, (ColwiseParallel, RowwiseParallel)):
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
-            raise TypeError(
-                f"{name} is a {type(module).__name__}, but {type(style).__name__} is for nn.Linear and nn.Embedding; "
-                "name the linears inside it"
-            )
-        colwise = isinstance(style, ColwiseParallel)
-        what = "output features" if colwise else "input features"
-        number = module.weight.shape[_sharded_dim(module, style) or 0]
-        if isinstance(module, nn.Embedding):
-            what = "columns" if colwise else "rows"
-    elif isinstance(style, (PackedColwiseParallel, Conv1DRowwiseParallel)):
-        widths = features(module)
-        if widths is None:
-            raise TypeError(f"{name} is a {type(module).__name__}, but {type(style).__name__} is for linears")
-        what = "output features" if isinstance(style, PackedColwiseParallel) else "input features"
-        parts = style.widths(widths[1]) if isinstance(style, PackedColwiseParallel) else [widths[0]]
-        number = next((part for part in parts if part % size), size)
-    else:
-        return
-    if _may_be_uneven(style) and -(-number // size) * (size - 1) < number:
-        return  # the last ranks have less, but something
-    if number % size:
-        sizes = f"an axis can have {_divisors(number)}"
-        raise ValueError(f"the {number} {what} of {name} do not divide over {size} ranks; {sizes}")
-
-
-def _may_be_uneven(style: ParallelStyle) -> bool:
-    """Whether no module sees how many features or rows a rank has: a vocabulary's."""
-    if isinstance(style, VocabParallelEmbedding):
-        return True
-    return isinstance(style, ColwiseParallel) and (
-        isinstance(style.output_layouts[0], Replicate) or not style.use_local_output
-    )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _tied_weights(model: nn.Module) -> list[list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
-def _check_ties(model: nn.Module, tied: list[list[str]], plan: dict[str, ParallelStyle]) -> None:
-    """A tied embedding and head must both shard the vocabulary, or neither be sharded."""
-    for group in tied:
-        owners = {name: name.rpartition(".")[0] for name in group}
-        dims = {name: _sharded_dim(model.get_submodule(owner), plan.get(owner)) for name, owner in owners.items()}
-        if len(set(dims.values())) > 1:
-            raise ValueError(f"{' and '.join(group)} are one parameter, but the plan shards them differently: {dims}")
-
-
-def _sharded_dim(module: nn.Module, style: ParallelStyle | None) -> int | None:
-    """The dim of `module.weight` that the style shards: an embedding is laid out the other way round than a linear."""
-    if isinstance(style, (ColwiseParallel, RowwiseParallel)):
-        return int(isinstance(style, ColwiseParallel) == isinstance(base_layer(module), nn.Embedding))
-    return None
 
 
 def _tie_again(model: nn.Module, tied: list[list[str]]) -> None:

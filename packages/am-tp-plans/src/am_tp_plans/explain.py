@@ -10,13 +10,14 @@ from torch import nn
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import check_plan
 from am_tp_plans.config import input_embeddings
+from am_tp_plans.expand import matches
+from am_tp_plans.fit import check_plan
 from am_tp_plans.proof.numeric_check import NumericCheck, check_numbers
 from am_tp_plans.proof.rehearsal import Findings, rehearse
 from am_tp_plans.proof.watch import Collective
 from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
-from am_tp_plans.sources.translate import matches, named_styles
+from am_tp_plans.sources.translate import named_styles
 from am_tp_plans.stacks import stacks_of, stacks_with
 from am_tp_plans.styles.basic import each, shards_sequence
 from am_tp_plans.styles.experts import ExpertsOverTensorAxis

@@ -26,11 +26,11 @@ _OWNERS = "_am_tp_styles_owners"
 
 def note_local(module: Any, summed: dict[str, bool]) -> None:
     """Note which of its own parameters a module takes as local parts, and whether their gradients are to be summed."""
-    setattr(module, _NOTED, getattr(module, _NOTED, {}) | summed)
+    setattr(module, _NOTED, noted(module) | summed)
 
 
 def noted(module: nn.Module) -> dict[str, bool]:
-    return getattr(module, _NOTED, {})
+    return vars(module).get(_NOTED, {})  # peft's wrappers answer for the attributes of what they wrap
 
 
 def exchange_by_layer(model: nn.Module, axis: Axis) -> None:

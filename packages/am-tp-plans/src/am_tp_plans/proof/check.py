@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import math
 import re
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -31,7 +34,8 @@ def check_gradients(model: nn.Module, tp_mesh: DeviceMesh, tolerance: float = 1e
     Collectives (the given axis): two all-reduces of four numbers per parameter.
 
     Raises:
-        RuntimeError: names the parameters whose gradients differ, or says that none has one; on every rank alike.
+        RuntimeError: names the parameters whose gradients differ or are not finite, or says that none has one; on every
+            rank alike.
     """
     layouts = {name: _layout(p, tp_mesh) for name, p in model.named_parameters() if p.requires_grad}
     unknown = [name for name, layout in layouts.items() if layout == "unknown"]
@@ -39,13 +43,20 @@ def check_gradients(model: nn.Module, tp_mesh: DeviceMesh, tolerance: float = 1e
     if not whole:
         return tuple(unknown)
     mine = torch.stack([_summary(p.grad) for p in whole.values()]).to(tp_mesh.device_type)
+    mine = mine.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)  # a NaN may get lost in an all-reduce
     least, most = mine.clone(), mine.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN, group=tp_mesh.get_group())
     dist.all_reduce(most, dist.ReduceOp.MAX, group=tp_mesh.get_group())
     scale = torch.maximum(least.abs(), most.abs()).clamp(min=1e-30)
     # A sum may cancel: it is compared on the scale of the norm.
     scale[:, 2] = torch.maximum(scale[:, 2], scale[:, 3])
-    off = ((most - least) / scale).nan_to_num(nan=float("inf")).amax(dim=1)
+    finite = (least.isfinite() & most.isfinite()).all(dim=1)
+    if spoilt := [name for name, good in zip(whole, finite.tolist(), strict=True) if not good]:
+        raise RuntimeError(
+            f"{len(spoilt)} of {len(whole)} parameters that every rank of the axis holds whole got gradients that are "
+            f"not finite (NaN or infinite) and cannot be compared: {', '.join(spoilt[:10])}. Look at the loss first"
+        )
+    off = ((most - least) / scale).amax(dim=1)
     if wrong := [
         f"{name} (by {error:.1e})" for name, error in zip(whole, off.tolist(), strict=True) if error > tolerance
     ]:
@@ -99,14 +110,33 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def random_settings(model: nn.Module) -> list[str]:
-    """What lets a model draw random numbers in training, such as `config.layerdrop=0.05`."""
+    """What lets a model draw random numbers in training, such as `config.layerdrop=0.05`.
+
+    A number of a config counts where a class of these modules names it: GPT-2's has one for a head that a language
+    model does not have.
+    """
+    named = frozenset().union(*map(_names_in_code, {cls for m in model.modules() for cls in type(m).__mro__}))
     found = {f"{type(m).__name__}({m.p})": None for m in model.modules() if isinstance(m, _DROPOUT) and m.p > 0}
     for module in model.modules():
         for owner, held in ((type(module).__name__, module), ("config", getattr(module, "config", None))):
             for name, value in getattr(held, "__dict__", {}).items():
-                if isinstance(value, float) and value > 0 and _RANDOM.search(name):
+                used = owner != "config" or name in named
+                if used and isinstance(value, float) and value > 0 and _RANDOM.search(name):
                     found[f"{owner}.{name}={value}"] = None
     return list(found)
+
+
+@cache
+def _names_in_code(cls: type) -> frozenset[str]:
+    """The attributes that a class's own methods read by name."""
+    functions = [inspect.unwrap(getattr(f, "fget", None) or getattr(f, "__func__", f)) for f in vars(cls).values()]
+    codes = [function.__code__ for function in functions if hasattr(function, "__code__")]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names, (constant for constant in code.co_consts if isinstance(constant, str)))
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return frozenset(names)
 
 
 _RANDOM = re.compile("drop|jitter|noise")

@@ -20,10 +20,10 @@ from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from am_tp_plans.apply import check_plan, local_form
 from am_tp_plans.config import input_embeddings
-from am_tp_plans.proof.twin import NoTwinError, Twin, describe, make_twin
-from am_tp_plans.styles.basic import shards_sequence
+from am_tp_plans.fit import check_plan
+from am_tp_plans.proof.twin import NoTwinError, Twin, make_twin
+from am_tp_plans.styles.basic import describe, local_form, shards_sequence
 from am_tp_styles.axis import part_of
 from am_tp_styles.edges import NeedsRealRanksError
 from am_tp_styles.simulated import (
@@ -326,7 +326,11 @@ def _run(model: nn.Module, run: _Run) -> None:
         raise RuntimeError("nothing that it returns has a gradient")
     sum(terms).backward()
     run.outputs = {name: tensor.detach() for name, tensor in outputs.items()}
-    run.gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False)}
+    run.gradients = {
+        f"{owner}.{leaf}" if owner else leaf: parameter.grad
+        for owner, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
 
 
 def _named(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

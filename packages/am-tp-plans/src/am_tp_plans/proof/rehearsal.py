@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
+from am_tp_plans.adapters import with_their_copies
 from am_tp_plans.proof.check import random_settings
 from am_tp_plans.proof.read_outputs import refuse_parts
 from am_tp_plans.proof.shares import WrongError
@@ -53,7 +54,7 @@ class Findings:
         partial: parameters that no style covers and that meet a rank's share, so that each rank has a part of their
             gradients.
         modified: modules with a style whose output the model modifies in place.
-        ran: modules with a style that ran at all.
+        ran: modules with a style that ran at all, or a copy of which ran that peft chose.
         random: modules that draw random numbers for a rank's share.
         traffic: the collectives of a training step with two sequences of `tokens` tokens.
         tokens: the length of a sequence in the rehearsal.
@@ -89,9 +90,8 @@ def rehearse(
     covers = {name for name, styles in plan.items() if any(isinstance(style, _COVERS) for style in each(styles))}
     partial = {name for name in share.partial if not any(name.startswith(f"{owner}.") for owner in covers)}
     traffic = tuple(share.traffic)
-    return Findings(
-        frozenset(partial), frozenset(share.modified), frozenset(share.ran), tuple(share.random), traffic, inputs.tokens
-    )
+    ran = with_their_copies(model, share.ran)
+    return Findings(frozenset(partial), frozenset(share.modified), ran, tuple(share.random), traffic, inputs.tokens)
 
 
 def rehearse_training(
@@ -200,6 +200,7 @@ def _run_on_the_cpu(
     whole: list[Step] | None,
     training: bool,
 ) -> Watch:
+    no_fit = f"the plan does not fit {type(model).__name__}"
     twin = _weightless(model).train(training)
     watch = Watch(dict(twin.named_parameters()), ranks, whole)
     if training:
@@ -208,11 +209,13 @@ def _run_on_the_cpu(
             _follow_draws(watch, twin.get_submodule(name), draws)
     for name, module in list(twin.named_modules()):
         _name_where(watch, name, module)
-        stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
+        try:
+            stand_in(watch, name, module, plan.get(name), 1 if whole is None else ranks)
+        except WrongError as why:
+            raise NoFitError(f"{no_fit}: {why}", name) from why
     if whole is not None:
         refuse_parts(twin, plan)
     modules = list(twin.modules())
-    no_fit = f"the plan does not fit {type(model).__name__}"
     try:
         with torch.no_grad(), watch:
             output = twin(*_noted(watch, inputs.args), **_noted(watch, inputs.kwargs))

@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, PrepareModuleInput, RowwiseParallel
 
+from am_tp_plans.adapters import why_not_sharded
+from am_tp_plans.fit import no_linear
 from am_tp_plans.proof.shares import FEATURES, TOKENS, Share, WrongError
 from am_tp_plans.proof.watch import Collective, Watch, tensors
 from am_tp_plans.styles.basic import (
@@ -31,6 +33,7 @@ from am_tp_plans.styles.experts import ExpertsOverTensorAxis
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, plan_exchange
 from am_tp_plans.styles.local import LocalShards, MlaKvAProjection, ReplicatedWithGradAllReduce
 from am_tp_styles import KeyValueColwiseParallel, SequenceParallelLora
+from am_tp_styles.layout import base_layer, is_wrapped
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def stand_in(watch: Watch, name: str, module: Any, style: ParallelStyle | None, 
         _plain(watch, name, module)
     for part in each(style):
         if isinstance(part, (ColwiseParallel, RowwiseParallel, PackedColwiseParallel, Conv1DRowwiseParallel)):
-            watch.sharded |= {f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)}
+            prefix = f"{name}.base_layer" if is_wrapped(module) else name
+            watch.sharded |= {f"{prefix}.{leaf}" for leaf, _ in base_layer(module).named_parameters(recurse=False)}
         act(part, _Place(watch, name, module, ranks))
 
 
@@ -62,18 +66,19 @@ def act(style: Any, at: _Place) -> None:
 
 @act.register
 def _(style: RowwiseParallel, at: _Place) -> None:
-    layout = style.output_layouts[0]
-    if isinstance(at.module, nn.Embedding):
-        at.module.forward = _summed(at.watch, at.name, at.module.embedding_dim, None, layout, at.ranks)
+    layout, base = style.output_layouts[0], base_layer(at.module)
+    if isinstance(base, nn.Embedding):
+        at.module.forward = _summed(at.watch, at.name, base.embedding_dim, None, layout, at.ranks)
         return
+    taken, returned = _widths(style, at.name, base)
     splits = style.input_layouts[0] == Replicate()
-    wanted = at.module.in_features if splits else at.module.in_features // at.ranks
-    at.module.forward = _summed(at.watch, at.name, at.module.out_features, (wanted, splits), layout, at.ranks)
+    wanted = taken if splits else taken // at.ranks
+    at.module.forward = _summed(at.watch, at.name, returned, (wanted, splits), layout, at.ranks)
 
 
 @act.register
 def _(style: Conv1DRowwiseParallel, at: _Place) -> None:
-    taken, returned = features(at.module)  # type: ignore[misc]
+    taken, returned = _widths(style, at.name, at.module)
     wanted = taken // at.ranks, False
     at.module.forward = _summed(at.watch, at.name, returned, wanted, style.output_layouts, at.ranks)
 
@@ -81,7 +86,8 @@ def _(style: Conv1DRowwiseParallel, at: _Place) -> None:
 @act.register
 def _(style: ColwiseParallel, at: _Place) -> None:
     whole = style.output_layouts[0] == Replicate()
-    width = at.module.embedding_dim if isinstance(at.module, nn.Embedding) else at.module.out_features
+    base = base_layer(at.module)
+    width = base.embedding_dim if isinstance(base, nn.Embedding) else _widths(style, at.name, base)[1]
     at.module.forward = _shares(at.watch, at.name, [width], style.input_layouts[0], at.ranks, whole)
 
 
@@ -92,7 +98,7 @@ def _(style: KeyValueColwiseParallel, at: _Place) -> None:
 
 @act.register
 def _(style: PackedColwiseParallel, at: _Place) -> None:
-    widths = style.widths(features(at.module)[1])  # type: ignore[index]
+    widths = style.widths(_widths(style, at.name, at.module)[1])
     if len(widths) > 1:
         exchanges = [plan_exchange(widths, at.ranks, rank) for rank in range(at.ranks)]
         sent = max(len(order) - sends[rank] for rank, (order, sends, _) in enumerate(exchanges))
@@ -178,6 +184,16 @@ def _(style: SequenceShardOutput, at: _Place) -> None:
 @act.register
 def _(style: SequenceWholeBlock, at: _Place) -> None:
     _whole_block(at.watch, at.name, at.module, at.ranks)
+
+
+def _widths(style: ParallelStyle, name: str, module: nn.Module) -> tuple[int, int]:
+    """What a linear takes and returns."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    widths = features(module)
+    if widths is None:
+        raise WrongError(why_not_sharded(name, module) or no_linear(name, module, style))
+    return widths
 
 
 def _gather(at: _Place, hidden: torch.Tensor, backward: str | None = None) -> torch.Tensor:

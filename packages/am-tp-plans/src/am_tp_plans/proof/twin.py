@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from am_tp_plans._torch_compat import hook_dicts
 from am_tp_plans.stacks import largest_stack, stacks_of
+from am_tp_plans.styles.basic import describe
 from am_tp_plans.styles.fused import PackedColwiseParallel, features
 
 # Parameters of a model that is its own twin, and of the largest twin.
@@ -176,15 +177,6 @@ def _kind(layer: nn.Module, prefix: str, concrete: dict[str, ParallelStyle]) -> 
         style = describe(concrete.get(f"{prefix}.{name}" if name else prefix))
         found.append((name, _class(module), own, tuple(sorted(settings)), style))
     return tuple(found)
-
-
-def describe(style: ParallelStyle | None) -> str:
-    """A style's class and settings."""
-    if style is None:
-        return ""
-    settings = {name: sorted(v) if isinstance(v, (set, frozenset)) else v for name, v in sorted(vars(style).items())}
-    parts = tuple(map(describe, settings.pop("styles", ())))
-    return f"{type(style).__module__}.{type(style).__qualname__}{settings}{parts}"
 
 
 def _choices(kinds: list[tuple], config: Any) -> Iterator[list[int]]:

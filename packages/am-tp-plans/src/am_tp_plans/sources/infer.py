@@ -10,11 +10,13 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import check_plan, expand_plan
+from am_tp_plans.adapters import known_as
+from am_tp_plans.expand import expand_plan, matches
+from am_tp_plans.fit import check_plan
 from am_tp_plans.proof.numeric_check import check_numbers
 from am_tp_plans.proof.rehearsal import rehearse, rehearse_training
 from am_tp_plans.sources.shared_inputs import share_inputs
-from am_tp_plans.sources.translate import complete, matches, without_half_ties
+from am_tp_plans.sources.translate import complete, without_half_ties
 from am_tp_plans.stacks import stacks_of, stacks_with
 from am_tp_plans.styles.basic import VocabParallelEmbedding
 from am_tp_plans.styles.fused import Conv1DRowwiseParallel, HeadsPerRank, PackedColwiseParallel, features, is_conv1d
@@ -120,6 +122,7 @@ def _vocabulary(model: nn.Module) -> Iterator[list[dict[str, ParallelStyle]]]:
     size = getattr(config, "vocab_size", None)
     both: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
+        name = known_as(name)
         if stacks_with(model, [name]):
             continue
         if type(module) is nn.Embedding and module.num_embeddings == size:

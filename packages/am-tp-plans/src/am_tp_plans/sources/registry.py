@@ -64,8 +64,13 @@ class PlanRegistry(MutableMapping[str, PlanFunction]):
 
 def is_family(model: nn.Module) -> bool:
     """Whether a model is of exactly one of the classes that have a plan written for them here, still in use."""
-    function = PARALLELIZE_FUNCTIONS.get(_name(type(model)))
-    return function is not None and function.__module__.startswith(f"{__package__}.families.")
+    return _name(type(model)) in PARALLELIZE_FUNCTIONS and family_function(model) is not None
+
+
+def family_function(model: nn.Module) -> PlanFunction | None:
+    """The plan function that is looked up for a model's class, if it is one of those written here."""
+    function = PARALLELIZE_FUNCTIONS.get(type(model))
+    return function if function is not None and function.__module__.startswith(f"{__package__}.families.") else None
 
 
 def _name(key: str | type) -> str:

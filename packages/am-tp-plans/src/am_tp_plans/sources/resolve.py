@@ -9,12 +9,16 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from am_tp_plans.apply import expand_plan
+from am_tp_plans.expand import expand_plan
+from am_tp_plans.proof.numeric_check import check_numbers
+from am_tp_plans.proof.rehearsal import rehearse_training
 from am_tp_plans.sources.infer import extend_plan, infer_plan
-from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS
+from am_tp_plans.sources.registry import PARALLELIZE_FUNCTIONS, family_function
 from am_tp_plans.sources.sequence import add_sequence_parallelism
-from am_tp_plans.sources.translate import get_hf_tp_shard_plan
+from am_tp_plans.sources.stock import what_was_edited
+from am_tp_plans.sources.translate import complete, get_hf_tp_shard_plan, without_half_ties
 from am_tp_plans.stacks import largest_stack, stacks_with
+from am_tp_plans.styles.heads import fewest_ranks
 
 
 def resolve_plan(
@@ -27,6 +31,10 @@ def resolve_plan(
 ) -> dict[str, ParallelStyle]:
     """The tensor-parallel plan for a model, as a dict from module names (with `*` for one level) to styles.
 
+    A family's plan is taken as it is for a model that is as transformers builds it, with adapters of peft or without.
+    For one that was edited (another module or forward in it, a hook, a subclass) it is rehearsed and run with numbers
+    first; where it does not fit, the plan that the model brings takes its place.
+
     In this order: `plan` itself if it is a dict; what the import path `plan` names, a dict or a function of
     `(model, sequence_parallel)`, of the model, or of nothing; the function that `PARALLELIZE_FUNCTIONS` has for the
     model's class; the plan that the model brings itself (`get_hf_tp_shard_plan`), with `add_sequence_parallelism`. With
@@ -35,7 +43,8 @@ def resolve_plan(
     `example_inputs` are keyword arguments of a forward, for a model that takes more or other than ids `(B, S)`.
 
     Raises:
-        ValueError: the path does not lead to a plan, or the model's class has none; names what there is.
+        ValueError: the path does not lead to a plan, or the model's class has none; names what there is. Or no plan is
+            shown to be right for a model that was edited.
         TypeError: `plan` is something else, or a plan has a value that is not a `ParallelStyle`.
     """
     if isinstance(plan, dict):
@@ -44,10 +53,41 @@ def resolve_plan(
         return _checked(_from_path(plan, model, sequence_parallel), plan)
     if plan is not None:
         raise TypeError(f"plan must be a dict, an import path or None, got {type(plan).__name__}")
+    refused: str | None = None
     if type(model) in PARALLELIZE_FUNCTIONS:
-        family = PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel)
-        return extend_plan(model, family, example_inputs=example_inputs) if infer else family
-    derived = _derived(model, infer, example_inputs)
+        plan = without_half_ties(model, PARALLELIZE_FUNCTIONS[type(model)](model, sequence_parallel))
+        edited = what_was_edited(model) if family_function(model) else None
+        try:
+            plan = plan if edited is None else _proven(model, plan, example_inputs)
+            return extend_plan(model, plan, example_inputs=example_inputs) if infer else plan
+        except (ValueError, TypeError) as error:
+            if edited is None:
+                raise
+            refused = f"the model is not as transformers builds it, {edited}, and its family's plan fails: {error}"
+    try:
+        return _derived(model, sequence_parallel, infer, example_inputs)
+    except (ValueError, TypeError) as error:
+        if refused is None:
+            raise
+        again = "" if f"{error}" in refused else f": {error}"
+        raise ValueError(f"{refused}; so does a plan that is derived for it{again}") from error
+
+
+def _proven(
+    model: nn.Module, plan: dict[str, ParallelStyle], example_inputs: dict[str, Any] | None
+) -> dict[str, ParallelStyle]:
+    """The plan with what a rehearsal finds missing, shown to be right as a derived one is."""
+    plan = complete(model, plan, example_inputs)
+    rehearse_training(model, expand_plan(model, plan), fewest_ranks(model), example_inputs)
+    check_numbers(model, plan, 2, example_inputs)
+    return plan
+
+
+def _derived(
+    model: nn.Module, sequence_parallel: bool, infer: bool, example_inputs: dict[str, Any] | None
+) -> dict[str, ParallelStyle]:
+    """The plan from what the model brings, or from its structure."""
+    derived = _without_sequence(model, infer, example_inputs)
     if derived is None:
         kind = "sequence-parallel" if sequence_parallel else "tensor-parallel"
         known = "\n  ".join(PARALLELIZE_FUNCTIONS)
@@ -60,7 +100,9 @@ def resolve_plan(
     return derived
 
 
-def _derived(model: nn.Module, infer: bool, example_inputs: dict[str, Any] | None) -> dict[str, ParallelStyle] | None:
+def _without_sequence(
+    model: nn.Module, infer: bool, example_inputs: dict[str, Any] | None
+) -> dict[str, ParallelStyle] | None:
     """The plan that the model brings if it shards the largest stack, or if that is asked for, extended or inferred."""
     brought = get_hf_tp_shard_plan(model, example_inputs=example_inputs) if getattr(model, "_tp_plan", None) else None
     if brought is None:

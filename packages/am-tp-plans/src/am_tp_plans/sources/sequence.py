@@ -13,12 +13,13 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import expand_plan
+from am_tp_plans.adapters import known_as
+from am_tp_plans.expand import expand_plan, matches
 from am_tp_plans.proof.numeric_check import check_numbers
 from am_tp_plans.proof.rehearsal import NoFitError, rehearse, rehearse_training
 from am_tp_plans.sources.shared_inputs import with_style
-from am_tp_plans.sources.translate import complete, matches
-from am_tp_plans.stacks import stacks_with
+from am_tp_plans.sources.translate import complete
+from am_tp_plans.stacks import stacks_of, stacks_with
 from am_tp_plans.styles.basic import (
     SequenceGatherInput,
     SequenceGatherOutput,
@@ -101,7 +102,7 @@ def _shard_between_layers(
     Raises:
         ValueError: a rehearsal does not show it to be right.
     """
-    layers = list(model.get_submodule(stack).children())
+    layers = list(stacks_of(model)[stack])  # one that is there twice counts twice
     blocks = _blocks(model, stack, plan)
     entry = _entry(stack, len(layers), None)
     try:
@@ -140,7 +141,7 @@ def _with_argument(
     example_inputs: dict[str, Any] | None,
 ) -> tuple[Plan, dict[str, Plan]] | None:
     """The styles of the layers and blocks with the first argument after the hidden state that may be split with it."""
-    layers = list(model.get_submodule(stack).children())
+    layers = list(stacks_of(model)[stack])
     for place, name in enumerate(inspect.signature(layers[0].forward).parameters):
         if not place or _NO_TOKENS.search(name):
             continue
@@ -189,8 +190,8 @@ def _blocks(model: nn.Module, stack: str, plan: Plan) -> dict[str, Plan]:
 
     Left out are embeddings in a layer, such as biases by distance: they read no tokens of the sequence.
     """
-    modules, inside = dict(model.named_modules()), {}
-    for layer in model.get_submodule(stack).children():
+    modules, inside = {known_as(name): module for name, module in model.named_modules()}, {}
+    for layer in stacks_of(model)[stack]:
         inside |= {f"{stack}.*.{_starred(name)}": {} for name in _called(layer)}
     for key, style in plan.items():
         block = next((block for block in inside if f"{_starred(key)}.".startswith(f"{block}.")), None)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from am_tp_plans.apply import expand_plan
+from am_tp_plans.expand import expand_plan
 from am_tp_plans.proof.rehearsal import rehearse
 from am_tp_plans.styles.basic import Several, SharedInput, each, is_open_colwise
 from am_tp_plans.styles.heads import fewest_ranks

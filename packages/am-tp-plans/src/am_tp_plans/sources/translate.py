@@ -11,8 +11,9 @@ from torch import nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from am_tp_plans.apply import expand_plan, is_part
+from am_tp_plans.adapters import known_as, planned_modules, trains_rows
 from am_tp_plans.config import config_value
+from am_tp_plans.expand import expand_plan, is_part, matches
 from am_tp_plans.proof.numeric_check import check_numbers
 from am_tp_plans.proof.rehearsal import rehearse, rehearse_training
 from am_tp_plans.proof.watch import ReadDirectlyError
@@ -32,6 +33,7 @@ from am_tp_plans.styles.local import (
     Replicated,
     ReplicatedWithGradAllReduce,
 )
+from am_tp_styles.layout import base_layer
 
 _STYLES = {
     "colwise": lambda: ColwiseParallel(),
@@ -108,7 +110,8 @@ def get_hf_tp_shard_plan(model: nn.Module, *, example_inputs: dict[str, Any] | N
         )
     if not named:
         raise NoPlanError(f"{type(model).__name__} brings no tensor-parallel plan")
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    modules = {known_as(name): module for name, module in planned_modules(model)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     plan: dict[str, ParallelStyle] = {}
     layouts: dict[str, dict[str, Placement]] = {}
     widths: dict[str, set[int]] = {}
@@ -145,7 +148,7 @@ def complete(
         except ValueError as error:
             if not isinstance(error.__cause__, ReadDirectlyError):
                 raise
-            owner = error.__cause__.parameter.rpartition(".")[0]
+            owner = known_as(error.__cause__.parameter.rpartition(".")[0]).removesuffix(".base_layer")
             plan = without_half_ties(model, {k: style for k, style in plan.items() if not matches(k, owner)})
             continue
         break
@@ -161,8 +164,8 @@ def _by_key(model: nn.Module, parameters: Iterable[str]) -> dict[str, set[str]]:
     leaves: dict[str, set[str]] = {}
     for name in sorted(parameters):
         owner, _, leaf = name.rpartition(".")
-        leaves.setdefault(owner, set()).add(leaf)
-    modules = [name for name, _ in model.named_modules()]
+        leaves.setdefault(known_as(owner), set()).add(leaf)
+    modules = {known_as(name) for name, _ in planned_modules(model)}
     keys: dict[str, set[str]] = {}
     for owner, names in leaves.items():
         key = re.sub(r"\.\d+(?=\.|$)", ".*", owner)
@@ -196,10 +199,6 @@ def named_styles(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def matches(key: str, name: str) -> bool:
-    return re.fullmatch(key.replace(".", r"\.").replace("*", r"[^.]+"), name) is not None
-
-
 def _sharded_dim(style: str, dims: int) -> int:
     if style in ("colwise", "packed_colwise"):
         return max(dims - 2, 0)
@@ -219,20 +218,52 @@ def _lay_out(plan: dict[str, ParallelStyle], owner: str, layouts: dict[str, Plac
 
 
 def without_half_ties(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
-    """The plan without embeddings that cannot be sharded, and without a style for one of several tied weights only."""
-    # With more in it than its weight (a norm, a row of its own) it computes what no rank could on its rows alone.
-    more = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and _has_more_than_a_weight(m)]
-    plan = {key: style for key, style in plan.items() if not any(matches(key, name) for name in more)}
-    names: dict[int, list[str]] = {}
+    """The plan without embeddings and heads that cannot be sharded, and without a style for some of tied weights only.
+
+    What a module takes and returns is whole with such a style and without it.
+    """
+    named = [(known_as(name), module) for name, module in planned_modules(model)]
+    whole = {key for key, style in plan.items() if _keeps_whole(style)}
+    more = [name for name, module in named if _has_more_than_a_weight(module)]
+    other = [name for name, module in named if _is_no_table(module)]
+    plan = {
+        key: style
+        for key, style in plan.items()
+        if not any(matches(key, name) for name in more) and not (key in whole and any(matches(key, n) for n in other))
+    }
+    names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+        names.setdefault(id(parameter), set()).add(_owner(name))
     dropped = set()
     for owners in names.values():
-        keys = {owner: [key for key in plan if matches(key, owner)] for owner in owners}
-        if len(owners) > 1 and not all(keys.values()):
-            dropped |= {key for matched in keys.values() for key in matched}
+        keys = [[key for key in plan if matches(key, owner)] for owner in owners] if len(owners) > 1 else []
+        if not all(keys):
+            dropped |= {key for matched in keys for key in matched}
     return {key: style for key, style in plan.items() if key not in dropped}
 
 
-def _has_more_than_a_weight(embedding: nn.Module) -> bool:
-    return any(True for _ in embedding.children()) or any(name != "weight" for name, _ in embedding.named_parameters())
+def _keeps_whole(style: ParallelStyle) -> bool:
+    """Whether a style of a linear or embedding changes nothing for the modules around it."""
+    if not isinstance(style, (ColwiseParallel, RowwiseParallel)):
+        return False
+    return style.input_layouts[0] == Replicate() == style.output_layouts[0]
+
+
+def _owner(parameter: str) -> str:
+    """The module that a plan would name for a parameter."""
+    owner = known_as(parameter.rpartition(".")[0])
+    return owner.split(".token_adapter")[0].removesuffix(".base_layer")
+
+
+def _is_no_table(module: nn.Module) -> bool:
+    """Whether it is no linear and no embedding, with an adapter or without."""
+    if trains_rows(module):
+        return True
+    return not isinstance(base_layer(module), (nn.Linear, nn.Embedding)) and any(True for _ in module.parameters())
+
+
+def _has_more_than_a_weight(module: nn.Module) -> bool:
+    """Whether an embedding has a norm in it, or a row of its own: no rank could compute that on its rows alone."""
+    if not isinstance(module, nn.Embedding):
+        return False
+    return any(True for _ in module.children()) or any(name != "weight" for name, _ in module.named_parameters())

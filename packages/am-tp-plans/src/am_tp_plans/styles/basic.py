@@ -11,17 +11,17 @@ Sequence parallelism shards the residual stream between layers along the sequenc
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, SequenceParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, SequenceParallel
 
 from am_tp_plans.styles.around import change_argument, change_input, change_output, change_output_like_input
 from am_tp_plans.styles.fused import PackedColwiseParallel
-from am_tp_styles import RowwiseParallelLora, SequenceParallelLora
+from am_tp_styles import RowwiseParallelLora, SequenceParallelLora, translate_to_lora
 from am_tp_styles.axis import Axis, MeshAxis
 from am_tp_styles.communication import gather, split
 from am_tp_styles.edges import gather_for_all_readers, mesh_of, offer_to_shares, withdraw
@@ -247,6 +247,21 @@ def each(style: ParallelStyle | None) -> tuple[ParallelStyle, ...]:
     if style is None:
         return ()
     return style.styles if isinstance(style, Several) else (style,)
+
+
+def describe(style: ParallelStyle | None) -> str:
+    """A style's class and settings."""
+    if style is None:
+        return ""
+    settings = {name: sorted(v) if isinstance(v, (set, frozenset)) else v for name, v in sorted(vars(style).items())}
+    parts = tuple(map(describe, settings.pop("styles", ())))
+    return f"{type(style).__module__}.{type(style).__qualname__}{settings}{parts}"
+
+
+def local_form(style: ParallelStyle) -> ParallelStyle:
+    """A style of torch's that shards a module, in the form that computes on plain local tensors; others as they are."""
+    sharding = isinstance(style, (ColwiseParallel, RowwiseParallel, SequenceParallel))
+    return cast(ParallelStyle, translate_to_lora(style)) if sharding else style
 
 
 def shards_sequence(style: ParallelStyle | None) -> bool:

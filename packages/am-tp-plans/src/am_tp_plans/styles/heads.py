@@ -19,11 +19,11 @@ from typing import Any
 from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
+from am_tp_plans.adapters import known_as, without_peft
 from am_tp_plans.config import config_value
 from am_tp_plans.styles.basic import Several, each, is_open_colwise
 from am_tp_plans.styles.fused import HeadsPerRank
 from am_tp_styles import ColwiseParallelLora, KeyValueColwiseParallel
-from am_tp_styles.layout import base_layer
 
 _KEY_OR_VALUE = re.compile(r"(k|key|v|value)(_proj)?")
 # How an attention may keep the number of query heads that read one key/value head, and that of key/value heads.
@@ -52,7 +52,8 @@ def share_key_value_heads(model: nn.Module, plan: dict[str, ParallelStyle], rank
         attention: Any = model.get_submodule(owner)
         own = [leaf for leaf in leaves if _KEY_OR_VALUE.fullmatch(leaf)]
         heads = _key_value_heads(model, attention, own)
-        if heads is None or heads % ranks == 0 or (own and all(shares_heads(plan[f"{owner}.{leaf}"]) for leaf in own)):
+        projections = [name for leaf in own for name in leaves[leaf]]
+        if heads is None or heads % ranks == 0 or (own and all(shares_heads(plan[name]) for name in projections)):
             continue
         copies, groups = ranks // heads, getattr(attention, _GROUPS)
         if ranks % heads or groups % copies:
@@ -65,8 +66,8 @@ def share_key_value_heads(model: nn.Module, plan: dict[str, ParallelStyle], rank
                 f"{owner} has {heads} key/value heads for {ranks} ranks, which can share them only where keys and "
                 f"values are projected by linears of their own; it has {sorted(leaves)}"
             )
-        for leaf in own:
-            shared[f"{owner}.{leaf}"] = _sharing(f"{owner}.{leaf}", plan[f"{owner}.{leaf}"], heads)
+        for name in projections:
+            shared[name] = _sharing(name, plan[name], heads)
         shared[owner] = _with_numbers(plan.get(owner), heads, copies)
     return {name: shared[name] for name, _ in model.named_modules() if name in shared}
 
@@ -85,13 +86,13 @@ def shares_heads(style: ParallelStyle | None) -> bool:
     return isinstance(style, KeyValueColwiseParallel)
 
 
-def _open_projections(plan: dict[str, ParallelStyle]) -> dict[str, list[str]]:
-    """The last names of the linears that leave each rank with its own features, by the module that owns them."""
-    owners: dict[str, list[str]] = {}
+def _open_projections(plan: dict[str, ParallelStyle]) -> dict[str, dict[str, list[str]]]:
+    """The linears that leave each rank with its own features: by the module that owns them, by their last names."""
+    owners: dict[str, dict[str, list[str]]] = {}
     for name, style in plan.items():
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = known_as(name).rpartition(".")
         if is_open_colwise(style):
-            owners.setdefault(owner, []).append(leaf)
+            owners.setdefault(owner, {}).setdefault(leaf, []).append(name)
     return owners
 
 
@@ -100,7 +101,7 @@ def _key_value_heads(model: nn.Module, attention: Any, own: list[str]) -> int | 
     width, groups = getattr(attention, "head_dim", None), getattr(attention, _GROUPS, None)
     if not isinstance(groups, int):
         return None
-    keys: Any = next((base_layer(getattr(attention, leaf)) for leaf in own if leaf[0] == "k"), None)
+    keys: Any = next((without_peft(getattr(attention, leaf)) for leaf in own if leaf[0] == "k"), None)
     if isinstance(keys, nn.Linear) and isinstance(width, int) and keys.out_features % width == 0:
         return keys.out_features // width
     heads = config_value(model, "num_key_value_heads")
