@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from am_testkit.exact import assert_same
 from am_testkit.torchrun import Torchrun
 
 TRAIN = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "train.py"
@@ -137,14 +140,56 @@ def test_an_evaluation_has_no_dropout_and_what_follows_it_has(chats, tokenizer, 
     assert len({(tmp_path / run / "losses.txt").read_text() for run in ("often", "once")}) == 1
 
 
-def test_bfloat16_and_a_run_that_is_continued(base, chats, tmp_path):
-    half = ("--dtype", "bfloat16", "--check", "--warmup", 3)
+def test_bfloat16_agrees_with_one_process(base, chats, tmp_path):
+    output = launch(2, "--pp 1 --dp 2", base, chats, tmp_path, "--steps", 2, "--dtype", "bfloat16", "--check")
+    assert "check: the run agrees with one process" in output
+
+
+def test_a_run_that_is_continued_draws_the_dropout_of_one_that_never_ended_and_writes_a_folder_that_is_missing(
+    chats, tmp_path
+):
+    base, half = make_folder(tmp_path / "base", attention_dropout=0.5), ("--dtype", "bfloat16", "--warmup", 3)
     launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "one", "--steps", 4, *half)
     launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "two", "--steps", 2, *half)
     launch(2, "--pp 1 --dp 2", base, chats, tmp_path / "two", "--steps", 4, "--resume", *half)
     losses = [(tmp_path / run / "losses.txt").read_text() for run in ("one", "two")]
     assert losses[0] == losses[1]
     assert len(losses[0].splitlines()) == 4
+    written = load(tmp_path / "two" / "model").state_dict()
+    shutil.rmtree(tmp_path / "two" / "model")
+    output = launch(2, "--pp 2 --dp 1", base, chats, tmp_path / "two", "--steps", 4, "--resume", *half)
+    assert "has trained for 4 steps" in output
+    assert_same(load(tmp_path / "two" / "model").state_dict(), written, 0.0, "weights")
+
+
+def test_a_base_that_lies_where_the_run_writes_is_refused_and_left_alone(chats, tmp_path):
+    base = make_folder(tmp_path / "run" / "model")
+    there = sorted(path.name for path in base.iterdir())
+    arguments = ["--model", base, "--text", chats, "--out", tmp_path / "run"]
+    with Torchrun(1, TRAIN, *arguments) as job:
+        assert job.finish(100) != 0
+    assert re.search(r"--model .* lies in --out .*: name another --out", job.output)
+    assert sorted(path.name for path in base.iterdir()) == there
+
+
+def test_lines_end_where_a_file_says_and_tools_are_written(tokenizer, tmp_path):
+    path = tmp_path / "odd.jsonl"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    lines = [{"text": "one\u2028two\x85three"}, {"messages": [{"role": "user", "content": "?"}], "tools": tools}]
+    path.write_text("\ufeff" + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    text = Examples(str(path), tokenizer, LENGTH)
+    assert text.source.endswith(
+        "1 pieces of " + str(path) + f" in 1 rows, 1 left out with nothing to learn in {LENGTH} tokens"
+    )
+    assert tokenizer.decode(text.labels[text.labels != IGNORED]) == "\u2028two\x85three<|end|>"
+    taught = copy.copy(tokenizer)
+    taught.chat_template = "{{ tools | length if tools else 0 }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "so?"}, {"role": "assistant", "content": "yes"}]
+    path.write_text(json.dumps({"messages": messages, "tools": tools}))
+    assert tokenizer.decode(Examples(str(path), taught, LENGTH).ids[0]).startswith("1 so?ye")
+    path.write_bytes('{"text": "caf\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"odd\.jsonl is no UTF-8"):
+        Examples(str(path), tokenizer, LENGTH)
 
 
 def test_the_answers_of_a_chat_are_learned_and_nothing_else(tokenizer, tmp_path):

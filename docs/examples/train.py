@@ -75,7 +75,9 @@ def main() -> None:
         text = read_text(args, args.text, config)
         arguments = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
         sizes = hashlib.sha256(config.to_json_string(use_diff=False).encode()).hexdigest()[:12]
+        tried = read_text(args, args.eval_text, config) if args.eval_text else None
         contents = {"the digest of --text": text.digest(), "the digest of the config": sizes}
+        contents |= {"the digest of --eval-text": tried.digest()} if tried else {}
         refuse_differences(store, rank, world_size, arguments | contents)
         degrees = Degrees(args.pp, args.dp_replicate, args.dp, args.cp, args.tp, args.ep, args.sequence_parallel)
         degrees.check(world_size, config.get_text_config(), args.batch, args.microbatch, args.seq_len)
@@ -85,7 +87,7 @@ def main() -> None:
 
     # The watch inside: when a rank fails, nobody waits for the process group of the others.
     with am_fsdp.stop_on_signal() as stop, Watch(store, rank, world_size, args.timeout) as watch:
-        train(args, degrees, config, text, start(store, rank, world_size), stop, watch)
+        train(args, degrees, config, text, tried, start(store, rank, world_size), stop, watch)
 
 
 def train(
@@ -93,6 +95,7 @@ def train(
     degrees: Degrees,
     config: Any,
     text: Text,
+    tried: Examples | ImageChats | None,
     device: torch.device,
     stop: Stop,
     watch: Watch,
@@ -126,6 +129,8 @@ def train(
     done = checkpoint.load(resume_from, layout.parts, optimizers) if resume_from else 0
     if done >= args.steps:
         say(f"{args.out} has trained for {done} steps; --steps {args.steps} asks for no more")
+        if args.model and not folder_of(args).exists():  # the run ended after its last checkpoint, and before this
+            say(f"what was trained is in {save_folder(layout, degrees, args)}")
         finish(None, device)
     if alone:
         alone.replay(text, done)
@@ -136,12 +141,12 @@ def train(
     progress = Progress(args.steps, done, args.batch * args.seq_len, enabled=dist.get_rank() == 0)
     mine = degrees.rows(meshes[0], args.batch)
     log = LossLog(args.out / "losses.txt", done, enabled=dist.get_rank() == 0)
-    tried = read_text(args, args.eval_text, config) if args.eval_text else None
     if args.packed:
         watch.at("whether packed texts are kept apart")
         refuse_mixed_texts(layout, text, loss_fn, mine, device, args)
     for step in range(done, args.steps):
         watch.at(f"step {step + 1}")
+        torch.manual_seed(1_000_003 * args.seed + 1_009 * step + mine.start)  # dropout goes on where a checkpoint was
         batch = text.batch(args.batch, args.seq_len, args.seed, step)
         loss_fn.expect(batch[1])
         ids, labels, more = share_of(batch, mine, device, args.microbatch)
@@ -170,7 +175,7 @@ def train(
             watch.at(f"the checkpoint after step {step + 1}")
             log.make_durable()
             checkpoint.save(args.out, step + 1, layout.parts, optimizers)
-        if stopping:
+        if stopping and step + 1 < args.steps:
             say(f"stopped by a signal after step {step + 1}; --resume continues")
             return
     progress.close()
@@ -268,6 +273,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model and not args.text:
         parser.error("--model needs --text, a .jsonl file of texts or chats")
+    if args.model and pathlib.Path(args.model).resolve().is_relative_to(args.out.resolve()):
+        parser.error(
+            f"--model {args.model} lies in --out {args.out}, where this run writes its own: name another --out"
+        )
     if args.model and args.size != 1:
         parser.error("--size is for --config; a folder's model is as it is")
     if (args.packed or args.eval_text) and not args.model:
@@ -286,8 +295,11 @@ def parse_arguments() -> argparse.Namespace:
         args.ep = args.dp if not args.model and args.config == "qwen3_moe" and args.tp == 1 else 1
     if args.compile and args.compile not in (known := torch.compiler.list_backends(exclude_tags=())):
         parser.error(f"--compile {args.compile}: torch has no such backend; it has {', '.join(known)}")
-    if args.lora < 0:
-        parser.error("--lora must be at least 0")
+    for name in ("lora", "save_every"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0")
+    if not args.clip > 0:
+        parser.error("--clip must be more than 0: gradients are scaled to it, or down; inf leaves them as they are")
     for name in ("steps", "batch", "microbatch", "seq_len", "timeout", "eval_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -402,9 +414,13 @@ def loss_over(
     return total / number
 
 
+def folder_of(args: argparse.Namespace) -> pathlib.Path:
+    return args.out / ("adapter" if args.lora else "model")
+
+
 def save_folder(layout: Layout, degrees: Degrees, args: argparse.Namespace) -> pathlib.Path:
     """What was trained as a folder that `from_pretrained` loads, its tokenizer beside it; with `--lora` the adapter."""
-    folder = args.out / ("adapter" if args.lora else "model")
+    folder = folder_of(args)
     if dist.get_rank() == 0 and folder.exists():
         shutil.rmtree(folder)  # of an earlier end of this run
     dist.barrier()

@@ -25,7 +25,8 @@ class Examples:
     """What a file holds, tokenised, in memory.
 
     A line is `{"text": …}`, of which everything is learned; `{"messages": [{"role": …, "content": …}, …]}`, of which
-    what the assistant says is; or `{"prompt": …, "completion": …}`. A file that is not called `.jsonl` is one text.
+    what the assistant says is, with `"tools"` beside them for a template that writes those; or `{"prompt": …,
+    "completion": …}`. A file that is not called `.jsonl` is one text.
 
     Args:
         path: of the file.
@@ -43,17 +44,19 @@ class Examples:
             raise ValueError(f"{type(tokenizer).__name__} does not say where its tokens are; use a fast tokenizer")
         self.tokenizer, self.seq_len, self.packed = tokenizer, seq_len, packed
         content = pathlib.Path(path).read_bytes()
-        pieces, self.cut = [], 0
-        for number, line in lines_of(path, content.decode()):
-            pieces += self._pieces(line, f"line {number} of {path}")
-        pieces = [piece for piece in pieces if any(piece.learned[1:])]
+        found, self.cut = [], 0
+        for number, line in lines_of(path, content):
+            found += self._pieces(line, f"line {number} of {path}")
+        pieces = [piece for piece in found if any(piece.learned[1:])]
         if not pieces:
             raise ValueError(f"{path} has nothing to learn in {seq_len} tokens")
         rows = _pack(pieces, seq_len) if packed else [[piece] for piece in pieces]
         self.ids, self.labels, self.positions = (torch.stack(t) for t in zip(*map(self._row, rows), strict=True))
-        shortened = f", {self.cut} of them cut" if self.cut else ""
-        self.source = f"{len(pieces):,} pieces of {path} in {len(rows):,} rows{shortened}"
-        self._digest = int(hashlib.sha256(content).hexdigest()[:15], 16)
+        shortened = f", {self.cut:,} cut" if self.cut else ""
+        empty = len(found) - len(pieces)
+        left_out = f", {empty:,} left out with nothing to learn in {seq_len} tokens" if empty else ""
+        self.source = f"{len(pieces):,} pieces of {path} in {len(rows):,} rows{shortened}{left_out}"
+        self._digest = int(hashlib.sha256(content + self.ids.numpy().tobytes()).hexdigest()[:15], 16)
 
     def check(self, seq_len: int) -> None:
         """There is something to learn; found when the file was read."""
@@ -104,7 +107,7 @@ class Examples:
         return float(-(p * p.log()).sum())
 
     def digest(self) -> int:
-        """A number that differs between files, to notice ranks that read different ones."""
+        """A number that differs between files and tokenizers, to notice ranks that read different ones."""
         return self._digest
 
     def _pieces(self, line: Any, where: str) -> Iterator[Piece]:
@@ -115,7 +118,7 @@ class Examples:
                 yield Piece(part, [True] * len(part))
             return
         if isinstance(line, dict) and isinstance(line.get("messages"), list):
-            piece = self._chat(line["messages"], where)
+            piece = self._chat(line["messages"], line.get("tools"), where)
         elif isinstance(line, dict) and all(isinstance(line.get(name), str) for name in ("prompt", "completion")):
             prompt = self.tokenizer(line["prompt"]).input_ids
             answer = self._with_end(self.tokenizer(line["completion"], add_special_tokens=False).input_ids)
@@ -125,19 +128,18 @@ class Examples:
         self.cut += len(piece.tokens) > self.seq_len + 1
         yield Piece(piece.tokens[: self.seq_len + 1], piece.learned[: self.seq_len + 1])
 
-    def _chat(self, messages: list[dict], where: str) -> Piece:
+    def _chat(self, messages: list[dict], tools: list | None, where: str) -> Piece:
         """What an assistant says is what the template adds to what was there when it was asked to speak."""
+        write = functools.partial(self.tokenizer.apply_chat_template, tools=tools, tokenize=False)
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError(f"{where} is a chat, and the tokenizer has no chat template")
         try:
-            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            whole = write(messages)
             said = []
             for place, message in enumerate(messages):
                 if message["role"] == "assistant":
-                    before = self.tokenizer.apply_chat_template(
-                        messages[:place], tokenize=False, add_generation_prompt=True
-                    )
-                    after = self.tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+                    before = write(messages[:place], add_generation_prompt=True)
+                    after = write(messages[: place + 1])
                     if not (whole.startswith(after) and after.startswith(before)):
                         raise ValueError("the template writes a message differently when another follows")
                     said.append((len(before), len(after)))
@@ -169,11 +171,16 @@ def order_of_rows(rows: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def lines_of(path: str, content: str) -> Iterator[tuple[int, Any]]:
+def lines_of(path: str, content: bytes) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line of a JSONL file, or all of another file as one text."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}") from None
     if not path.endswith(".jsonl"):
-        yield 1, {"text": content}
+        yield 1, {"text": text}
         return
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # a string in JSON may hold other ends of lines
         if line.strip():
             try:
                 yield number, json.loads(line)

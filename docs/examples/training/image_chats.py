@@ -50,7 +50,7 @@ class ImageChats:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         content = pathlib.Path(path).read_bytes()
         self.chats, read = [], hashlib.sha256(content)
-        for number, line in lines_of(path, content.decode()):
+        for number, line in lines_of(path, content):
             self.chats.append(self._chat(line, pathlib.Path(path).parent, f"line {number} of {path}"))
             for image in self.chats[-1].images:
                 read.update(image.read_bytes())

@@ -557,6 +557,13 @@ def test_configs_lie_beside_the_weights(tmp_path):
     assert model.dtype == torch.float64
     own, theirs = (json.loads((tmp_path / f / "generation_config.json").read_text()) for f in ("own", "theirs"))
     assert own == theirs
+    again = tiny("qwen3", layers=1, tied=True)
+    load_hf_weights(again, tmp_path / "own")
+    assert (again.generation_config.temperature, again.generation_config.do_sample) == (0.25, True)
+    (tmp_path / "own" / "generation_config.json").write_text(json.dumps(own | {"do_sample": False}))
+    with pytest.warns(UserWarning, match=r"generation_config\.json is not read"):
+        load_hf_weights(again, tmp_path / "own")
+    assert again.generation_config.do_sample
 
 
 @pytest.mark.parametrize("mesh", ["dp2", "tp2"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ def load_hf_weights(
     dtype that the model has. A transformers model's keys are converted as `from_pretrained` does, experts of
     one key each stacked and fused. Tied weights stay one parameter; buffers that no folder holds (rotary frequencies)
     are computed by transformers' own initialisation. Parameters keep being the objects they were, so an optimizer that
-    holds them need not know.
+    holds them need not know. The model takes the folder's generation config.
 
     A model with peft's adapters (wrapped or not) reads its base weights from the folder of its base model. Adapters on
     meta begin as peft's do: one LoRA matrix of each pair zero, the other random by `torch.initial_seed()`, the same in
@@ -81,7 +83,22 @@ def load_hf_weights(
         source.release()
     initialise_adapters(adapters, {name: _with_memory(model, held[name], home) for name in added})
     compute_buffers(model, buffers, home)
+    _read_generation_config(model, folder)
     return whole
+
+
+def _read_generation_config(model: Any, folder: str | os.PathLike[str]) -> None:
+    """How the folder says that the model generates, as `from_pretrained` reads it: where it stops, how it samples."""
+    own = getattr(model, "generation_config", None)
+    if own is None or not os.path.isfile(os.path.join(folder, "generation_config.json")):
+        return
+    read = type(own).from_pretrained(folder, local_files_only=True)
+    try:
+        read.validate(strict=True)  # what transformers would not write must not end a save
+    except ValueError as error:
+        warnings.warn(f"{folder}: generation_config.json is not read, as it is not valid: {error}", stacklevel=3)
+        return
+    model.generation_config = read
 
 
 def _added_on_meta(
