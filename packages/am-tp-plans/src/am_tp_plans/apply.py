@@ -48,10 +48,10 @@ def apply_plan(model: nn.Module, tp_mesh: DeviceMesh, plan: dict[str, ParallelSt
 
     Raises:
         ValueError: a key matches nothing, heads or features do not divide over the axis, ranks would share key/value
-            heads in an attention that no rehearsal shows to be right, tied weights would be sharded differently, a
-            module is sharded already, a parameter has a hook on its gradient, the model has dropout and the ranks have
-            different seeds, or dropout of a whole sequence between parts of it; on every rank alike, before anything is
-            sharded.
+            heads in an attention that no rehearsal shows to be right, a family's plan does not fit a model of it that
+            was edited, tied weights would be sharded differently, a module is sharded already, a parameter has a hook
+            on its gradient, the model has dropout and the ranks have different seeds, or dropout of a whole sequence
+            between parts of it; on every rank alike, before anything is sharded.
         TypeError: a colwise or rowwise style is given to a module that is no linear and no embedding.
     """
     if tp_mesh.ndim != 1:
