@@ -28,24 +28,25 @@ def rows(number=40, seed=0):
     return [{"input_ids": row, "labels": torch.where(row < 20 + place, row, -100)} for place, row in enumerate(ids)]
 
 
-def arguments(folder, ranks, **more):
+def arguments(folder, **more):
     from transformers import TrainingArguments
 
-    return TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=device_type() == "cpu",
-        per_device_train_batch_size=ROWS,
-        max_steps=STEPS,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        learning_rate=1e-2,
-        max_grad_norm=0.1,
-        adam_epsilon=1e-3,  # a step of Adam from a gradient that is nothing but rounding is a whole one
-        report_to=[],
-        disable_tqdm=True,
-        **more,
-    )
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": device_type() == "cpu",
+        "per_device_train_batch_size": ROWS,
+        "per_device_eval_batch_size": ROWS,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.1,
+        "adam_epsilon": 1e-3,  # a step of Adam from a gradient that is nothing but rounding is a whole one
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**{**settings, **more})
 
 
 def alone(model, ranks, data, accumulate=1):
@@ -71,7 +72,11 @@ def alone(model, ranks, data, accumulate=1):
         optimizer.zero_grad()
 
 
-LAYOUTS = {"data 2": ((2,), ("data_parallel",)), "data 2, tensor 2": ((2, 2), ("data_parallel", "tensor_parallel"))}
+LAYOUTS = {
+    "data 2": ((2,), ("data_parallel",)),
+    "tensor 2": ((1, 2), ("data_parallel", "tensor_parallel")),
+    "data 2, tensor 2": ((2, 2), ("data_parallel", "tensor_parallel")),
+}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,6 @@ LAYOUTS = {"data 2": ((2,), ("data_parallel",)), "data 2, tensor 2": ((2, 2), ("
     ],
 )
 def test_trainer_trains_evaluates_saves_and_resumes(layout, accumulate, number, tmp_path):
-    from laid_out_trainer import LaidOutTrainer
     from transformers import AutoModelForCausalLM
 
     shape, names = LAYOUTS[layout]
@@ -94,11 +98,7 @@ def test_trainer_trains_evaluates_saves_and_resumes(layout, accumulate, number, 
     alone(wanted, 2, data, accumulate)
 
     def trainer(folder):
-        model = am_fsdp.fsdp2_strategy_parallelize(copy.deepcopy(one), mesh, torch.float64)
-        args = arguments(folder, 2, gradient_accumulation_steps=accumulate)
-        return LaidOutTrainer(
-            model=model, args=args, data_axis=mesh["data_parallel"], train_dataset=data, eval_dataset=data
-        )
+        return trainer_of(one, mesh, folder, data, eval_dataset=data, gradient_accumulation_steps=accumulate)
 
     first = trainer(tmp_path / "run")
     first.train()
@@ -114,6 +114,147 @@ def test_trainer_trains_evaluates_saves_and_resumes(layout, accumulate, number, 
     assert_same(
         dict(loaded.to(device_type()).named_parameters()), dict(wanted.named_parameters()), TOLERANCE, "the folder"
     )
+
+
+def trainer_of(one, mesh, folder, data, **more):
+    from laid_out_trainer import LaidOutTrainer
+
+    own = {name: more.pop(name) for name in ("eval_dataset", "compute_metrics", "optimizers") if name in more}
+    model = am_fsdp.fsdp2_strategy_parallelize(copy.deepcopy(one), mesh, torch.float64)
+    args = arguments(folder, **more)
+    return LaidOutTrainer(model=model, args=args, data_axis=mesh["data_parallel"], train_dataset=data, **own)
+
+
+def batches_of(data, size):
+    return [data[first : first + size] for first in range(0, len(data), size)]
+
+
+def stacked(taken):
+    return [torch.stack([row[name] for row in taken]).to(device_type()) for name in ("input_ids", "labels")]
+
+
+@pytest.mark.parametrize("layout", ["data 2", "tensor 2"])
+@pytest.mark.ranks(2, timeout=120)
+def test_evaluation_and_prediction_take_every_row_once_as_one_process_does(layout, tmp_path):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    shape, names = LAYOUTS[layout]
+    mesh = init_device_mesh(device_type(), shape, mesh_dim_names=names)
+    one = tiny("llama", layers=1, attention="sdpa")
+
+    def metrics(found):
+        return {"rows": len(found.label_ids), "marked": int((found.label_ids != -100).sum())}
+
+    for number in (7, 5, 1):
+        data = rows(number, seed=5)
+        losses, logits = [], []
+        for taken in batches_of(data, ROWS):
+            ids, labels = stacked(taken)
+            with torch.no_grad():
+                output = one(ids, use_cache=False)
+            losses += [float(LabelSmoother(0.1)(output, labels, shift_labels=True))] * len(taken)
+            logits.append(output.logits)
+
+        more = {"label_smoothing_factor": 0.1, "compute_metrics": metrics}
+        trainer = trainer_of(one, mesh, tmp_path / "run", data, eval_dataset=data, **more)
+        found, predicted = trainer.evaluate(), trainer.predict(data)
+        assert found["eval_loss"] == pytest.approx(sum(losses) / number, abs=TOLERANCE)
+        assert found["eval_rows"] == number
+        assert found["eval_marked"] == sum(int((row["labels"] != -100).sum()) for row in data)
+        assert predicted.metrics["test_loss"] == pytest.approx(found["eval_loss"], abs=TOLERANCE)
+        torch.testing.assert_close(
+            torch.as_tensor(predicted.predictions), torch.cat(logits).cpu(), rtol=0, atol=TOLERANCE
+        )
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_training_with_smoothed_labels_shifts_them_as_a_causal_model_does(tmp_path):
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    one = tiny("llama", layers=1, attention="sdpa")
+    data = rows(2 * ROWS)
+    trainer = trainer_of(one, mesh, tmp_path / "run", data, max_steps=1, label_smoothing_factor=0.1)
+    trainer.train()
+    ids, labels = stacked(data)
+    wanted = float(LabelSmoother(0.1)(one(ids, use_cache=False), labels, shift_labels=True))
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, abs=TOLERANCE)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_an_epoch_has_the_steps_of_one_process_and_the_best_model_is_loaded_at_its_end(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    one = tiny("llama", layers=1, attention="sdpa")
+    for drop_last, steps in ((False, 3), (True, 2)):
+        more = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 1.0}
+        more |= {"metric_for_best_model": "loss", "greater_is_better": True}  # that of the first step, not of the last
+        more |= {"dataloader_drop_last": drop_last, "max_steps": -1, "num_train_epochs": 1, "save_only_model": True}
+        trainer = trainer_of(one, mesh, tmp_path / str(drop_last), rows(10), eval_dataset=rows(4, seed=1), **more)
+        trainer.train()
+        assert (trainer.state.global_step, trainer.state.best_global_step) == (steps, 1)
+        folder = pathlib.Path(trainer.state.best_model_checkpoint)
+        best = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).to(device_type())
+        assert_same(dict(trainer.model.named_parameters()), dict(best.named_parameters()), 0.0, "the best weights")
+        again = trainer_of(one, mesh, tmp_path / str(drop_last), rows(10), max_steps=steps + 1, save_strategy="no")
+        with pytest.warns(UserWarning, match="begin anew"):
+            again.train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_adapters_are_resumed(tmp_path):
+    peft = pytest.importorskip("peft")
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    one = tiny("llama", layers=1, attention="sdpa")
+    torch.manual_seed(0)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), one)
+    data = rows(16)
+    first = trainer_of(one, mesh, tmp_path / "run", data)
+    first.train()
+    again = trainer_of(one, mesh, tmp_path / "run", data)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert_same(
+        {name: p.full_tensor() for name, p in again.model.named_parameters()},
+        {name: p.full_tensor() for name, p in first.model.named_parameters()},
+        0.0,
+        "weights after resuming",
+    )
+    bare = trainer_of(one, mesh, tmp_path / "bare", data, max_steps=1, save_only_model=True)
+    bare.train()
+    with pytest.raises(ValueError, match="save_only_model"):
+        bare.train(resume_from_checkpoint=str(tmp_path / "bare" / "checkpoint-1"))
+
+
+class _Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(rows(4))
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_what_it_cannot_honour_is_refused_by_name(tmp_path):
+    mesh = init_device_mesh(device_type(), (2,), mesh_dim_names=("data_parallel",))
+    one, data = tiny("llama", layers=1, attention="sdpa"), rows(8)
+    for setting, value in {
+        "optim": "adafactor",
+        "train_sampling_strategy": "group_by_length",
+        "batch_eval_metrics": True,
+        "eval_use_gather_object": True,
+    }.items():
+        with pytest.raises(ValueError, match=f"does not take {setting}"):
+            trainer_of(
+                one,
+                mesh,
+                tmp_path,
+                data,
+                eval_dataset=data,
+                compute_metrics=lambda found, compute_result: {},
+                **{setting: value},
+            )
+    with pytest.raises(ValueError, match="_Stream"):
+        trainer_of(one, mesh, tmp_path, _Stream())
+    with pytest.raises(ValueError, match="_Stream"):
+        trainer_of(one, mesh, tmp_path, data).predict(_Stream())
 
 
 @pytest.mark.ranks(2, timeout=120)
