@@ -129,7 +129,9 @@ def train(
     done = checkpoint.load(resume_from, layout.parts, optimizers) if resume_from else 0
     if done >= args.steps:
         say(f"{args.out} has trained for {done} steps; --steps {args.steps} asks for no more")
-        if args.model and not folder_of(args).exists():  # the run ended after its last checkpoint, and before this
+        unwritten = [args.model and not folder_of(args).exists()]  # it ended after its last checkpoint, and before this
+        dist.broadcast_object_list(unwritten, 0)
+        if unwritten[0]:
             say(f"what was trained is in {save_folder(layout, degrees, args)}")
         finish(None, device)
     if alone:

@@ -216,10 +216,7 @@ def test_an_edit_that_mixes_tokens_is_refused_with_sequence_parallelism_only():
 def test_an_edited_model_trains_as_in_one_process(name, sequence_parallel):
     one, model = llama(EXACT[name], layers=3), llama(EXACT[name], layers=3)
     apply_plan(model, axis(), resolve_plan(model, sequence_parallel=sequence_parallel))
-    ids, labels = token_batch(2, 12)
-    for each in (one, model):
-        next_token_loss(each(ids, use_cache=False).logits, labels).backward()
-    assert_same(gradients(model), gradients(one), 1e-9, "gradients")
+    assert_trains_as(one, model)
 
 
 @pytest.mark.ranks(2)
@@ -229,10 +226,14 @@ def test_a_layer_that_is_used_twice_is_sharded_once():
         layer_twice(model)
         one = copy.deepcopy(model)
         apply_plan(model, axis(), resolve_plan(model))
-        ids, labels = token_batch(2, 12)
-        for each in (one, model):
-            next_token_loss(each(ids, use_cache=False).logits, labels).backward()
-        assert_same(gradients(model), gradients(one), 1e-9, "gradients")
+        assert_trains_as(one, model)
+
+
+def assert_trains_as(one, model):
+    ids, labels = token_batch(2, 12)
+    for each in (one, model):
+        next_token_loss(each(ids, use_cache=False).logits, labels).backward()
+    assert_same(gradients(model), gradients(one), 1e-9, "gradients")
 
 
 @pytest.mark.ranks(2)

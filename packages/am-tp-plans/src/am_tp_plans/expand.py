@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -13,7 +14,12 @@ from am_tp_plans.styles.basic import describe
 
 def matches(key: str, name: str) -> bool:
     """Whether a key of a plan means a name, in which `*` stands for one level."""
-    return re.fullmatch(key.replace(".", r"\.").replace("*", r"[^.]+"), name) is not None
+    return _pattern(key).fullmatch(name) is not None
+
+
+@cache
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(key.replace(".", r"\.").replace("*", r"[^.]+"))
 
 
 def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
@@ -32,8 +38,7 @@ def expand_plan(model: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, P
     planned = [name for name, _ in planned_modules(model, all_names=True)]
     matched: dict[str, ParallelStyle] = {}
     for key, style in plan.items():
-        pattern = re.compile(key.replace(".", r"\.").replace("*", r"[^.]+"))
-        names = [name for name in planned if pattern.fullmatch(name) or pattern.fullmatch(known_as(name))]
+        names = [name for name in planned if matches(key, name) or matches(key, known_as(name))]
         if not names and not any(_may_mean(key, name) for name in absent):
             raise ValueError(
                 f"the plan's key {key!r} matches no module of {type(model).__name__}; {_nearest(key, modules)}"
@@ -84,7 +89,7 @@ def _is_left_out(layer: nn.Module) -> bool:
 def _may_mean(key: str, absent: str) -> bool:
     """Whether a key names a module that was left out, or something inside it."""
     levels = key.split(".")[: absent.count(".") + 1]
-    return re.fullmatch(".".join(levels).replace(".", r"\.").replace("*", r"[^.]+"), absent) is not None
+    return matches(".".join(levels), absent)
 
 
 def _nearest(key: str, modules: dict[str, nn.Module]) -> str:

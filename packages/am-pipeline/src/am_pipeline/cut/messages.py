@@ -55,7 +55,8 @@ class Message:
         ]
         idle = [t for slot, t in enumerate(slots) if slot not in self.places and t.requires_grad]
         if idle and torch.is_grad_enabled():
-            tensors[0] = tensors[0] + sum(_zero_of(t).to(tensors[0].dtype) for t in idle)
+            place = next((i for i, t in enumerate(tensors) if t.requires_grad), 0)
+            tensors[place] = tensors[place] + sum(_zero_of(t).to(tensors[place].dtype) for t in idle)
         return tensors
 
 

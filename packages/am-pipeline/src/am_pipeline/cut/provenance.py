@@ -41,7 +41,7 @@ from am_pipeline._torch_compat import (
     written_arguments,
 )
 from am_pipeline._torch_compat_fakes import is_fake, quiet_fakes, run_without_memory, storage_key
-from am_pipeline.cut.rows import Over, count_over
+from am_pipeline.cut.rows import Over, count_over, may_mix
 from am_pipeline.nested import map_leaves, tensors_in
 
 
@@ -364,8 +364,9 @@ class Tracer(TorchDispatchMode):
         result = self._compute(func, name, args, kwargs, tensors, unknown)
         if self.active is not None:
             self.active.flops += flops_of(func, args, kwargs, result)
-            if (count := count_over(name, arguments_by_name(func, args, kwargs))) is not None:
-                self.trace.over.append(Over(name.split(".")[1], self.path[-1], count))
+            operator = name.split(".")[1]
+            if may_mix(operator) and (count := count_over(operator, arguments_by_name(func, args, kwargs))) is not None:
+                self.trace.over.append(Over(operator, self.path[-1], count))
         self._label(seen, sources, result, unknown, [t for t in tensors if id(t) in written])
         return result
 

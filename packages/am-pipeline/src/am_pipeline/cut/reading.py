@@ -149,9 +149,9 @@ class Reading:
         sizes = (batch, seq_len, *decoder_length(inputs))
         given = self.form.first if first is None else self.form.first.of(first.detach())
         pattern = training, given.fixed, _pattern(inputs, sizes, splits), tuple(sorted(said.items())), splits > 1
-        of_images = _of_images(inputs)
-        if pattern in self._grow or self.grows_by_images:
-            pattern += of_images
+        grows = pattern in self._grow
+        if grows or self.grows_by_images:
+            pattern += _of_images(inputs)
         if pattern not in self._proved:
             if len(self._proved) >= _MOST_PROVED:
                 del self._proved[next(iter(self._proved))]
@@ -161,13 +161,15 @@ class Reading:
                 runs = partial(inputs_read, self.weightless, self.units)
                 of = (given, inputs, batch, seq_len, runs)
                 form = resolve_form(*of, training=training, batch_dims=said, pieces=splits, place=place)
-            passages = self._prove_forms(form, stages)
-            if not self.grows_by_images and any(not c.shape.sizes for p in passages for c in p.sends):
+            grown = len(set(ENCODER_INPUTS) & set(form.tensors)) == 1  # two towers are read as they are
+            passages = () if grows and grown else self._prove_forms(form, stages)
+            if not (grows or self.grows_by_images) and any(not c.shape.sizes for p in passages for c in p.sends):
                 # What is of this many images would be taken for what is always so: read at another number of them.
                 self._grow.add(pattern)
-                pattern += of_images
-                if len(set(ENCODER_INPUTS) & set(form.tensors)) == 1:
-                    passages = self._prove_form(form.with_more_images, stages)
+                pattern += _of_images(inputs)
+                grows = True
+            if grows and grown:
+                passages = self._prove_form(form.with_more_images, stages)
             self._proved[pattern] = form.batch_dims, passages
         return self._proved[pattern]
 

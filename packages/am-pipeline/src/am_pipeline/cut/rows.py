@@ -20,6 +20,7 @@ _ALONG = {
 }  # fmt: skip
 _ALONG_DIMS = {"roll", "flip"}
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "mv": 0, "dot": 0}  # the place of the first factor
+_KINDS = {*_ALONG, *_ALONG_DIMS, *_PRODUCTS, "native_layer_norm"}
 
 
 class Over(NamedTuple):
@@ -30,26 +31,28 @@ class Over(NamedTuple):
     count: int
 
 
-def count_over(name: str, given: dict[str, Any]) -> int | None:
-    """Over how many numbers an operator computes each result; None if it is of no kind that could mix sequences.
+def may_mix(operator: str) -> bool:
+    """Whether an operator, `sum` of `aten.sum.dim_IntList`, is of a kind that could go over sequences."""
+    return operator in _KINDS
+
+
+def count_over(operator: str, given: dict[str, Any]) -> int | None:
+    """Over how many numbers an operator computes each result; None of integers.
+
+    Places and counts, as routing to experts has them, are of the rows they pick.
 
     Args:
-        name: of the operator, `aten.sum.dim_IntList`.
+        operator: one that may mix.
         given: its arguments by name.
-
-    Only floating-point numbers count: places and counts, as routing to experts has them, are of the rows they pick.
     """
-    base = name.split(".")[1]
     tensors = list(tensors_in(given))
     if not tensors or not tensors[0].is_floating_point():
         return None
-    if base in _PRODUCTS:
-        return tensors[_PRODUCTS[base]].shape[-1]
-    if base == "native_layer_norm":
+    if operator in _PRODUCTS:
+        return tensors[_PRODUCTS[operator]].shape[-1]
+    if operator == "native_layer_norm":
         return math.prod(given["normalized_shape"])
-    if base not in _ALONG and base not in _ALONG_DIMS:
-        return None
-    dims = given.get("dims" if base in _ALONG_DIMS else "dim", -1 if base in ("sort", "topk") else None)
+    dims = given.get("dims" if operator in _ALONG_DIMS else "dim", -1 if operator in ("sort", "topk") else None)
     shape = tensors[0].shape
     if dims is None or dims == []:
         return math.prod(shape)

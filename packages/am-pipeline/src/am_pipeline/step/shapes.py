@@ -89,14 +89,8 @@ def precompute_stage_shapes(
         sizes = (microbatch_size, *lengths.values())
         ids = torch.empty(sizes[:2], dtype=torch.int64, device="meta")
         if not isinstance(stage, DecoderStage):
-            hidden = _on_meta(
-                [
-                    (
-                        (microbatch_size, seq_len // shards, get_hidden_and_vocab_size(model_config)[0]),
-                        hidden_dtype(stage),
-                    )
-                ]
-            )
+            width, _ = get_hidden_and_vocab_size(model_config)
+            hidden = _on_meta([((microbatch_size, seq_len // shards, width), hidden_dtype(stage))])
             set_shapes(stage, (ids,) if stage.is_first else hidden, hidden)
             continue
         stage.messages = _messages(stage, sizes, _images_of_example(stage) if images is None else images, shards)
